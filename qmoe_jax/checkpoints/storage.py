@@ -1,0 +1,120 @@
+"""Folders that hold checkpoints, local or on gs://, read through one key-value interface.
+
+gs:// goes through TensorStore's own `gcs` driver. It uses Google's application default credentials
+where there are any and none otherwise, which public buckets accept.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import tensorstore as ts
+
+from qmoe_jax.errors import CheckpointError
+
+_STEP_FOLDER = re.compile(rb"checkpoint_(\d+)/")
+
+
+def kvstore_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """TensorStore key-value spec of a folder, its path ending in '/'.
+
+    Args:
+      path: local path (`~` is expanded), `file://` URL or `gs://bucket/prefix`; a trailing '/' is
+        allowed.
+
+    Raises:
+      CheckpointError: another URL scheme, or a gs:// URL without bucket.
+    """
+    text = os.fspath(path)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "file", os.path.expanduser(text)
+    if scheme == "file":
+        return {"driver": "file", "path": os.path.abspath(rest).rstrip("/") + "/"}
+    if scheme == "gs":
+        bucket, _, prefix = rest.partition("/")
+        if not bucket:
+            raise CheckpointError(f"{text!r} names no bucket: expected gs://bucket/folder")
+        prefix = prefix.strip("/")
+        return {"driver": "gcs", "bucket": bucket, "path": prefix + "/" if prefix else ""}
+    raise CheckpointError(
+        f"{text!r} has scheme {scheme}://, which cannot be read: give a local path or gs://"
+    )
+
+
+def make_context(cache_bytes: int) -> ts.Context:
+    """TensorStore context whose decoded chunks are cached up to `cache_bytes`."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": cache_bytes},
+            # The default of 32 retries makes an unreachable network look like a hang.
+            "gcs_request_retries": {"max_retries": 10},
+        }
+    )
+
+
+def short_message(error: BaseException) -> str:
+    """TensorStore's message without the appended spec and source locations."""
+    return re.split(r" \[(?:tensorstore_spec|source locations)=", str(error), maxsplit=1)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A local folder or gs:// prefix.
+
+    Attributes:
+      spec: TensorStore key-value spec; `spec["path"]` ends in '/'.
+      context: TensorStore context that reads share.
+    """
+
+    spec: dict[str, Any]
+    context: ts.Context
+
+    @property
+    def url(self) -> str:
+        """What messages call the folder: a local path or a gs:// URL, without trailing '/'."""
+        path = self.spec["path"].rstrip("/")
+        return f"gs://{self.spec['bucket']}/{path}" if self.spec["driver"] == "gcs" else path or "/"
+
+    @property
+    def name(self) -> str:
+        """Last component of the path."""
+        return self.spec["path"].rstrip("/").rpartition("/")[2]
+
+    def child(self, name: str) -> "Folder":
+        """The folder `name` inside this one, whether it exists or not."""
+        return dataclasses.replace(self, spec=self.spec | {"path": f"{self.spec['path']}{name}/"})
+
+    def read(self, key: str) -> bytes | None:
+        """Content of a file, or None where there is no such file.
+
+        Raises:
+          CheckpointError: the file is there and cannot be read, or the storage cannot be reached.
+        """
+        if self.spec["driver"] == "file" and os.path.isdir(self.spec["path"] + key):
+            return None
+        try:
+            store = ts.KvStore.open(self.spec, context=self.context).result()
+            result = store.read(key).result()
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot read {self.url}/{key}: {short_message(error)}. "
+                "Check that the path is right and that it is readable with your credentials."
+            ) from error
+        return result.value if result.state == "value" else None
+
+    def steps(self) -> tuple[int, ...]:
+        """Ascending steps of the `checkpoint_<step>` folders inside this one."""
+        # '`' follows '_': the range holds the keys that begin with 'checkpoint_'.
+        keys = ts.KvStore.KeyRange(b"checkpoint_", b"checkpoint`")
+        try:
+            store = ts.KvStore.open(self.spec, context=self.context).result()
+            listed = store.list(keys).result()
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot list {self.url}: {short_message(error)}. "
+                "Give the checkpoint_<step> folder itself, which needs no listing."
+            ) from error
+        matches = (_STEP_FOLDER.match(key) for key in listed)
+        return tuple(sorted({int(match[1]) for match in matches if match}))

@@ -1,0 +1,431 @@
+"""The reader of native T5X checkpoints: every layout, every slice, every error."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+import zlib
+from pathlib import Path
+
+import golden_data
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+from flax import serialization
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.errors import CheckpointError
+
+WI = "encoder/layers_1/mlp/expert/wi/kernel"
+WI_FOLDER = "target.encoder.layers_1.mlp.expert.wi.kernel"
+NORM = "encoder/encoder_norm/scale"
+NORM_FOLDER = "target.encoder.encoder_norm.scale"
+
+_KINDS = {"orbax_float32": "orbax_zarr"}
+
+
+@pytest.fixture(scope="module")
+def reference(golden_checkpoint):
+    """Parameters of a model as float32, read from T5X's own layout."""
+    cache = {}
+
+    def read(model):
+        if model not in cache:
+            checkpoint = open_t5x_checkpoint(golden_checkpoint(model, "t5x_float32"))
+            cache[model] = checkpoint.read_many(checkpoint.names)
+        return cache[model]
+
+    return read
+
+
+def write_array(folder: Path, values: np.ndarray, chunks: tuple[int, ...], dtype=None) -> None:
+    """Replaces a zarr array by `values`, in T5X's form with other chunks."""
+    shutil.rmtree(folder)
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "metadata": {"compressor": {"id": "gzip", "level": 1}, "chunks": chunks},
+    }
+    array = ts.open(spec, create=True, dtype=dtype or values.dtype, shape=values.shape).result()
+    array.write(values).result()
+
+
+def edit_msgpack(folder: Path, edit) -> None:
+    path = folder / "checkpoint"
+    tree = serialization.msgpack_restore(path.read_bytes())
+    edit(tree)
+    path.write_bytes(serialization.msgpack_serialize(tree))
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(("model", "layout"), golden_data.LAYOUTS)
+def test_layouts_hold_the_same_parameters(model, layout, golden_checkpoint, reference):
+    checkpoint = open_t5x_checkpoint(golden_checkpoint(model, layout))
+    expected = reference(model)
+    kind = "t5x" if layout.startswith("t5x") else _KINDS.get(layout, "orbax_ocdbt")
+    assert checkpoint.layout == kind
+    assert checkpoint.step == 500100
+    axes = names.flatten(golden_data.load_json(model, "params_axes"))
+    assert set(checkpoint.names) == {name.removesuffix("_axes") for name in axes}
+    assert checkpoint.names == tuple(sorted(expected))
+    dtype = np.dtype(ml_dtypes.bfloat16 if "bfloat16" in layout else np.float32)
+    for name, values in checkpoint.read_many(checkpoint.names).items():
+        assert values.dtype == checkpoint.dtypes[name] == dtype
+        assert values.shape == checkpoint.shapes[name]
+        # astype rounds to nearest even, as T5X does on saving.
+        assert values.tobytes() == expected[name].astype(dtype).tobytes()
+
+
+def test_paths(golden_checkpoint, golden_copy):
+    folder = golden_checkpoint("base", "t5x_float32_inference")
+    for path in (folder, str(folder), f"{folder}/", f"file://{folder}", folder.parent):
+        assert open_t5x_checkpoint(path).url == str(folder)
+    orbax = golden_checkpoint("base", "orbax_head_float32_inference")
+    for path in (orbax, orbax.parent, orbax / "state"):
+        assert open_t5x_checkpoint(path).url == str(orbax / "state")
+    copy = golden_copy("base", "t5x_float32_inference")
+    shutil.copytree(copy, copy.parent / "checkpoint_99")
+    assert open_t5x_checkpoint(copy.parent).step == 500100
+    (copy.parent / "checkpoint_600000").mkdir()
+    (copy.parent / "checkpoint_600000" / "junk").touch()
+    with pytest.raises(CheckpointError, match=r"checkpoint_600000.*incomplete.*500100"):
+        open_t5x_checkpoint(copy.parent)
+
+
+def test_params(golden_checkpoint, reference):
+    checkpoint = open_t5x_checkpoint(golden_checkpoint("base", "t5x_float32"))
+    params = checkpoint.params(
+        dtype=ml_dtypes.bfloat16, include=lambda name: not names.is_expert_kernel(name)
+    )
+    flat = names.flatten(params)
+    assert set(flat) == {name for name in checkpoint.names if "/expert/" not in name}
+    assert flat[NORM].dtype == ml_dtypes.bfloat16
+    assert names.flatten(checkpoint.params())[WI].tobytes() == reference("base")[WI].tobytes()
+
+
+def test_names():
+    for name in (WI, NORM, "token_embedder/embedding"):
+        assert names.from_dotted(names.to_dotted(name)) == name
+    assert names.to_dotted(WI) == WI_FOLDER
+    assert names.expert_kernel("encoder", 1, "wi") == WI
+    assert names.layer_of(WI) == ("encoder", 1)
+    assert names.layer_of("decoder/layers_12/self_attention/key/kernel") == ("decoder", 12)
+    assert names.layer_of(NORM) is None
+    assert names.is_expert_kernel(WI)
+    assert not names.is_expert_kernel(names.router_kernel("encoder", 1))
+    with pytest.raises(ValueError, match=r"target\."):
+        names.from_dotted("state.step")
+
+
+# Slices
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("layout", ["t5x_float32_multichunk", "orbax_ocdbt_float32"])
+def test_slices_equal_slices_of_the_whole(layout, data, golden_checkpoint, reference):
+    checkpoint = open_t5x_checkpoint(golden_checkpoint("base", layout))
+    name = data.draw(st.sampled_from([WI, "decoder/layers_3/mlp/expert/wo/kernel", NORM]))
+    whole = reference("base")[name]
+    entries = []
+    for size in whole.shape[: data.draw(st.integers(0, whole.ndim))]:
+        positive_step = st.slices(size).filter(lambda s: s.step is None or s.step > 0)
+        entries.append(data.draw(positive_step | st.integers(-size, size - 1)))
+    np.testing.assert_array_equal(checkpoint.read(name, tuple(entries)), whole[tuple(entries)])
+    start = data.draw(st.integers(0, 7))
+    stop = data.draw(st.integers(start + 1, 8))
+    np.testing.assert_array_equal(
+        checkpoint.read_experts(WI, start, stop), reference("base")[WI][start:stop]
+    )
+
+
+def test_slice_reads_only_the_chunks_that_it_touches(golden_copy, reference):
+    folder = golden_copy("base", "t5x_float32_multichunk")
+    chunks = folder / WI_FOLDER
+    assert len(list(chunks.iterdir())) == 1 + 4 * 8
+    for chunk in chunks.glob("0.*"):
+        if not chunk.name.startswith("0.1."):
+            chunk.unlink()
+    checkpoint = open_t5x_checkpoint(folder)
+    assert checkpoint.chunk_shape(WI) == (8, 16, 16)
+    part = checkpoint.read(WI, (slice(2, 5), slice(16, 32)))
+    np.testing.assert_array_equal(part, reference("base")[WI][2:5, 16:32])
+    with pytest.raises(CheckpointError, match=rf"{WI}.*missing"):
+        checkpoint.read(WI, (slice(2, 5), slice(16, 33)))
+
+
+def test_experts_are_read_without_the_chunks_of_others(golden_copy, reference):
+    folder = golden_copy("base", "t5x_float32")
+    whole = reference("base")[WI]
+    write_array(folder / WI_FOLDER, whole, chunks=(2, 64, 128))
+    for chunk in ("0.0.0", "3.0.0"):
+        (folder / WI_FOLDER / chunk).write_bytes(b"")
+    checkpoint = open_t5x_checkpoint(folder)
+    np.testing.assert_array_equal(checkpoint.read_experts(WI, 3, 6), whole[3:6])
+    with pytest.raises(CheckpointError, match=WI):
+        checkpoint.read_experts(WI, 1, 3)
+
+
+def test_bad_slices(golden_checkpoint):
+    checkpoint = open_t5x_checkpoint(golden_checkpoint("base", "t5x_float32"))
+    with pytest.raises(ValueError, match="experts 0 to 7"):
+        checkpoint.read_experts(WI, 4, 9)
+    with pytest.raises(ValueError, match="non-empty"):
+        checkpoint.read_experts(WI, 4, 4)
+    with pytest.raises(ValueError, match="no expert kernel"):
+        checkpoint.read_experts(NORM, 0, 1)
+    with pytest.raises(IndexError, match="out of bounds for 8"):
+        checkpoint.read(WI, 8)
+    with pytest.raises(IndexError, match="3 axes"):
+        checkpoint.read(WI, (0, 0, 0, 0))
+    with pytest.raises(IndexError, match="positive"):
+        checkpoint.read(WI, slice(None, None, -1))
+    with pytest.raises(CheckpointError, match=r"did you mean .*layers_1/mlp/expert/wi/kernel"):
+        checkpoint.read("encoder/layers_1/mlp/expert/wi")
+
+
+# Errors
+
+
+def test_missing_and_foreign_folders(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_t5x_checkpoint(tmp_path / "absent")
+    with pytest.raises(
+        CheckpointError, match=r"is no T5X checkpoint: looked for .*state/_METADATA"
+    ):
+        open_t5x_checkpoint(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_t5x_checkpoint(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="scheme s3"):
+        open_t5x_checkpoint("s3://bucket/checkpoint_1")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, -1])
+def test_truncated_msgpack(keep, golden_copy):
+    folder = golden_copy("base", "t5x_float32_inference")
+    path = folder / "checkpoint"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"checkpoint_500100/checkpoint .*truncated or corr"):
+        open_t5x_checkpoint(folder)
+
+
+def test_msgpack_of_something_else(golden_copy):
+    folder = golden_copy("base", "t5x_float32_inference")
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize({"params": {"a": 1}}))
+    with pytest.raises(CheckpointError, match=r"\['params'\].*not written by T5X"):
+        open_t5x_checkpoint(folder)
+
+
+@pytest.mark.parametrize("version", [2, 4, None])
+def test_unsupported_version(version, golden_copy):
+    folder = golden_copy("base", "t5x_float32_inference")
+    edit_msgpack(folder, lambda tree: tree.update(version=version))
+    with pytest.raises(CheckpointError, match=f"version {version}, expected 3"):
+        open_t5x_checkpoint(folder)
+
+
+def test_malformed_specs(golden_copy):
+    folder = golden_copy("base", "t5x_float32_inference")
+
+    def norm_of(tree):
+        return tree["optimizer"]["target"]["encoder"]["encoder_norm"]
+
+    edit_msgpack(folder, lambda tree: norm_of(tree)["scale"].pop("metadata"))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*malformed.*metadata\.shape"):
+        open_t5x_checkpoint(folder)
+    edit_msgpack(folder, lambda tree: norm_of(tree)["scale"].update(driver="n5"))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*'n5', expected 'zarr'"):
+        open_t5x_checkpoint(folder)
+    edit_msgpack(folder, lambda tree: norm_of(tree).update(scale=np.ones(64, np.float32)))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*ndarray, expected a TensorStore spec"):
+        open_t5x_checkpoint(folder)
+
+
+@pytest.mark.parametrize("layout", ["t5x_float32", "orbax_float32"])
+def test_missing_array(layout, golden_copy):
+    folder = golden_copy("base", layout)
+    state = folder / "state" if layout.startswith("orbax") else folder
+    shutil.rmtree(state / WI_FOLDER)
+    with pytest.raises(CheckpointError, match=rf"parameter {WI}.*does not exist.*copy"):
+        open_t5x_checkpoint(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_damaged_chunk(damage, golden_copy):
+    folder = golden_copy("base", "t5x_float32")
+    chunk = folder / WI_FOLDER / "0.0.0"
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[: 1000 if damage == "truncated" else 0])
+    checkpoint = open_t5x_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=rf"parameter {WI} .*0\.0\.0.*copy"):
+        checkpoint.read_experts(WI, 0, 1)
+    assert checkpoint.read(NORM).shape == (64,)
+
+
+def test_truncated_ocdbt(golden_copy):
+    folder = golden_copy("base", "orbax_head_float32_inference")
+    largest = max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    checkpoint = open_t5x_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"parameter .*OCDBT.*copy"):
+        checkpoint.read_many(checkpoint.names)
+    metadata = folder / "state" / "_METADATA"
+    metadata.write_bytes(metadata.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"_METADATA \(1000 bytes\).*truncated"):
+        open_t5x_checkpoint(folder)
+    metadata.write_text(json.dumps({"tree_metadata": {}, "use_zarr3": True}))
+    with pytest.raises(CheckpointError, match="use_zarr3"):
+        open_t5x_checkpoint(folder)
+    metadata.write_text(json.dumps({"tree_metadata": {}}))
+    with pytest.raises(CheckpointError, match="names no parameters"):
+        open_t5x_checkpoint(folder)
+
+
+def test_shape_and_dtype_must_be_as_recorded(golden_copy):
+    folder = golden_copy("base", "t5x_float32")
+    write_array(folder / NORM_FOLDER, np.ones(60, np.float32), chunks=(60,))
+    with pytest.raises(CheckpointError, match=rf"{NORM} has shape \[60\].*says \[64\]"):
+        open_t5x_checkpoint(folder)
+    write_array(folder / NORM_FOLDER, np.ones(64, ml_dtypes.bfloat16), (64,), ts.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"{NORM} is bfloat16.*says float32"):
+        open_t5x_checkpoint(folder)
+    write_array(folder / NORM_FOLDER, np.ones(64, np.uint16), chunks=(64,))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*uint16, expected float32 or bfloat16"):
+        open_t5x_checkpoint(folder)
+    write_array(folder / NORM_FOLDER, np.ones(64, np.float64), chunks=(64,))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*float64, expected float32 or bfloat16"):
+        open_t5x_checkpoint(folder)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_values_must_be_finite(bad, dtype, golden_copy):
+    folder = golden_copy("base", "t5x_float32" if dtype == np.float32 else "t5x_bfloat16")
+    values = np.ones(64, dtype)
+    values[5] = bad
+    write_array(
+        folder / NORM_FOLDER, values, (64,), ts.float32 if dtype == np.float32 else ts.bfloat16
+    )
+    checkpoint = open_t5x_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*holds 1 NaN or infinite values of 64"):
+        checkpoint.params()
+    assert not np.isfinite(checkpoint.read(NORM, check_finite=False)).all()
+    assert checkpoint.read(NORM, slice(6, None)).shape == (58,)
+
+
+# gs://
+
+
+def test_gcs_spec():
+    spec = {"driver": "gcs", "bucket": "bucket", "path": "a/checkpoint_1/"}
+    for url in ("gs://bucket/a/checkpoint_1", "gs://bucket/a/checkpoint_1/"):
+        assert kvstore_spec(url) == spec
+    assert kvstore_spec("gs://bucket") == {"driver": "gcs", "bucket": "bucket", "path": ""}
+    with pytest.raises(CheckpointError, match="names no bucket"):
+        kvstore_spec("gs:///a")
+    folder = Folder(spec, make_context(0))
+    assert folder.url == "gs://bucket/a/checkpoint_1"
+    array = ts.Spec({"driver": "zarr", "kvstore": folder.child("target.x").spec})
+    assert array.kvstore.url == "gs://bucket/a/checkpoint_1/target.x/"
+
+
+class _FakeGcs(http.server.BaseHTTPRequestHandler):
+    """The requests of Google's storage API that a reader makes: read an object, list objects."""
+
+    root: Path
+    authorizations: list[str | None]
+
+    def do_GET(self):
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        prefix = "/storage/v1/b/bucket/o"
+        if not url.path.startswith(prefix):
+            return self.answer(404, b"")
+        self.authorizations.append(self.headers["Authorization"])
+        if url.path == prefix:
+            files = sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*"))
+            low, high = query.get("startOffset", ""), query.get("endOffset", "\x7f")
+            items = [{"name": f, "size": "1", "generation": "1"} for f in files if low <= f < high]
+            return self.answer(200, json.dumps({"items": items}).encode())
+        path = self.root / urllib.parse.unquote(url.path.removeprefix(prefix + "/"))
+        if not path.is_file():
+            return self.answer(404, b"")
+        content = path.read_bytes()
+        if not (wanted := self.headers["Range"]):
+            return self.answer(200, content)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        span = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        return self.answer(206, part, {"Content-Range": span})
+
+    def answer(self, status, body, headers=()):
+        self.send_response(status)
+        for key, value in {"x-goog-generation": "1", **dict(headers)}.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+# TensorStore reads the endpoint's variable once in a process, hence a process of its own.
+_READ_FROM_GCS = f"""
+import sys, zlib
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+for path in sys.argv[1:]:
+    checkpoint = open_t5x_checkpoint(path)
+    experts = checkpoint.read_experts("{WI}", 2, 4)
+    print(checkpoint.layout, checkpoint.step, zlib.crc32(experts))
+"""
+
+
+def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
+    root = golden_checkpoint("base", "t5x_float32_gcsspec").parents[2]
+    golden_checkpoint("base", "orbax_ocdbt_float32")
+    handler = type("Handler", (_FakeGcs,), {"root": root, "authorizations": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"127.0.0.1:{server.server_address[1]}"
+    environment = {
+        "TENSORSTORE_GCS_HTTP_URL": f"http://{endpoint}",
+        # Where TensorStore looks for credentials, none of which are here.
+        "GCE_METADATA_ROOT": endpoint,
+        "CLOUDSDK_CONFIG": str(tmp_path),
+        "GOOGLE_APPLICATION_CREDENTIALS": "",
+    }
+    paths = [
+        "gs://bucket/t5x/t5x_float32_gcsspec",
+        "gs://bucket/orbax/orbax_ocdbt_float32/checkpoint_500100/",
+    ]
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _READ_FROM_GCS, *paths],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.returncode == 0, result.stderr
+    crc = zlib.crc32(reference("base")[WI][2:4])
+    assert result.stdout.splitlines() == [f"t5x 500100 {crc}", f"orbax_ocdbt 500100 {crc}"]
+    assert set(handler.authorizations) == {None}
