@@ -1,0 +1,103 @@
+"""The "packed2" coding: plain 2-bit codes, four a byte. FORMAT.md, "packed2"."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from qmoe_jax.codec import expand, reference
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec, check_array, check_levels, check_names
+from qmoe_jax.errors import CodecError
+
+
+class Packed2Coding:
+    """Four 2-bit codes a byte, rows padded to whole bytes; levels are (scale, zero)."""
+
+    name = "packed2"
+    num_symbols = 4
+    array_names: tuple[str, ...] = ("packed", "levels")
+
+    def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
+        """Pack codes uint8 [experts, out, in]."""
+        experts, rows, width = codes.shape
+        padded = np.zeros((experts, rows, 4 * _row_bytes(width)), np.uint8)
+        padded[..., :width] = codes
+        packed = padded[..., 0::4].copy()
+        for place in (1, 2, 3):
+            packed |= padded[..., place::4] << np.uint8(2 * place)
+        spec = TensorSpec(self.name, experts, rows, width)
+        return CodedTensor(spec, {"packed": packed, "levels": np.ascontiguousarray(levels)})
+
+    def validate(self, coded: CodedTensor) -> None:
+        """Check names, dtypes, shapes, finite levels and zero tail bits."""
+        spec = coded.spec
+        check_names(coded.arrays, self.array_names)
+        rows = (spec.num_experts, spec.out_features)
+        packed = check_array(
+            coded.arrays, "packed", np.uint8, (*rows, _row_bytes(spec.in_features))
+        )
+        check_levels(check_array(coded.arrays, "levels", ml_dtypes.bfloat16, (*rows, 2)))
+        if spec.max_row_codewords:
+            raise CodecError(
+                f"max_row_codewords is {spec.max_row_codewords}; 'packed2' has no codewords and "
+                "requires 0."
+            )
+        tail = spec.in_features % 4
+        if tail and (bad := np.argwhere(packed[..., -1] >> np.uint8(2 * tail))).size:
+            expert, row = bad[0]
+            raise CodecError(
+                f"packed[{expert}, {row}, -1] is {packed[expert, row, -1]:#04x}; the bits after "
+                f"the row's last code (from bit {2 * tail}) must be zero."
+            )
+
+    def concatenate(self, batches: Sequence[CodedTensor]) -> CodedTensor:
+        """Join the arrays along the expert axis."""
+        spec = dataclasses.replace(
+            batches[0].spec, num_experts=sum(b.spec.num_experts for b in batches)
+        )
+        arrays = {n: np.concatenate([b.arrays[n] for b in batches]) for n in self.array_names}
+        return CodedTensor(spec, arrays)
+
+    def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
+        """Slice the arrays along the expert axis (views)."""
+        spec = dataclasses.replace(coded.spec, num_experts=stop - start)
+        return CodedTensor(spec, {n: coded.arrays[n][start:stop] for n in self.array_names})
+
+    def decode_expert(
+        self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
+    ) -> UInt8[jax.Array, "out in"]:
+        """Unpack one expert's codes with XLA."""
+        packed = jnp.take(jnp.asarray(arrays["packed"]), expert, axis=0, mode="clip")
+        return expand.unpack_2bit(packed, spec.in_features)
+
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+        """Unpack all codes in plain Python."""
+        return reference.decode_packed2(coded)
+
+    def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
+        """Count codes by counting bytes; the padding's zeros are taken off again."""
+        spec, packed = coded.spec, coded.arrays["packed"]
+        byte_counts = np.bincount(packed.reshape(-1), minlength=256)
+        counts = np.zeros(4, np.int64)
+        for place in range(4):
+            np.add.at(counts, np.arange(256) >> 2 * place & 3, byte_counts)
+        counts[0] -= 4 * packed.size - spec.num_weights
+        return counts
+
+    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
+        """Bits stored; there are no offsets."""
+        arrays = coded.arrays
+        return {
+            "codes": 8 * arrays["packed"].nbytes,
+            "levels": 8 * arrays["levels"].nbytes,
+            "offsets": 0,
+        }
+
+
+def _row_bytes(in_features: int) -> int:
+    return -(-in_features // 4)

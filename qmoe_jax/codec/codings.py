@@ -1,0 +1,108 @@
+"""What a coding provides, the codings that exist, and what can be done with any coded tensor."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from qmoe_jax.codec.coding_packed2 import Packed2Coding
+from qmoe_jax.codec.coding_qmoe import QmoeCoding
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.errors import CodecError
+
+
+@runtime_checkable
+class Coding(Protocol):
+    """One way to store codes. Instances hold no state; arguments are checked by the callers."""
+
+    name: str
+    """The name that specs carry."""
+    num_symbols: int
+    """Codes are below this: 3 (ternary) or 4 (2-bit), which also settles the weights' grid."""
+    array_names: tuple[str, ...]
+    """Every array that a coded tensor stores. "levels" bfloat16 [experts, out, 2] is one."""
+
+    def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
+        """Encode uint8 [experts, out, in] codes, already checked by `encode.encode`."""
+        ...
+
+    def validate(self, coded: CodedTensor) -> None:
+        """Raise CodecError unless the arrays are a valid tensor by FORMAT.md."""
+        ...
+
+    def concatenate(self, batches: Sequence[CodedTensor]) -> CodedTensor:
+        """Join consecutive expert batches of one tensor."""
+        ...
+
+    def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
+        """Cut out the experts start to stop - 1."""
+        ...
+
+    def decode_expert(
+        self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
+    ) -> UInt8[jax.Array, "out in"]:
+        """Decode one expert's codes with XLA, in bounds for any array contents."""
+        ...
+
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+        """Decode all codes slowly and plainly, as FORMAT.md describes it."""
+        ...
+
+    def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
+        """Count how often each code occurs in the tensor."""
+        ...
+
+    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
+        """Bits stored for "codes", "levels" and "offsets"."""
+        ...
+
+
+@functools.cache
+def _codings() -> dict[str, Coding]:
+    codings: tuple[Coding, ...] = (QmoeCoding(), Packed2Coding())
+    return {coding.name: coding for coding in codings}
+
+
+def coding_names() -> tuple[str, ...]:
+    """Names of all codings."""
+    return tuple(_codings())
+
+
+def get_coding(name: str) -> Coding:
+    """Return the coding of that name."""
+    if name not in _codings():
+        raise CodecError(
+            f"The coding '{name}' is unknown; this version reads and writes "
+            f"{', '.join(coding_names())}. A newer version may have written this tensor."
+        )
+    return _codings()[name]
+
+
+def validate(coded: CodedTensor) -> None:
+    """Raise CodecError unless the arrays are a valid tensor by FORMAT.md. Reads every array."""
+    get_coding(coded.spec.coding).validate(coded)
+
+
+def concatenate(batches: Sequence[CodedTensor]) -> CodedTensor:
+    """Join the coded batches of consecutive experts into the coded tensor of all of them."""
+    if not batches:
+        raise CodecError("No expert batches were given; concatenate requires at least one.")
+    kinds = {(b.spec.coding, b.spec.out_features, b.spec.in_features) for b in batches}
+    if len(kinds) != 1:
+        raise CodecError(
+            f"The expert batches differ in (coding, out, in): {sorted(kinds)}; batches of one "
+            "tensor have the same."
+        )
+    return get_coding(batches[0].spec.coding).concatenate(batches)
+
+
+def slice_experts(coded: CodedTensor, start: int, stop: int) -> CodedTensor:
+    """Cut out the experts start to stop - 1, as a coded tensor of their own."""
+    if not 0 <= start <= stop <= coded.spec.num_experts:
+        raise CodecError(
+            f"Experts {start}:{stop} were asked for; the tensor has {coded.spec.num_experts}."
+        )
+    return get_coding(coded.spec.coding).slice_experts(coded, start, stop)

@@ -1,0 +1,47 @@
+"""Quantization codes to a coded tensor."""
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import CodedTensor, check_levels
+from qmoe_jax.errors import CodecError
+
+
+def encode(
+    codes: np.ndarray | jax.Array, levels: np.ndarray | jax.Array, coding: str = "qmoe"
+) -> CodedTensor:
+    """Encode the codes of a batch of experts, or of all of them.
+
+    Args:
+      codes: uint8 [experts, out, in]. For "qmoe" 0 = zero, 1 = low, 2 = high; for "packed2" 0..3.
+        Experts and rows may be 0 in number, `in` is at least 1.
+      levels: bfloat16 [experts, out, 2], the two parameters of each row: (low, high) for "qmoe",
+        (scale, zero) for "packed2". Kept as they are; other dtypes are refused, since codes that
+        were chosen for unrounded levels no longer are the nearest.
+      coding: name of the coding.
+
+    Batches of consecutive experts are joined by `codings.concatenate`.
+    """
+    codes, levels = np.asarray(codes), np.asarray(levels)
+    implementation = get_coding(coding)
+    if codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[2] == 0:
+        raise CodecError(
+            f"codes are {codes.dtype} of shape {codes.shape}; encoding requires uint8 "
+            "[experts, out, in] with at least one weight in a row."
+        )
+    if levels.dtype != ml_dtypes.bfloat16 or levels.shape != (*codes.shape[:2], 2):
+        raise CodecError(
+            f"levels are {levels.dtype} of shape {levels.shape}; codes of shape {codes.shape} "
+            f"require bfloat16 {(*codes.shape[:2], 2)}. Round the levels to bfloat16 before the "
+            "codes are chosen."
+        )
+    check_levels(levels)
+    if codes.size and codes.max() >= implementation.num_symbols:
+        raise CodecError(
+            f"codes hold the symbol {codes.max()}; coding '{coding}' takes 0 to "
+            f"{implementation.num_symbols - 1}. "
+            "Use ternary codes with 'qmoe' and 2-bit codes with 'packed2'."
+        )
+    return implementation.encode(codes, levels)

@@ -1,0 +1,43 @@
+"""How large a coded tensor is, beside what its codes would need at least."""
+
+import numpy as np
+from jaxtyping import Int64
+
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import CodedTensor
+
+
+def bits(coded: CodedTensor) -> dict[str, int | float]:
+    """Count every stored bit of a coded tensor. The dictionary, common to a model, is not in it.
+
+    Returns a dict of
+      codes, levels, offsets, total: bits stored.
+      bits_per_weight: total over the number of weights.
+      code_bits_per_weight: codes alone over the number of weights.
+      zero_share: share of code 0 (the weight 0 under ternary codes).
+      entropy: of the codes, taken as independent, in bits per weight.
+      entropy_share: entropy over bits_per_weight; 1 is the limit of a coder that uses nothing but
+        the share of each code.
+    Quotients of a tensor without weights are 0.
+    """
+    coding = get_coding(coded.spec.coding)
+    stored = coding.num_bits(coded)
+    counts = coding.symbol_counts(coded)
+    total, weights = sum(stored.values()), coded.spec.num_weights
+    entropy = code_entropy(counts)
+    return {
+        **stored,
+        "total": total,
+        "bits_per_weight": total / weights if weights else 0.0,
+        "code_bits_per_weight": stored["codes"] / weights if weights else 0.0,
+        "zero_share": int(counts[0]) / weights if weights else 0.0,
+        "entropy": entropy,
+        "entropy_share": entropy * weights / total if total else 0.0,
+    }
+
+
+def code_entropy(counts: Int64[np.ndarray, "symbols"]) -> float:
+    """Entropy, in bits a symbol, of symbols that occur `counts` times; 0 for none."""
+    seen = counts[counts > 0]
+    shares = seen / max(int(counts.sum()), 1)
+    return float(-(shares * np.log2(shares)).sum()) if seen.size else 0.0

@@ -1,0 +1,118 @@
+"""A coded tensor: the stored form of one layer's expert kernel, and the static facts about it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qmoe_jax.errors import CodecError
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What decoding must know at trace time. Hashable, so it can be a static argument of jit."""
+
+    coding: str
+    """Name of the coding: "qmoe" (ternary codes) or "packed2" (2-bit codes)."""
+    num_experts: int
+    out_features: int
+    in_features: int
+    """Weights in a row, at least 1."""
+    max_row_codewords: int = 0
+    """No row has more codewords than this ("qmoe"; 0 for codings of fixed size). An upper bound,
+    not necessarily reached: layers given a common bound share one compiled decoder."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_experts", 0),
+            ("out_features", 0),
+            ("in_features", 1),
+            ("max_row_codewords", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise CodecError(
+                    f"TensorSpec.{name} is {value!r}; it must be an integer of at least {least}."
+                )
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in the whole tensor."""
+        return self.num_experts * self.out_features * self.in_features
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object, as the manifest stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "TensorSpec":
+        """Rebuild a spec from `to_json`'s object; refuse missing and unknown fields."""
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != expected:
+            raise CodecError(
+                f"A tensor spec has the fields {sorted(fields)}; format version 1 requires exactly "
+                f"{sorted(expected)}. The manifest is damaged or of another version."
+            )
+        if not isinstance(fields["coding"], str):
+            raise CodecError(f"A tensor spec's coding is {fields['coding']!r}; it must be a name.")
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodedTensor:
+    """A spec and its arrays on the host. FORMAT.md lists the arrays of each coding."""
+
+    spec: TensorSpec
+    arrays: dict[str, np.ndarray]
+
+
+def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
+    """Running totals of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
+    offsets = np.zeros((*counts.shape[:-1], counts.shape[-1] + 1), np.int64)
+    np.cumsum(counts, axis=-1, dtype=np.int64, out=offsets[..., 1:])
+    if offsets.size and offsets.max() >= 2**31:
+        raise CodecError(
+            f"{name} would reach {offsets.max()} codewords; a coded tensor holds fewer than 2**31, "
+            "for its offsets are int32. Split the experts over several coded tensors."
+        )
+    return offsets.astype(np.int32)
+
+
+def check_array(
+    arrays: Mapping[str, np.ndarray], name: str, dtype: Any, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    """Return arrays[name] after checking dtype and shape; None in the shape is any length."""
+    array, dtype = arrays[name], np.dtype(dtype)
+    if array.dtype != dtype:
+        raise CodecError(f"Array '{name}' is {array.dtype}; format version 1 requires {dtype}.")
+    fits = array.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise CodecError(
+            f"Array '{name}' has shape {array.shape}; the tensor's spec requires ({wanted}). The "
+            "array is truncated or belongs to another tensor."
+        )
+    return array
+
+
+def check_names(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> None:
+    """Refuse a missing or an unknown array."""
+    if set(arrays) != set(names):
+        raise CodecError(
+            f"The coded tensor has the arrays {sorted(arrays)}; its coding requires exactly "
+            f"{sorted(names)}."
+        )
+
+
+def check_levels(levels: np.ndarray) -> None:
+    """Refuse levels that are NaN or infinite. bfloat16 [experts, out, 2]."""
+    finite = np.isfinite(levels)
+    if not finite.all():
+        expert, row, level = np.argwhere(~finite)[0]
+        raise CodecError(
+            f"levels[{expert}, {row}, {level}] is {levels[expert, row, level]}; levels must be "
+            "finite. Quantize the tensor again, from finite weights."
+        )
