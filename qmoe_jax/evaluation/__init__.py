@@ -1,0 +1,1 @@
+"""Evaluation: losses and routing statistics over token files."""

@@ -1,0 +1,1 @@
+"""Models: the Switch Transformer in flax.linen, with dense or compressed experts."""

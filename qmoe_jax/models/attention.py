@@ -1,0 +1,96 @@
+"""Multi-head attention with an autoregressive cache in T5X's layout."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from qmoe_jax.models.layers import Dense, attention_bias, softmax_attention
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with joined head-major kernels `query`, `key`, `value`, `out`, without biases.
+
+    Attributes:
+      num_heads: attention heads.
+      head_dim: width of a head; num_heads * head_dim need not equal the width of the input.
+      dtype: dtype of the computation.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "batch queries embed"],
+        inputs_kv: Float[Array, "batch keys embed"],
+        mask: Bool[Array, "#batch 1 #queries keys_or_cache"] | None,
+        bias: Float[Array, "1 heads #queries keys_or_cache"] | None = None,
+        *,
+        decode: bool = False,
+    ) -> Float[Array, "batch queries embed"]:
+        """Attends from `inputs_q` to `inputs_kv`.
+
+        Args:
+          inputs_q: what asks.
+          inputs_kv: what is asked.
+          mask: True where attention is allowed; None allows all.
+          bias: relative position bias, added to the logits.
+          decode: keep keys and values in the collection `cache`. The first call (no cache yet)
+            only creates it, sized by `inputs_kv`; each later call takes one position.
+
+        Raises:
+          ValueError: a decoding step with more than one position.
+        """
+
+        def project(name: str, x: Array) -> Array:
+            joined = Dense(self.num_heads * self.head_dim, self.dtype, name=name)(x)
+            return joined.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+
+        query = project("query", inputs_q)
+        key = project("key", inputs_kv)
+        value = project("value", inputs_kv)
+
+        if decode:
+            stepping = self.has_variable("cache", "cached_key")
+            # [batch, heads, head_dim, length], as T5X's beam search expects.
+            cached_key = self.variable("cache", "cached_key", _empty_cache, key)
+            cached_value = self.variable("cache", "cached_value", _empty_cache, value)
+            cache_index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
+            if stepping:
+                if query.shape[1] != 1:
+                    raise ValueError(
+                        f"a decoding step got {query.shape[1]} positions; pass one at a time "
+                        "(decoder_input_tokens of shape [batch, 1])"
+                    )
+                index = cache_index.value
+                cached_key.value = _write_position(cached_key.value, key, index)
+                cached_value.value = _write_position(cached_value.value, value, index)
+                cache_index.value = index + 1
+                key = jnp.moveaxis(cached_key.value, -1, 1)
+                value = jnp.moveaxis(cached_value.value, -1, 1)
+                past = (jnp.arange(key.shape[1]) <= index)[None, None, None, :]
+                mask = past if mask is None else mask & past
+
+        total_bias = jnp.zeros((1, 1, 1, 1), self.dtype)
+        if mask is not None:
+            total_bias = attention_bias(mask, self.dtype)
+        if bias is not None:
+            total_bias = total_bias + bias
+        attended = softmax_attention(query, key, value, total_bias)
+        joined = attended.reshape(*attended.shape[:-2], self.num_heads * self.head_dim)
+        return Dense(inputs_q.shape[-1], self.dtype, name="out")(joined)
+
+
+def _empty_cache(x: Float[Array, "batch length heads head_dim"]) -> Array:
+    batch, length, heads, head_dim = x.shape
+    return jnp.zeros((batch, heads, head_dim, length), x.dtype)
+
+
+def _write_position(cache: Array, x: Float[Array, "batch 1 heads head_dim"], index: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(
+        cache, jnp.moveaxis(x, 1, -1).astype(cache.dtype), index, axis=3
+    )

@@ -1,0 +1,416 @@
+"""The Switch Transformer, called as T5X calls its modules, with parameters named as in T5X."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.models.attention import MultiHeadAttention
+from qmoe_jax.models.layers import (
+    Dense,
+    DenseMlp,
+    Embed,
+    RelativePositionBias,
+    T5LayerNorm,
+    causal_mask,
+    decoder_token_mask,
+    padding_mask,
+    segment_mask,
+)
+from qmoe_jax.models.moe import CodedKernels, MoeLayer, coded_below
+
+Tokens = Int[Array, "batch length"]
+Hidden = Float[Array, "batch length embed"]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and an MLP (dense, or a MoE when `sparse`), each behind its norm."""
+
+    config: SwitchConfig
+    sparse: bool
+    coded: CodedKernels = ()
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.pre_attention_layer_norm = T5LayerNorm(self.dtype)
+        self.attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
+        self.pre_mlp_layer_norm = T5LayerNorm(self.dtype)
+        self.mlp = _make_mlp(self)
+
+    def __call__(
+        self, x: Hidden, mask: Array, bias: Array, is_token: Array, *, enable_dropout: bool = False
+    ) -> Hidden:
+        """The layer; `x` is the residual stream, `is_token` [batch, length, 1] zeroes padding."""
+        x = self.attend(x, mask, bias, is_token)
+        return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
+
+    def attend(self, x: Hidden, mask: Array, bias: Array, is_token: Array) -> Hidden:
+        """The layer up to its MLP: the residual stream after attention."""
+        y = self.pre_attention_layer_norm(x) * is_token.astype(self.dtype)
+        return x + self.attention(y, y, mask, bias)
+
+    def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
+        """What the MLP sees; exactly zero at padding."""
+        return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder, and an MLP, each behind its norm."""
+
+    config: SwitchConfig
+    sparse: bool
+    coded: CodedKernels = ()
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.pre_self_attention_layer_norm = T5LayerNorm(self.dtype)
+        self.self_attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
+        self.pre_cross_attention_layer_norm = T5LayerNorm(self.dtype)
+        self.encoder_decoder_attention = MultiHeadAttention(
+            config.num_heads, config.head_dim, self.dtype
+        )
+        self.pre_mlp_layer_norm = T5LayerNorm(self.dtype)
+        self.mlp = _make_mlp(self)
+
+    def __call__(
+        self,
+        x: Hidden,
+        encoded: Float[Array, "batch encoder_length embed"],
+        mask: Array | None,
+        cross_mask: Array,
+        bias: Array,
+        is_token: Array,
+        *,
+        enable_dropout: bool = False,
+        decode: bool = False,
+    ) -> Hidden:
+        """The layer; `x` is the residual stream, `is_token` [batch, length, 1] zeroes padding."""
+        x = self.attend(x, encoded, mask, cross_mask, bias, is_token, decode=decode)
+        return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
+
+    def attend(
+        self,
+        x: Hidden,
+        encoded: Float[Array, "batch encoder_length embed"],
+        mask: Array | None,
+        cross_mask: Array,
+        bias: Array,
+        is_token: Array,
+        *,
+        decode: bool = False,
+    ) -> Hidden:
+        """The layer up to its MLP: the residual stream after both attentions."""
+        is_token = is_token.astype(self.dtype)
+        y = self.pre_self_attention_layer_norm(x) * is_token
+        x = x + self.self_attention(y, y, mask, bias, decode=decode)
+        y = self.pre_cross_attention_layer_norm(x) * is_token
+        return x + self.encoder_decoder_attention(y, encoded, cross_mask)
+
+    def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
+        """What the MLP sees; exactly zero at padding."""
+        return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
+
+
+def _make_mlp(layer: EncoderLayer | DecoderLayer) -> MoeLayer | DenseMlp:
+    config = layer.config
+    if layer.sparse:
+        return MoeLayer(config, coded_below(layer.coded, "mlp"), layer.dtype)
+    return DenseMlp(config.wi_names, config.mlp_activations, config.mlp_dim, layer.dtype)
+
+
+def _call_mlp(layer: EncoderLayer | DecoderLayer, x: Hidden, enable_dropout: bool) -> Hidden:
+    if layer.sparse:
+        return layer.mlp(x, enable_dropout=enable_dropout)
+    return layer.mlp(x)
+
+
+class Encoder(nn.Module):
+    """The encoder stack: one relative position bias for all layers, a final norm."""
+
+    config: SwitchConfig
+    coded: CodedKernels = ()
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = RelativePositionBias(
+            config.num_heads,
+            config.relpos_buckets,
+            config.relpos_max_distance,
+            bidirectional=True,
+            dtype=self.dtype,
+        )
+        self.layers = [
+            EncoderLayer(
+                config,
+                i in config.encoder_sparse_layers,
+                coded_below(self.coded, f"layers_{i}"),
+                self.dtype,
+            )
+            for i in range(config.num_encoder_layers)
+        ]
+        self.encoder_norm = T5LayerNorm(self.dtype)
+
+    def __call__(
+        self, embedded: Hidden, tokens: Tokens, mask: Array, *, enable_dropout: bool = False
+    ) -> Hidden:
+        """Encodes embedded tokens; exactly zero at padding."""
+        is_token = (tokens > 0)[..., None]
+        bias = self.relpos_bias(tokens.shape[1])
+        x = embedded
+        for layer in self.layers:
+            x = layer(x, mask, bias, is_token, enable_dropout=enable_dropout)
+        return self.normalise(x, is_token)
+
+    def normalise(self, x: Hidden, is_token: Array) -> Hidden:
+        """The final norm; exactly zero at padding."""
+        return self.encoder_norm(x) * is_token.astype(self.dtype)
+
+
+class Decoder(nn.Module):
+    """The decoder stack: one causal relative position bias, a final norm, separate logits if any."""
+
+    config: SwitchConfig
+    coded: CodedKernels = ()
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = RelativePositionBias(
+            config.num_heads,
+            config.relpos_buckets,
+            config.relpos_max_distance,
+            bidirectional=False,
+            dtype=self.dtype,
+        )
+        self.layers = [
+            DecoderLayer(
+                config,
+                i in config.decoder_sparse_layers,
+                coded_below(self.coded, f"layers_{i}"),
+                self.dtype,
+            )
+            for i in range(config.num_decoder_layers)
+        ]
+        self.decoder_norm = T5LayerNorm(self.dtype)
+        if not config.tied_logits:
+            self.logits_dense = Dense(config.num_embeddings, jnp.dtype(jnp.float32))
+
+    def __call__(
+        self,
+        embedded: Hidden,
+        tokens: Tokens,
+        encoded: Float[Array, "batch encoder_length embed"],
+        mask: Array | None,
+        cross_mask: Array,
+        *,
+        enable_dropout: bool = False,
+        decode: bool = False,
+        cache_length: int | None = None,
+    ) -> Hidden:
+        """Decodes embedded tokens into normalised hidden states; exactly zero at padding."""
+        is_token = decoder_token_mask(tokens)[..., None]
+        bias = self.relpos_bias(cache_length or tokens.shape[1], decode=decode)
+        x = embedded
+        for layer in self.layers:
+            x = layer(
+                x,
+                encoded,
+                mask,
+                cross_mask,
+                bias,
+                is_token,
+                enable_dropout=enable_dropout,
+                decode=decode,
+            )
+        return self.normalise(x, is_token)
+
+    def normalise(self, x: Hidden, is_token: Array) -> Hidden:
+        """The final norm; exactly zero at padding."""
+        return self.decoder_norm(x) * is_token.astype(self.dtype)
+
+
+class SwitchTransformer(nn.Module):
+    """Encoder-decoder Switch Transformer for inference.
+
+    Parameters have the names, shapes and orientation of native T5X checkpoints. Expert kernels
+    may instead be stored as codes (`coded`); they stay codes in memory, and an expert is expanded
+    when tokens reach it. No dropout is applied in any mode: `enable_dropout=True` only selects
+    the training capacity factor.
+
+    Attributes:
+      config: geometry and routing.
+      dtype: activation dtype, float32 or bfloat16; parameters are cast to it at use. Routers,
+        expert outputs' weights and logits are float32 in every case.
+      coded: the expert kernels that are stored as codes, by module path
+        (`encoder/layers_1/mlp/expert/wi`).
+    """
+
+    config: SwitchConfig
+    dtype: DTypeLike = jnp.float32
+    coded: CodedKernels = ()
+
+    def setup(self) -> None:
+        config = self.config
+        self.token_embedder = Embed(config.num_embeddings, config.embed_dim, self.dtype)
+        self.encoder = Encoder(config, coded_below(self.coded, "encoder"), self.dtype)
+        self.decoder = Decoder(config, coded_below(self.coded, "decoder"), self.dtype)
+
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "batch encoder_length"],
+        decoder_input_tokens: Tokens,
+        decoder_target_tokens: Tokens,
+        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+        decoder_segment_ids: Tokens | None = None,
+        encoder_positions: Int[Array, "batch encoder_length"] | None = None,
+        decoder_positions: Tokens | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits of every target token, float32.
+
+        Args:
+          encoder_input_tokens: ids; 0 is padding.
+          decoder_input_tokens: the targets shifted right by one, beginning with 0.
+          decoder_target_tokens: ids; used for masks only.
+          encoder_segment_ids: segments of packed examples.
+          decoder_segment_ids: segments of packed examples.
+          encoder_positions: accepted for T5X; relative position biases need none.
+          decoder_positions: likewise.
+          enable_dropout: use the training capacity factor (no dropout is applied).
+          decode: create or use the autoregressive cache.
+          max_decode_length: length of the cache; needed for each decoding step.
+        """
+        encoded = self.encode(
+            encoder_input_tokens,
+            encoder_segment_ids,
+            encoder_positions,
+            enable_dropout=enable_dropout,
+        )
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            decoder_positions,
+            enable_dropout=enable_dropout,
+            decode=decode,
+            max_decode_length=max_decode_length,
+        )
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Array, "batch encoder_length"],
+        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+        encoder_positions: Int[Array, "batch encoder_length"] | None = None,
+        *,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "batch encoder_length embed"]:
+        """Encoder outputs in the activation dtype; exactly zero at padding."""
+        del encoder_positions  # relative position biases need none
+        mask = encoder_mask(encoder_input_tokens, encoder_segment_ids)
+        embedded = self.token_embedder(encoder_input_tokens)
+        return self.encoder(embedded, encoder_input_tokens, mask, enable_dropout=enable_dropout)
+
+    def decode(
+        self,
+        encoded: Float[Array, "batch encoder_length embed"],
+        encoder_input_tokens: Int[Array, "batch encoder_length"],
+        decoder_input_tokens: Tokens,
+        decoder_target_tokens: Tokens,
+        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+        decoder_segment_ids: Tokens | None = None,
+        decoder_positions: Tokens | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits from encoder outputs; see `__call__` for the arguments.
+
+        Raises:
+          ValueError: packed examples while decoding.
+        """
+        del decoder_positions  # relative position biases need none
+        if decode:
+            if encoder_segment_ids is not None or decoder_segment_ids is not None:
+                raise ValueError(
+                    "decode=True got segment ids: packed examples cannot be decoded step by step; "
+                    "pass one example per row"
+                )
+            if max_decode_length is None and decoder_input_tokens.shape[1] == 1:
+                raise ValueError(
+                    "a decoding step needs max_decode_length, the length that the cache was "
+                    "created with, to find its relative position bias"
+                )
+            mask = None
+            cross_mask = jnp.broadcast_to(
+                (encoder_input_tokens > 0)[:, None, None, :],
+                (encoder_input_tokens.shape[0], 1, 1, encoder_input_tokens.shape[1]),
+            )
+        else:
+            mask = decoder_mask(decoder_target_tokens, decoder_segment_ids)
+            cross_mask = cross_attention_mask(
+                decoder_target_tokens,
+                encoder_input_tokens,
+                decoder_segment_ids,
+                encoder_segment_ids,
+            )
+        hidden = self.decoder(
+            self.token_embedder(decoder_input_tokens),
+            decoder_input_tokens,
+            encoded,
+            mask,
+            cross_mask,
+            enable_dropout=enable_dropout,
+            decode=decode,
+            cache_length=max_decode_length if decode else None,
+        )
+        return self.logits(hidden)
+
+    def logits(self, hidden: Hidden) -> Float[Array, "batch length vocab"]:
+        """Float32 logits from the normalised outputs of the decoder."""
+        if self.config.tied_logits:
+            return self.token_embedder.attend(hidden)
+        return self.decoder.logits_dense(hidden)
+
+
+def encoder_mask(
+    tokens: Tokens, segment_ids: Tokens | None = None
+) -> Bool[Array, "batch 1 length length"]:
+    """Self-attention of the encoder: between tokens of one example."""
+    mask = padding_mask(tokens > 0, tokens > 0)
+    if segment_ids is not None:
+        mask = mask & segment_mask(segment_ids, segment_ids)
+    return mask
+
+
+def decoder_mask(
+    target_tokens: Tokens, segment_ids: Tokens | None = None
+) -> Bool[Array, "batch 1 length length"]:
+    """Self-attention of the decoder when teacher-forced: causal, between real targets."""
+    mask = causal_mask(target_tokens.shape[1]) & padding_mask(target_tokens > 0, target_tokens > 0)
+    if segment_ids is not None:
+        mask = mask & segment_mask(segment_ids, segment_ids)
+    return mask
+
+
+def cross_attention_mask(
+    target_tokens: Tokens,
+    encoder_tokens: Int[Array, "batch encoder_length"],
+    decoder_segment_ids: Tokens | None = None,
+    encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+) -> Bool[Array, "batch 1 length encoder_length"]:
+    """Attention of real targets to encoder tokens."""
+    mask = padding_mask(target_tokens > 0, encoder_tokens > 0)
+    if decoder_segment_ids is not None and encoder_segment_ids is not None:
+        mask = mask & segment_mask(decoder_segment_ids, encoder_segment_ids)
+    return mask
