@@ -33,7 +33,9 @@ ARCHIVES = {
         "orbax_head_bfloat16_inference",
     ),
     ("xxl", "t5x"): ("t5x_float32", "t5x_float32_inference", "t5x_bfloat16"),
+    ("xxl", "orbax"): ("orbax_ocdbt_float32", "orbax_head_float32_inference"),
     ("c", "t5x"): ("t5x_float32", "t5x_float32_inference", "t5x_bfloat16"),
+    ("c", "orbax"): ("orbax_ocdbt_float32", "orbax_head_float32_inference"),
 }
 LAYOUTS = tuple((model, layout) for (model, _), layouts in ARCHIVES.items() for layout in layouts)
 

@@ -1,0 +1,76 @@
+"""The list buffer: the hidden states of all samples in one host array (QMoE section 3.2)."""
+
+import os
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class ListBuffer:
+    """Rows of all samples, one after another, without padding.
+
+    Access is by sample batch (padded, for attention) or by row (for the tokens of an expert).
+
+    Attributes:
+      offsets: int64 [samples + 1]; the rows of sample i are offsets[i] to offsets[i + 1] - 1.
+      rows: [total, dim]; an array in memory, or one mapped to a file.
+    """
+
+    offsets: Int[np.ndarray, "samples_plus_1"]
+    rows: Float[np.ndarray, "total dim"]
+
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, "samples"],
+        dim: int,
+        dtype: np.dtype | type = np.float32,
+        path: str | os.PathLike[str] | None = None,
+    ):
+        """Makes room for samples of the given lengths.
+
+        Args:
+          lengths: rows of each sample.
+          dim: width of a row.
+          dtype: dtype of the rows.
+          path: file to map the rows to; in memory where None.
+        """
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        shape = (int(self.offsets[-1]), dim)
+        if path is None or shape[0] == 0:
+            self.rows = np.zeros(shape, dtype)
+        else:
+            self.rows = np.memmap(path, dtype, mode="w+", shape=shape)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row_index(
+        self, samples: Int[np.ndarray, "batch"], length: int
+    ) -> tuple[Int[np.ndarray, "batch length"], np.ndarray]:
+        """Row numbers of a padded batch, and which of its positions are real, bool.
+
+        Raises:
+          ValueError: a sample is longer than `length`.
+        """
+        lengths = self.offsets[samples + 1] - self.offsets[samples]
+        if len(lengths) and lengths.max() > length:
+            raise ValueError(f"a sample of {lengths.max()} rows does not fit length {length}")
+        position = np.arange(length)[None]
+        real = position < lengths[:, None]
+        return np.where(real, self.offsets[samples][:, None] + position, 0), real
+
+    def padded(
+        self, samples: Int[np.ndarray, "batch"], length: int, batch_size: int
+    ) -> Float[np.ndarray, "batch_size length dim"]:
+        """A sample batch, with zeros where a sample is shorter and in rows past the samples."""
+        index, real = self.row_index(samples, length)
+        batch = np.zeros((batch_size, length, self.rows.shape[1]), self.rows.dtype)
+        batch[: len(samples)][real] = self.rows[index[real]]
+        return batch
+
+    def store(
+        self, samples: Int[np.ndarray, "batch"], batch: Float[np.ndarray, "batch_size length dim"]
+    ) -> None:
+        """Writes a padded batch back; padding is left out."""
+        index, real = self.row_index(samples, batch.shape[1])
+        self.rows[index[real]] = batch[: len(samples)][real]

@@ -1,0 +1,320 @@
+"""seqio tasks that turn documents into corrupted examples, and their way into a token file.
+
+A task is registered under a name that spells its settings, so asking twice gives the same task and
+two settings never share one. Nothing is registered, and neither TensorFlow nor seqio imported,
+with this module.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qmoe_jax.calibration import span_corruption, tokens
+from qmoe_jax.errors import TokensError
+
+PROTOCOLS = ("t5x", "paper")
+
+# seqio's Task and vocabulary, named for the reader.
+Task = Any
+Vocabulary = Any
+Settings = Mapping[str, str | int | bool | None]
+
+
+def load_vocabulary(path: str) -> Vocabulary:
+    """A SentencePiece vocabulary with T5's 100 sentinels.
+
+    The public Switch models use gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model,
+    which has the sentinels inside. To a model without any, as cc_all.32000, they are added on top:
+    the ids are the same.
+
+    Args:
+      path: local or `gs://` path of the sentencepiece model.
+
+    Returns:
+      `seqio.SentencePieceVocabulary`.
+
+    Raises:
+      TokensError: no such file, or no sentencepiece model.
+    """
+    import seqio
+    import tensorflow as tf
+
+    try:
+        vocabulary = seqio.SentencePieceVocabulary(path)
+        vocabulary.load_model()
+    except (tf.errors.OpError, OSError) as error:
+        raise TokensError(
+            f"The vocabulary {path} cannot be read ({error}); a sentencepiece model is needed. "
+            "Public Switch models: gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+        ) from error
+    except Exception as error:  # protobuf's DecodeError differs between its implementations
+        raise TokensError(f"{path} is no sentencepiece model: {error}") from error
+    if not vocabulary.tokenizer.IdToPiece(vocabulary.vocab_size - 1).endswith("<extra_id_0>"):
+        vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
+    return vocabulary
+
+
+def c4_task(
+    vocabulary_path: str,
+    *,
+    data_dir: str | None = None,
+    version: str = "3.0.1",
+    config: str = "en",
+    protocol: str = "t5x",
+) -> Task:
+    """C4 as TensorFlow Datasets has prepared it.
+
+    Args:
+      vocabulary_path: see `load_vocabulary`.
+      data_dir: the TFDS folder that has `c4/<config>/<version>`; None is TFDS's default.
+      version: version of the dataset.
+      config: `en` or another configuration of C4.
+      protocol: `t5x` or `paper`, see `span_corruption`.
+
+    Raises:
+      TokensError: unknown protocol, bad vocabulary, or no such prepared dataset: C4 takes days to
+        generate, so that is never begun here.
+    """
+    import seqio
+    import tensorflow_datasets as tfds
+
+    name = f"c4/{config}:{version}"
+    try:
+        tfds.builder(name, data_dir=data_dir).info.splits["train"]
+    except Exception as error:  # TFDS raises a dozen kinds
+        raise TokensError(
+            f"TFDS has no prepared {name} under {data_dir or 'its default folder'} ({error}); "
+            f"give the folder that holds c4/{config}/{version}, or use the released JSON lines."
+        ) from error
+    source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=data_dir, read_only=True)
+    settings = {"source": "c4_tfds", "name": name, "data_dir": data_dir}
+    return _task(f"c4_{config}_tfds", source, vocabulary_path, protocol, settings)
+
+
+def c4_jsonl_task(
+    vocabulary_path: str,
+    files: Mapping[str, str | Sequence[str]],
+    *,
+    protocol: str = "t5x",
+) -> Task:
+    """Documents from JSON lines, such as C4's `c4-train.00000-of-01024.json.gz`.
+
+    Each line is an object with "text"; other keys ("timestamp", "url") are ignored.
+
+    Args:
+      vocabulary_path: see `load_vocabulary`.
+      files: for each split, a path or glob or several; read in sorted order, `.gz` unpacked.
+      protocol: `t5x` or `paper`, see `span_corruption`.
+
+    Raises:
+      TokensError: unknown protocol, bad vocabulary, or a pattern without a file. A bad line raises
+        when it is read.
+    """
+    import tensorflow as tf
+
+    found: dict[str, list[str]] = {}
+    for split, patterns in files.items():
+        found[split] = []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matches = sorted(tf.io.gfile.glob(pattern))
+            if not matches:
+                raise TokensError(
+                    f"No file matches {pattern!r} for split {split!r}; give the path of .json or "
+                    ".json.gz files with one document a line."
+                )
+            found[split] += matches
+    settings = {"source": "c4_jsonl", "files": json.dumps(found, sort_keys=True)}
+    source = _generator_source(
+        {split: functools.partial(_json_lines, found[split]) for split in found}
+    )
+    return _task("c4_jsonl", source, vocabulary_path, protocol, settings)
+
+
+def text_task(
+    name: str,
+    vocabulary_path: str,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    protocol: str = "t5x",
+    drop_short: bool = False,
+) -> Task:
+    """Documents held in memory, in the order given.
+
+    Args:
+      name: beginning of the task's name.
+      vocabulary_path: see `load_vocabulary`.
+      texts: the documents of each split.
+      protocol: `t5x` or `paper`, see `span_corruption`.
+      drop_short: with `t5x`, leave out examples that need padding.
+    """
+    digest = hashlib.sha256(json.dumps({k: list(v) for k, v in texts.items()}).encode())
+    settings = {"source": name, "texts": digest.hexdigest()}
+    source = _generator_source({split: functools.partial(iter, texts[split]) for split in texts})
+    return _task(name, source, vocabulary_path, protocol, settings, drop_short=drop_short)
+
+
+def tokenize_task(
+    task: Task,
+    *,
+    split: str,
+    num_examples: int,
+    inputs_length: int,
+    targets_length: int | None = None,
+    seed: int = 0,
+    source: str = "",
+    progress: bool = False,
+) -> tokens.TokenFile:
+    """The first examples of a task, unshuffled; equal arguments give equal tokens.
+
+    Args:
+      task: of this module.
+      split: split of the task.
+      num_examples: how many examples.
+      inputs_length: encoder tokens of an example.
+      targets_length: decoder tokens; None is what the corruption of `inputs_length` gives.
+      seed: seed of the corruption.
+      source: description for the metadata.
+      progress: show a progress bar.
+
+    Raises:
+      TokensError: no such split, unreadable documents, or fewer examples than asked for.
+      ValueError: lengths that the corruption cannot keep.
+    """
+    import tensorflow as tf
+
+    if num_examples < 1:
+        raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
+    if split not in task.splits:
+        raise TokensError(f"{task.name} has no split {split!r}; it has {sorted(task.splits)}.")
+    if targets_length is None:
+        targets_length = span_corruption.corruption_lengths(inputs_length)[1]
+    dataset = task.get_dataset(
+        sequence_length={"inputs": inputs_length, "targets": targets_length},
+        split=split,
+        shuffle=False,
+        seed=seed,
+    ).take(num_examples)
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    try:
+        examples = dataset.as_numpy_iterator()
+        for example in tqdm(examples, "tokenising", num_examples, disable=not progress):
+            inputs.append(example["inputs"])
+            targets.append(example["targets"])
+    except tf.errors.OpError as error:
+        raise TokensError(f"{task.name} cannot be read: {_cause(error.message)}") from error
+    if len(inputs) < num_examples:
+        raise TokensError(
+            f"{task.name} has {len(inputs)} examples in split {split!r}; {num_examples} were asked "
+            "for. Ask for fewer, or give more documents."
+        )
+    batch = tokens.from_sequences(
+        inputs, targets, inputs_length=inputs_length, targets_length=targets_length
+    )
+    vocabulary = task.output_features["targets"].vocabulary
+    first, count = span_corruption.sentinel_range(vocabulary)
+    metadata = tokens.TokenMetadata(
+        task=task.name,
+        split=split,
+        vocabulary_size=vocabulary.vocab_size,
+        sentinel_first=first,
+        sentinel_count=count,
+        eos_id=vocabulary.eos_id,
+        seed=seed,
+        source=source,
+    )
+    return tokens.TokenFile(batch, metadata)
+
+
+def _task(
+    prefix: str,
+    source: Any,
+    vocabulary_path: str,
+    protocol: str,
+    settings: Settings,
+    *,
+    drop_short: bool = False,
+) -> Task:
+    """The task of these settings, registered at the first call."""
+    import seqio
+
+    if protocol not in PROTOCOLS:
+        raise TokensError(f"protocol is {protocol!r}; it must be one of {PROTOCOLS}.")
+    if drop_short and protocol != "t5x":
+        raise TokensError("drop_short is set; only the t5x protocol cuts text to full length.")
+    full = {**settings, "vocabulary": vocabulary_path, "protocol": protocol, "short": drop_short}
+    digest = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"qmoe_jax_{prefix}_{protocol}_{digest}"
+    if name in seqio.TaskRegistry.names():
+        return seqio.TaskRegistry.get(name)
+    vocabulary = load_vocabulary(vocabulary_path)
+    corruption: list[Callable[..., Any]]
+    if protocol == "t5x":
+        corruption = [
+            functools.partial(span_corruption.t5x_span_corruption, drop_short=drop_short),
+            seqio.preprocessors.append_eos_after_trim,
+        ]
+    else:
+        corruption = [span_corruption.paper_span_corruption]
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        # The order of T5's c4 tasks, the placeholder included: seeds count from its position.
+        preprocessors=[
+            functools.partial(
+                seqio.preprocessors.rekey, key_map={"inputs": None, "targets": "text"}
+            ),
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            *corruption,
+        ],
+        output_features={
+            key: seqio.Feature(vocabulary=vocabulary, add_eos=True) for key in ("inputs", "targets")
+        },
+        metric_fns=[],
+    )
+
+
+def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
+    """A seqio source of {"text"} from one Python generator function per split."""
+    import seqio
+    import tensorflow as tf
+
+    def dataset_fn(split, shuffle_files, seed=None):
+        del shuffle_files, seed
+        texts = tf.data.Dataset.from_generator(
+            splits[split], output_signature=tf.TensorSpec([], tf.string)
+        )
+        return texts.map(lambda text: {"text": text})
+
+    return seqio.FunctionDataSource(dataset_fn, splits=tuple(splits))
+
+
+def _json_lines(paths: Sequence[str]) -> Iterator[str]:
+    import tensorflow as tf
+
+    for path in paths:
+        done = 0
+        try:
+            with tf.io.gfile.GFile(path, "rb") as raw:
+                lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)["text"]
+                    done += 1
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+            raise TokensError(
+                f'{path} line {done + 1}: {error!r}; needed is a JSON object with "text" a line.'
+            ) from error
+
+
+def _cause(message: str) -> str:
+    """The line of TensorFlow's message, a printed traceback, that says what went wrong."""
+    lines = [line.strip() for line in message.splitlines() if "Error: " in line]
+    return lines[-1].split("Error: ", 1)[1] if lines else message.strip()

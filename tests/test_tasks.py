@@ -1,0 +1,232 @@
+"""Tasks over real TFDS and JSON-lines files, up to a written token file."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+from golden_data import DEMO
+
+from qmoe_jax import prepare_tokens
+from qmoe_jax.calibration import span_corruption, tasks, tokens
+from qmoe_jax.errors import TokensError
+
+VOCABULARY = str(DEMO / "sentencepiece.model")
+WORDS = ["the", "array", "of", "shape", "and", "type", "returned", "by", "this", "function"]
+
+seqio = pytest.importorskip("seqio")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, rng.integers(5, 150))) for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def c4_folder(tmp_path_factory, texts):
+    """C4's schema, written by TFDS itself: c4/en/3.0.1 with train and validation."""
+    import tensorflow_datasets as tfds
+
+    class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A small C4."""
+
+        name = "c4"
+        VERSION = tfds.core.Version("3.0.1")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", description="English")]  # noqa: RUF012
+
+        def _info(self):
+            keys = ("text", "timestamp", "url", "content-type", "content-length")
+            features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in keys})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {
+                "train": self._generate_examples(texts),
+                "validation": self._generate_examples(texts[:5]),
+            }
+
+        def _generate_examples(self, chosen):
+            for number, text in enumerate(chosen):
+                yield (
+                    number,
+                    {
+                        "text": text,
+                        "timestamp": "2019-04-25T12:57:54Z",
+                        "url": f"https://example.org/{number}",
+                        "content-type": "text/plain",
+                        "content-length": str(len(text)),
+                    },
+                )
+
+    folder = tmp_path_factory.mktemp("tfds")
+    C4(data_dir=folder, config="en").download_and_prepare()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def jsonl_folder(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("jsonl")
+    lines = [
+        json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://e.org"})
+        for text in texts
+    ]
+    for number, part in enumerate((lines[:20], lines[20:40])):
+        path = folder / f"c4-train.0000{number}-of-00003.json.gz"
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.write("\n".join(part) + "\n")
+    (folder / "c4-train.00002-of-00003.json").write_text("\n".join(lines[40:]))
+    return folder
+
+
+def assert_equal(left, right):
+    for name in tokens.ARRAY_NAMES:
+        np.testing.assert_array_equal(getattr(left.tokens, name), getattr(right.tokens, name))
+
+
+def test_c4_of_tfds(c4_folder, texts):
+    task = tasks.c4_task(VOCABULARY, data_dir=c4_folder, protocol="paper")
+    assert tasks.c4_task(VOCABULARY, data_dir=c4_folder, protocol="paper") is task
+    made = tasks.tokenize_task(task, split="train", num_examples=55, inputs_length=256, seed=1)
+    vocabulary = task.output_features["targets"].vocabulary
+    # TFDS stores in hashed order, so documents are compared as a set: each is one of the texts.
+    documents = {tuple(vocabulary.encode(text)) for text in texts}
+    sentinel = made.metadata.is_sentinel
+    found = set()
+    for inputs, targets in zip(
+        made.tokens.encoder_input_tokens, made.tokens.decoder_target_tokens, strict=True
+    ):
+        marks = np.flatnonzero(sentinel(targets))
+        spans = {
+            targets[start]: targets[start + 1 : end] for start, end in itertools.pairwise(marks)
+        }
+        raw = [spans.get(token, [token]) for token in inputs[inputs != 0]]
+        found.add(tuple(np.concatenate(raw).tolist()[:-2]))  # without its own eos and the inputs'
+    assert len(found) == 55
+    assert found <= documents
+    again = tasks.tokenize_task(task, split="train", num_examples=55, inputs_length=256, seed=1)
+    assert_equal(made, again)
+
+
+def test_no_such_tfds_dataset(tmp_path):
+    with pytest.raises(TokensError, match=r"no prepared c4/en:3\.0\.1 under .*released JSON lines"):
+        tasks.c4_task(VOCABULARY, data_dir=str(tmp_path))
+
+
+def test_json_lines_give_what_the_texts_give(jsonl_folder, texts):
+    task = tasks.c4_jsonl_task(VOCABULARY, {"train": str(jsonl_folder / "c4-train.*.json*")})
+    other = tasks.text_task("texts", VOCABULARY, {"train": texts})
+    lengths = {"split": "train", "num_examples": 20, "inputs_length": 128, "seed": 7}
+    made, expected = (tasks.tokenize_task(one, **lengths) for one in (task, other))
+    assert_equal(made, expected)
+    assert made.tokens.decoder_target_tokens.shape == (20, 29)
+    assert made.metadata.seed == 7
+    assert task.name.startswith("qmoe_jax_c4_jsonl_t5x_")
+
+
+def test_tokens_equal_seqios_packed_features(texts):
+    task = tasks.text_task("texts", VOCABULARY, {"train": texts})
+    made = tasks.tokenize_task(
+        task, split="train", num_examples=16, inputs_length=128, targets_length=32
+    )
+    lengths = {"inputs": 128, "targets": 32}
+    dataset = task.get_dataset(lengths, "train", shuffle=False, seed=0).take(16)
+    packed = list(seqio.EncDecFeatureConverter(pack=True)(dataset, lengths).as_numpy_iterator())
+    for name in tokens.ARRAY_NAMES:
+        np.testing.assert_array_equal(
+            np.stack([example[name] for example in packed]), getattr(made.tokens, name)
+        )
+
+
+def test_settings_decide_the_task(texts):
+    task = tasks.text_task("texts", VOCABULARY, {"train": texts})
+    assert tasks.text_task("texts", VOCABULARY, {"train": list(texts)}) is task
+    for other in (
+        tasks.text_task("texts", VOCABULARY, {"train": texts[1:]}),
+        tasks.text_task("texts", VOCABULARY, {"train": texts}, protocol="paper"),
+        tasks.text_task("texts", VOCABULARY, {"train": texts}, drop_short=True),
+    ):
+        assert other.name != task.name
+
+
+def test_errors_name_value_and_remedy(tmp_path, texts):
+    with pytest.raises(TokensError, match=r"No file matches .*nothing"):
+        tasks.c4_jsonl_task(VOCABULARY, {"train": str(tmp_path / "nothing*")})
+    with pytest.raises(TokensError, match=r"protocol is 'other'; it must be one of"):
+        tasks.text_task("texts", VOCABULARY, {"train": texts}, protocol="other")
+    with pytest.raises(TokensError, match="drop_short"):
+        tasks.text_task("texts", VOCABULARY, {"train": texts}, protocol="paper", drop_short=True)
+    with pytest.raises(TokensError, match=r"absent\.model cannot be read"):
+        tasks.load_vocabulary(str(tmp_path / "absent.model"))
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    with pytest.raises(TokensError, match=r"bad\.model is no sentencepiece model"):
+        tasks.load_vocabulary(str(tmp_path / "bad.model"))
+    task = tasks.text_task("texts", VOCABULARY, {"train": texts})
+    for options, message in (
+        ({"split": "test", "num_examples": 1}, r"no split 'test'; it has \['train'\]"),
+        ({"split": "train", "num_examples": 0}, "num_examples is 0"),
+        ({"split": "train", "num_examples": 10000}, "10000 were asked for"),
+    ):
+        with pytest.raises(TokensError, match=message):
+            tasks.tokenize_task(task, inputs_length=128, **options)
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"url": "no text"}'])
+def test_bad_line_is_named(tmp_path, texts, line):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"text": texts[0]}) + "\n" + line)
+    task = tasks.c4_jsonl_task(VOCABULARY, {"train": str(path)})
+    with pytest.raises(TokensError, match=r"bad\.json line 2: .*needed is a JSON object"):
+        tasks.tokenize_task(task, split="train", num_examples=5, inputs_length=128)
+
+
+def test_truncated_gzip_is_named(tmp_path, jsonl_folder):
+    whole = (jsonl_folder / "c4-train.00000-of-00003.json.gz").read_bytes()
+    path = tmp_path / "half.json.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    task = tasks.c4_jsonl_task(VOCABULARY, {"train": str(path)})
+    with pytest.raises(TokensError, match=r"half\.json\.gz line \d+"):
+        tasks.tokenize_task(task, split="train", num_examples=50, inputs_length=128)
+
+
+def test_vocabulary_without_sentinels_gets_them(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        (DEMO / "sentencepiece.model").read_bytes()
+    )
+    del model.pieces[-100:]
+    (tmp_path / "plain.model").write_bytes(model.SerializeToString())
+    plain, extra = (
+        tasks.load_vocabulary(path) for path in (str(tmp_path / "plain.model"), VOCABULARY)
+    )
+    assert plain.vocab_size == extra.vocab_size == 4068
+    assert span_corruption.sentinel_range(plain) == span_corruption.sentinel_range(extra)
+    assert plain.encode("the input array") == extra.encode("the input array")
+
+
+def test_command_line(jsonl_folder, c4_folder, tmp_path, capsys):
+    common = ["--vocabulary", VOCABULARY, "--num_examples", "6", "--inputs_length", "128"]
+    outputs = [str(tmp_path / name) for name in ("a.npz", "b.npz", "c.npz")]
+    files = [str(jsonl_folder / "*.json.gz"), str(jsonl_folder / "*.json")]
+    json_lines = [*common, "--source", "c4_jsonl", "--files", *files, "--seed", "2"]
+    for output in outputs[:2]:
+        assert prepare_tokens.main([*json_lines, "--output", output]) == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    tfds = [*common, "--source", "c4_tfds", "--data_dir", c4_folder, "--protocol", "paper"]
+    assert prepare_tokens.main([*tfds, "--output", outputs[2]]) == 0
+    assert "6 examples of 128 input and 29 target positions" in capsys.readouterr().out
+    read = tokens.read_tokens(outputs[0], num_embeddings=4096)
+    assert read.metadata.seed == 2
+    assert "c4-train" not in read.metadata.task
+    assert len(tokens.read_tokens(outputs[2])) == 6
+    assert prepare_tokens.main([*common, "--source", "c4_jsonl", "--output", "x"]) == 1
+    assert "error: --source c4_jsonl needs --files" in capsys.readouterr().err
+
+
+def test_help_needs_no_tensorflow(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        prepare_tokens.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--protocol {t5x,paper}" in capsys.readouterr().out
