@@ -1,4 +1,4 @@
-"""The errors that bad input raises. Each message names the value, the requirement and the remedy."""
+"""Errors that bad input raises. A message names the value, the requirement and the remedy."""
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""Loss and accuracy over token batches, kept per example so that models compare on the same text."""
+"""Loss and accuracy over token batches, per example, so that models compare on the same text."""
 
 import dataclasses
 import functools

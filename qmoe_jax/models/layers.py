@@ -97,6 +97,7 @@ class Embed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         self.embedding = self.param(
             "embedding",
             nn.initializers.normal(1.0),
@@ -104,8 +105,11 @@ class Embed(nn.Module):
             jnp.float32,
         )
 
-    def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+    def __call__(
+        self, ids: Int[Array | np.ndarray, "batch length"]
+    ) -> Float[Array, "batch length embed"]:
         """Looks ids up; returns `dtype`."""
+        ids = jnp.asarray(ids)
         in_range = (ids >= 0) & (ids < self.num_embeddings)
         rows = self.embedding.astype(self.dtype)[jnp.clip(ids, 0, self.num_embeddings - 1)]
         return jnp.where(in_range[..., None], rows, jnp.zeros((), self.dtype))
@@ -228,17 +232,21 @@ def attention_bias(
 
 
 def padding_mask(
-    query_is_token: Bool[Array, "batch queries"], key_is_token: Bool[Array, "batch keys"]
+    query_is_token: Bool[Array | np.ndarray, "batch queries"],
+    key_is_token: Bool[Array | np.ndarray, "batch keys"],
 ) -> Bool[Array, "batch 1 queries keys"]:
     """Attention between tokens, none from or to padding."""
-    return (query_is_token[:, :, None] & key_is_token[:, None, :])[:, None]
+    mask = query_is_token[:, :, None] & key_is_token[:, None, :]
+    return jnp.asarray(mask)[:, None]
 
 
 def segment_mask(
-    query_segments: Int[Array, "batch queries"], key_segments: Int[Array, "batch keys"]
+    query_segments: Int[Array | np.ndarray, "batch queries"],
+    key_segments: Int[Array | np.ndarray, "batch keys"],
 ) -> Bool[Array, "batch 1 queries keys"]:
     """Attention inside one packed example."""
-    return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+    mask = query_segments[:, :, None] == key_segments[:, None, :]
+    return jnp.asarray(mask)[:, None]
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 queries keys"]:
@@ -248,12 +256,13 @@ def causal_mask(length: int) -> Bool[Array, "1 1 queries keys"]:
 
 
 def decoder_token_mask(
-    decoder_input_tokens: Int[Array, "batch length"],
+    decoder_input_tokens: Int[Array | np.ndarray, "batch length"],
 ) -> Bool[Array, "batch length"]:
     """Which decoder positions hold a token, although 0 is both padding and begin-of-sequence.
 
     A 0 counts if it stands first or if a token follows it (packed examples begin so).
     """
+    decoder_input_tokens = jnp.asarray(decoder_input_tokens)
     followed = jnp.pad(decoder_input_tokens, ((0, 0), (0, 1)))[:, 1:] > 0
     first = (jnp.arange(decoder_input_tokens.shape[1]) == 0)[None]
     return (decoder_input_tokens > 0) | followed | first
@@ -263,7 +272,7 @@ def softmax_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
-    bias: Float[Array, "#batch #heads queries keys"],
+    bias: Float[Array, "#batch #heads #queries #keys"],
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Dot-product attention without 1/sqrt(head_dim): T5 folds it into the query's initialiser.
 

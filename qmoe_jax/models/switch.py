@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,9 @@ from qmoe_jax.models.layers import (
 )
 from qmoe_jax.models.moe import CodedKernels, MoeLayer, coded_below
 
-Tokens = Int[Array, "batch length"]
+# NumPy arrays are welcome too: callers outside jit pass token files as they are.
+Tokens = Int[Array | np.ndarray, "batch length"]
+EncoderTokens = Int[Array | np.ndarray, "batch encoder_length"]
 Hidden = Float[Array, "batch length embed"]
 
 
@@ -33,6 +36,7 @@ class EncoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         config = self.config
         self.pre_attention_layer_norm = T5LayerNorm(self.dtype)
         self.attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
@@ -65,6 +69,7 @@ class DecoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         config = self.config
         self.pre_self_attention_layer_norm = T5LayerNorm(self.dtype)
         self.self_attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
@@ -135,6 +140,7 @@ class Encoder(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         config = self.config
         self.relpos_bias = RelativePositionBias(
             config.num_heads,
@@ -158,7 +164,7 @@ class Encoder(nn.Module):
         self, embedded: Hidden, tokens: Tokens, mask: Array, *, enable_dropout: bool = False
     ) -> Hidden:
         """Encodes embedded tokens; exactly zero at padding."""
-        is_token = (tokens > 0)[..., None]
+        is_token = jnp.asarray(tokens > 0)[..., None]
         bias = self.relpos_bias(tokens.shape[1])
         x = embedded
         for layer in self.layers:
@@ -171,13 +177,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack: one causal relative position bias, a final norm, separate logits if any."""
+    """The decoder stack: a causal relative position bias, a final norm, separate logits if any."""
 
     config: SwitchConfig
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         config = self.config
         self.relpos_bias = RelativePositionBias(
             config.num_heads,
@@ -254,6 +261,7 @@ class SwitchTransformer(nn.Module):
     coded: CodedKernels = ()
 
     def setup(self) -> None:
+        """Declares parameters and submodules."""
         config = self.config
         self.token_embedder = Embed(config.num_embeddings, config.embed_dim, self.dtype)
         self.encoder = Encoder(config, coded_below(self.coded, "encoder"), self.dtype)
@@ -261,12 +269,12 @@ class SwitchTransformer(nn.Module):
 
     def __call__(
         self,
-        encoder_input_tokens: Int[Array, "batch encoder_length"],
+        encoder_input_tokens: EncoderTokens,
         decoder_input_tokens: Tokens,
         decoder_target_tokens: Tokens,
-        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+        encoder_segment_ids: EncoderTokens | None = None,
         decoder_segment_ids: Tokens | None = None,
-        encoder_positions: Int[Array, "batch encoder_length"] | None = None,
+        encoder_positions: EncoderTokens | None = None,
         decoder_positions: Tokens | None = None,
         *,
         enable_dropout: bool = True,
@@ -308,9 +316,9 @@ class SwitchTransformer(nn.Module):
 
     def encode(
         self,
-        encoder_input_tokens: Int[Array, "batch encoder_length"],
-        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
-        encoder_positions: Int[Array, "batch encoder_length"] | None = None,
+        encoder_input_tokens: EncoderTokens,
+        encoder_segment_ids: EncoderTokens | None = None,
+        encoder_positions: EncoderTokens | None = None,
         *,
         enable_dropout: bool = True,
     ) -> Float[Array, "batch encoder_length embed"]:
@@ -323,10 +331,10 @@ class SwitchTransformer(nn.Module):
     def decode(
         self,
         encoded: Float[Array, "batch encoder_length embed"],
-        encoder_input_tokens: Int[Array, "batch encoder_length"],
+        encoder_input_tokens: EncoderTokens,
         decoder_input_tokens: Tokens,
         decoder_target_tokens: Tokens,
-        encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+        encoder_segment_ids: EncoderTokens | None = None,
         decoder_segment_ids: Tokens | None = None,
         decoder_positions: Tokens | None = None,
         *,
@@ -405,9 +413,9 @@ def decoder_mask(
 
 def cross_attention_mask(
     target_tokens: Tokens,
-    encoder_tokens: Int[Array, "batch encoder_length"],
+    encoder_tokens: EncoderTokens,
     decoder_segment_ids: Tokens | None = None,
-    encoder_segment_ids: Int[Array, "batch encoder_length"] | None = None,
+    encoder_segment_ids: EncoderTokens | None = None,
 ) -> Bool[Array, "batch 1 length encoder_length"]:
     """Attention of real targets to encoder tokens."""
     mask = padding_mask(target_tokens > 0, encoder_tokens > 0)
