@@ -1,0 +1,1 @@
+"""The pipeline: the block loop that turns a native checkpoint into a compressed one."""

@@ -1,0 +1,145 @@
+"""What a compression run did, per expert kernel and in total."""
+
+import dataclasses
+from typing import Any
+
+from qmoe_jax.evaluation.metrics import LossReport
+
+
+@dataclasses.dataclass
+class KernelReport:
+    """One expert kernel of one layer, all experts.
+
+    Attributes:
+      name: module path, `encoder/layers_1/mlp/expert/wi`.
+      num_experts: experts in the layer.
+      num_weights: weights in all experts' kernels.
+      bits: stored bits: `codes`, `levels`, `offsets`, `total`, and what `codec.stats.bits` derives.
+      zeros: share of weights that are exactly zero.
+      relative_weight_error: |W - Q|^2 / |W|^2 over all experts.
+      relative_layer_error: |(W - Q) X|^2 / |W X|^2 over the calibration tokens of all experts; None
+        where there were none.
+      experts_without_tokens: experts that no calibration token reached; rounded to nearest.
+      singular_hessians: experts whose Hessian could not be factorised; rounded to nearest.
+      nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
+    """
+
+    name: str
+    num_experts: int
+    num_weights: int
+    bits: dict[str, Any]
+    zeros: float
+    relative_weight_error: float
+    relative_layer_error: float | None
+    experts_without_tokens: int
+    singular_hessians: int
+    nonfinite_experts: int
+
+
+@dataclasses.dataclass
+class CompressionReport:
+    """A whole run.
+
+    Attributes:
+      output: the compressed checkpoint.
+      settings: the run's settings.
+      kernels: a report per expert kernel, in the order of the model.
+      dense_bits: stored bits of the parameters that are not compressed.
+      dense_parameters: their number.
+      seconds: wall time of the run.
+      validation: loss on the validation tokens that flowed along, through compressed experts; None
+        where none were given.
+    """
+
+    output: str
+    settings: dict[str, Any]
+    kernels: list[KernelReport]
+    dense_bits: int
+    dense_parameters: int
+    seconds: float = 0.0
+    validation: LossReport | None = None
+
+    @property
+    def expert_weights(self) -> int:
+        """Number of compressed weights."""
+        return sum(kernel.num_weights for kernel in self.kernels)
+
+    @property
+    def expert_bits(self) -> int:
+        """Bits stored for them, everything counted."""
+        return sum(kernel.bits["total"] for kernel in self.kernels)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per expert weight, everything counted."""
+        return self.expert_bits / self.expert_weights
+
+    @property
+    def expert_compression(self) -> float:
+        """Size of the experts in bfloat16 over their stored size."""
+        return 16 / self.bits_per_weight
+
+    @property
+    def model_compression(self) -> float:
+        """Size of the whole model in bfloat16 over its stored size."""
+        parameters = self.expert_weights + self.dense_parameters
+        return 16 * parameters / (self.expert_bits + self.dense_bits)
+
+    @property
+    def zeros(self) -> float:
+        """Share of expert weights that are exactly zero."""
+        zeros = sum(kernel.zeros * kernel.num_weights for kernel in self.kernels)
+        return zeros / self.expert_weights
+
+    def warnings(self) -> list[str]:
+        """What a user should know before trusting the result, in sentences."""
+        found = []
+        for kernel in self.kernels:
+            if kernel.experts_without_tokens:
+                found.append(
+                    f"{kernel.name}: {kernel.experts_without_tokens} of {kernel.num_experts} "
+                    "experts saw no calibration token and were rounded to nearest; "
+                    "calibrate on more examples"
+                )
+            if kernel.singular_hessians:
+                found.append(
+                    f"{kernel.name}: {kernel.singular_hessians} of {kernel.num_experts} Hessians "
+                    "could not be factorised and their experts were rounded to nearest; "
+                    "raise damping or calibrate on more examples"
+                )
+            if kernel.nonfinite_experts:
+                found.append(
+                    f"{kernel.name}: {kernel.nonfinite_experts} of {kernel.num_experts} experts "
+                    "had non-finite activations and were rounded to nearest; "
+                    'try activation_dtype="float32"'
+                )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the totals."""
+        return {
+            "output": self.output,
+            "settings": self.settings,
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
+            "bits_per_weight": self.bits_per_weight,
+            "expert_compression": self.expert_compression,
+            "model_compression": self.model_compression,
+            "zeros": self.zeros,
+            "dense_bits": self.dense_bits,
+            "dense_parameters": self.dense_parameters,
+            "seconds": self.seconds,
+            "validation_loss": None if self.validation is None else self.validation.loss,
+            "warnings": self.warnings(),
+        }
+
+    def summary(self) -> str:
+        """The totals in a few lines."""
+        lines = [
+            f"{self.output}: {self.expert_weights:,} expert weights at "
+            f"{self.bits_per_weight:.3f} bits (experts {self.expert_compression:.2f}x, whole model "
+            f"{self.model_compression:.2f}x smaller than bfloat16), {self.zeros:.1%} zeros, "
+            f"{self.seconds:.1f} seconds"
+        ]
+        if self.validation is not None:
+            lines.append(f"validation loss {self.validation.loss:.4f}")
+        return "\n".join(lines)

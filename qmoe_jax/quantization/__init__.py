@@ -1,0 +1,1 @@
+"""Quantization: grids, round-to-nearest and GPTQ over batches of experts."""

@@ -1,0 +1,159 @@
+"""Grids: which values a row of weights may take, and which of them a weight is rounded to.
+
+A grid owns three decisions and nothing else: the two stored numbers of an output row (`levels`),
+the code of a weight, and the value of a code. GPTQ, round-to-nearest and the codec see only the
+protocol `Grid`, so that another grid is one more small class in this file.
+
+`levels` are stored as bfloat16. Rounding therefore happens in `fit`, before any weight is
+quantized: what GPTQ optimises is what a decoder reconstructs, bit for bit.
+"""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+_MAX_FLOAT32 = 3.4028234663852886e38
+# The largest finite bfloat16, so that rounding up never stores an infinity.
+_MAX_BFLOAT16 = 3.3895313892515355e38
+# The least normal float32: below it a device may flush to zero, and a division by it overflows.
+_MIN_NORMAL = 1.1754943508222875e-38
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """What GPTQ, round-to-nearest and the codec need of a grid.
+
+    Every grid represents zero exactly: `dequantize(quantize(0)) == 0` for any levels of `fit`.
+    Implementations are frozen dataclasses: hashable, so that jit takes them as static arguments.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in configs and file headers."""
+        ...
+
+    @property
+    def num_codes(self) -> int:
+        """Codes are 0 to num_codes - 1."""
+        ...
+
+    def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
+        """The levels of each output row, float32 with values that bfloat16 represents exactly."""
+        ...
+
+    def quantize(
+        self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> UInt8[Array, "*rows out"]:
+        """The code of each weight."""
+        ...
+
+    def dequantize(
+        self, codes: UInt8[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> Float[Array, "*rows out"]:
+        """The float32 value of each code."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ternary:
+    """Ternary `{low, 0, high}` with low and high at the row's extremes (QMoE, section 3).
+
+    levels: `(low, high)`, low <= 0 <= high; a row of zeros has (-1, 1).
+    codes: 0 is zero, 1 is low, 2 is high. The thresholds lie half way. A level that is zero is
+    never chosen: code 0 has the same value, and zeros are what the dictionary code is short for.
+    """
+
+    name: str = dataclasses.field(default="ternary", init=False)
+    num_codes: int = dataclasses.field(default=3, init=False)
+
+    def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
+        """(low, high) of each output row: its minimum and maximum, both clipped at zero."""
+        kernel = kernel.astype(jnp.float32)
+        low, high = _round_to_bfloat16(*_extremes(kernel))
+        # After rounding, because a device may flush a row of denormals to zero.
+        is_zero = (low == 0) & (high == 0)
+        low = jnp.where(is_zero, -1.0, low)
+        high = jnp.where(is_zero, 1.0, high)
+        return jnp.stack([low, high], axis=-1)
+
+    def quantize(
+        self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> UInt8[Array, "*rows out"]:
+        """2 above high / 2, 1 below low / 2, else 0 (a weight on a threshold is 0)."""
+        low, high = levels[:, 0], levels[:, 1]
+        is_low = weights < jnp.where(low < 0, low / 2, -jnp.inf)
+        is_high = weights > jnp.where(high > 0, high / 2, jnp.inf)
+        return jnp.where(is_high, 2, jnp.where(is_low, 1, 0)).astype(jnp.uint8)
+
+    def dequantize(
+        self, codes: UInt8[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> Float[Array, "*rows out"]:
+        """0, low and high for the codes 0, 1 and 2."""
+        low, high = levels[:, 0], levels[:, 1]
+        return jnp.where(codes == 2, high, jnp.where(codes == 1, low, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoBit:
+    """Four evenly spaced values that contain zero (the asymmetric 2-bit grid of GPTQ).
+
+    levels: `(scale, zero)`, scale > 0, zero in {0, 1, 2, 3} (a code, stored as a float).
+    codes: `clip(round(w / scale) + zero, 0, 3)`, value `scale * (code - zero)`; ties of `round` go
+    to the even number. A row of zeros has the grid of the range -1 to 1.
+    """
+
+    name: str = dataclasses.field(default="two_bit", init=False)
+    num_codes: int = dataclasses.field(default=4, init=False)
+
+    def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
+        """(scale, zero) of each output row: its range, which includes zero, in three steps."""
+        kernel = kernel.astype(jnp.float32)
+        low, high = _extremes(kernel)
+        scale = high / 3 - low / 3  # not (high - low) / 3, which may overflow
+        is_zero = ~(scale >= _MIN_NORMAL)
+        scale = jnp.where(is_zero, 2.0 / 3.0, scale)
+        low = jnp.where(is_zero, -1.0, low)
+        (scale,) = _round_to_bfloat16(jnp.minimum(scale, _MAX_FLOAT32 / 3.1))  # 3 scale is finite
+        zero = jnp.clip(jnp.round(-low / scale), 0.0, 3.0)
+        return jnp.stack([scale, zero], axis=-1)
+
+    def quantize(
+        self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> UInt8[Array, "*rows out"]:
+        """The nearest of the four values, as a code from 0 to 3."""
+        scale, zero = levels[:, 0], levels[:, 1]
+        return jnp.clip(jnp.round(weights / scale) + zero, 0.0, 3.0).astype(jnp.uint8)
+
+    def dequantize(
+        self, codes: UInt8[Array, "*rows out"], levels: Float[Array, "out 2"]
+    ) -> Float[Array, "*rows out"]:
+        """scale * (code - zero)."""
+        scale, zero = levels[:, 0], levels[:, 1]
+        return scale * (codes.astype(jnp.float32) - zero)
+
+
+def _extremes(
+    kernel: Float[Array, "in out"],
+) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+    """Minimum and maximum of each output row, both widened to include zero."""
+    low = jnp.minimum(jnp.min(kernel, axis=0), 0.0)
+    high = jnp.maximum(jnp.max(kernel, axis=0), 0.0)
+    return low, high
+
+
+def _round_to_bfloat16(*values: Float[Array, " out"]) -> tuple[Float[Array, " out"], ...]:
+    """Round to the nearest finite bfloat16, still as float32."""
+    return tuple(
+        jnp.clip(value, -_MAX_BFLOAT16, _MAX_BFLOAT16).astype(jnp.bfloat16).astype(jnp.float32)
+        for value in values
+    )
+
+
+def grid_from_name(name: str) -> Grid:
+    """The grid of a config or file header: `ternary` or `two_bit`."""
+    grids: dict[str, Grid] = {grid.name: grid for grid in (Ternary(), TwoBit())}
+    if name not in grids:
+        raise ValueError(f"grid {name!r} is unknown; choose one of {sorted(grids)}")
+    return grids[name]
