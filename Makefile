@@ -1,0 +1,51 @@
+# Each target sets up what it needs in .venv: `make demo` and `make test` need nothing before them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq clean
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing the demo's packages into $(VENV) (about two minutes) ..."
+	$(PIP) --editable ".[data,gin,plots]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing the development packages into $(VENV) (about two minutes) ..."
+	$(PIP) --editable ".[dev]"
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo ## compress a small trained model and compare; results in demo_out/
+	$(BIN)/python -m qmoe_jax.demo --output demo_out
+
+test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## ruff and pyright
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## format the code
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: bench-codec bench-gptq ## all benchmarks; results in benchmarks/results/
+
+bench-codec: $(VENV)/.installed-dev ## encoding and decoding speed and rate
+	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json
+
+bench-gptq: $(VENV)/.installed-dev ## GPTQ over batches of experts
+	$(BIN)/python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json
+
+clean: ## remove the virtual environment and the demo's output
+	rm -rf $(VENV) demo_out
