@@ -19,6 +19,8 @@ from qmoe_jax.codec.tensor import (
     check_array,
     check_levels,
     check_names,
+    check_offsets,
+    row_length_dtype,
     to_offsets,
 )
 from qmoe_jax.errors import CodecError
@@ -33,7 +35,7 @@ class QmoeCoding:
 
     name = "qmoe"
     num_symbols = 3
-    array_names: tuple[str, ...] = ("codewords", "expert_offsets", "row_offsets", "levels")
+    array_names: tuple[str, ...] = ("codewords", "expert_offsets", "row_lengths", "levels")
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode codes uint8 [experts, out, in], each row on its own."""
@@ -41,11 +43,11 @@ class QmoeCoding:
         codewords, counts = encode_rows(codes.reshape(experts * rows, width))
         counts = counts.reshape(experts, rows)
         longest = int(counts.max(initial=0))
-        bound = min(-(-longest // _BOUND_STEP) * _BOUND_STEP, _row_pairs(width))
+        bound = _row_bound(longest, width)
         arrays = {
             "codewords": codewords,
             "expert_offsets": to_offsets(counts.sum(axis=1, dtype=np.int64), "expert_offsets"),
-            "row_offsets": to_offsets(counts, "row_offsets"),
+            "row_lengths": counts.astype(row_length_dtype(bound)),
             "levels": np.ascontiguousarray(levels),
         }
         return CodedTensor(TensorSpec(self.name, experts, rows, width, bound), arrays)
@@ -57,28 +59,23 @@ class QmoeCoding:
         experts, rows = spec.num_experts, spec.out_features
         codewords = check_array(arrays, "codewords", np.uint16, (None,))
         expert_offsets = check_array(arrays, "expert_offsets", np.int32, (experts + 1,))
-        row_offsets = check_array(arrays, "row_offsets", np.int32, (experts, rows + 1))
+        lengths = row_length_dtype(spec.max_row_codewords)
+        row_lengths = check_array(arrays, "row_lengths", lengths, (experts, rows))
         check_levels(check_array(arrays, "levels", ml_dtypes.bfloat16, (experts, rows, 2)))
-        _check_rising("expert_offsets", expert_offsets)
-        if expert_offsets[-1] != codewords.size:
-            raise CodecError(
-                f"expert_offsets end at {expert_offsets[-1]}, but there are {codewords.size} "
-                "codewords; the two must agree. One of the arrays is truncated."
-            )
+        check_offsets("expert_offsets", expert_offsets, codewords.size, "codewords")
         for expert in range(experts):
             start, stop = expert_offsets[expert : expert + 2]
-            self._validate_expert(spec, expert, row_offsets[expert], codewords[start:stop])
+            self._validate_expert(spec, expert, row_lengths[expert], codewords[start:stop])
 
     def _validate_expert(
-        self, spec: TensorSpec, expert: int, row_offsets: np.ndarray, codewords: np.ndarray
+        self, spec: TensorSpec, expert: int, counts: np.ndarray, codewords: np.ndarray
     ) -> None:
-        _check_rising(f"row_offsets[{expert}]", row_offsets)
+        row_offsets = to_offsets(counts, f"row_lengths[{expert}]")
         if row_offsets[-1] != codewords.size:
             raise CodecError(
-                f"row_offsets[{expert}] end at {row_offsets[-1]}, but expert_offsets give expert "
+                f"row_lengths[{expert}] sum to {row_offsets[-1]}, but expert_offsets give expert "
                 f"{expert} {codewords.size} codewords; the two must agree."
             )
-        counts = np.diff(row_offsets)
         if counts.max(initial=0) > spec.max_row_codewords:
             row = int(counts.argmax())
             raise CodecError(
@@ -93,7 +90,7 @@ class QmoeCoding:
         if (bad := np.flatnonzero(found != wanted)).size:
             raise CodecError(
                 f"Row {bad[0]} of expert {expert} decodes to {found[bad[0]]} pairs; its "
-                f"{spec.in_features} weights require {wanted}. The codewords or the row offsets "
+                f"{spec.in_features} weights require {wanted}. The codewords or the row lengths "
                 "are damaged, or belong to another dictionary."
             )
         if spec.in_features % 2:
@@ -116,9 +113,10 @@ class QmoeCoding:
         offsets = to_offsets(sizes, "expert_offsets")  # before the copying: it may refuse
         arrays = {
             name: np.concatenate([b.arrays[name] for b in batches])
-            for name in ("codewords", "row_offsets", "levels")
+            for name in ("codewords", "row_lengths", "levels")
         }
-        return CodedTensor(spec, arrays | {"expert_offsets": offsets})
+        lengths = arrays["row_lengths"].astype(row_length_dtype(spec.max_row_codewords))
+        return CodedTensor(spec, arrays | {"expert_offsets": offsets, "row_lengths": lengths})
 
     def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
         """Slice the arrays (views) and recount expert offsets; the row bound stays."""
@@ -126,7 +124,7 @@ class QmoeCoding:
         arrays = {
             "codewords": coded.arrays["codewords"][offsets[0] : offsets[-1]],
             "expert_offsets": offsets - offsets[0],
-            "row_offsets": coded.arrays["row_offsets"][start:stop],
+            "row_lengths": coded.arrays["row_lengths"][start:stop],
             "levels": coded.arrays["levels"][start:stop],
         }
         return CodedTensor(dataclasses.replace(coded.spec, num_experts=stop - start), arrays)
@@ -136,12 +134,12 @@ class QmoeCoding:
     ) -> UInt8[jax.Array, "out in"]:
         """Expand one expert's codewords with XLA."""
         start = jnp.take(jnp.asarray(arrays["expert_offsets"]), expert, mode="clip")
-        rows = jnp.take(jnp.asarray(arrays["row_offsets"]), expert, axis=0, mode="clip")
-        bounds = start + rows
+        lengths = jnp.take(jnp.asarray(arrays["row_lengths"]), expert, axis=0, mode="clip")
+        ends = start + jnp.cumsum(lengths, dtype=jnp.int32)
         return expand.expand_codewords(
             jnp.asarray(arrays["codewords"]),
-            bounds[:-1],
-            bounds[1:],
+            ends - lengths,
+            ends,
             spec.in_features,
             spec.max_row_codewords,
         )
@@ -168,7 +166,7 @@ class QmoeCoding:
         return {
             "codes": 8 * arrays["codewords"].nbytes,
             "levels": 8 * arrays["levels"].nbytes,
-            "offsets": 8 * (arrays["expert_offsets"].nbytes + arrays["row_offsets"].nbytes),
+            "offsets": 8 * (arrays["expert_offsets"].nbytes + arrays["row_lengths"].nbytes),
         }
 
 
@@ -176,12 +174,7 @@ def _row_pairs(in_features: int) -> int:
     return (in_features + 1) // 2
 
 
-def _check_rising(name: str, offsets: np.ndarray) -> None:
-    if offsets[0] != 0:
-        raise CodecError(f"{name} start at {offsets[0]}; offsets must start at 0.")
-    if (bad := np.flatnonzero(offsets[1:] < offsets[:-1])).size:
-        at = bad[0]
-        raise CodecError(
-            f"{name} fall from {offsets[at]} to {offsets[at + 1]} at index {at + 1}; offsets must "
-            "not decrease."
-        )
+def _row_bound(longest: int, in_features: int) -> int:
+    """max_row_codewords of a tensor whose longest row has `longest` codewords."""
+    bound = min(-(-longest // _BOUND_STEP) * _BOUND_STEP, _row_pairs(in_features))
+    return min(bound, 255) if longest <= 255 else bound

@@ -60,12 +60,12 @@ def decode_qmoe(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
     spec, arrays = coded.spec, coded.arrays
     codes = np.zeros((spec.num_experts, spec.out_features, spec.in_features), np.uint8)
     for expert in range(spec.num_experts):
-        first = int(arrays["expert_offsets"][expert])
+        start = int(arrays["expert_offsets"][expert])
         for row in range(spec.out_features):
-            start = first + int(arrays["row_offsets"][expert, row])
-            stop = first + int(arrays["row_offsets"][expert, row + 1])
+            stop = start + int(arrays["row_lengths"][expert, row])
             codewords = arrays["codewords"][start:stop].tolist()
             codes[expert, row] = decode_row(codewords, spec.in_features)
+            start = stop
     return codes
 
 

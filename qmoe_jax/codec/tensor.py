@@ -79,6 +79,33 @@ def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
     return offsets.astype(np.int32)
 
 
+def row_length_dtype(max_row_codewords: int) -> np.dtype:
+    """Dtype of `row_lengths`: uint8 if every row of a tensor with that bound fits, else uint16."""
+    if max_row_codewords >= 2**16:
+        raise CodecError(
+            f"Rows have up to {max_row_codewords} codewords; row lengths are uint16, so a row has "
+            "fewer than 65536. Split the rows over several coded tensors by columns."
+        )
+    return np.dtype(np.uint8 if max_row_codewords < 2**8 else np.uint16)
+
+
+def check_offsets(name: str, offsets: np.ndarray, total: int, things: str) -> None:
+    """Refuse offsets that do not rise from 0 to `total`, the number of `things` they index."""
+    if offsets[0] != 0:
+        raise CodecError(f"{name} start at {offsets[0]}; offsets must start at 0.")
+    if (bad := np.flatnonzero(offsets[1:] < offsets[:-1])).size:
+        at = bad[0]
+        raise CodecError(
+            f"{name} fall from {offsets[at]} to {offsets[at + 1]} at index {at + 1}; offsets must "
+            "not decrease."
+        )
+    if offsets[-1] != total:
+        raise CodecError(
+            f"{name} end at {offsets[-1]}, but there are {total} {things}; the two must agree. "
+            "One of the arrays is truncated."
+        )
+
+
 def check_array(
     arrays: Mapping[str, np.ndarray], name: str, dtype: Any, shape: tuple[int | None, ...]
 ) -> np.ndarray:

@@ -44,7 +44,7 @@ class TokenChunk:
     real: Bool[np.ndarray, "experts chunk"]
 
 
-def token_chunks(tokens: Sequence[Int[np.ndarray, "tokens"]], chunk: int) -> Iterator[TokenChunk]:
+def token_chunks(tokens: Sequence[Int[np.ndarray, "_"]], chunk: int) -> Iterator[TokenChunk]:
     """Walks through the tokens of all experts side by side, `chunk` of each at a time."""
     longest = max((len(t) for t in tokens), default=0)
     for start in range(0, longest, chunk):
