@@ -4,6 +4,8 @@ Only entry points import this module, and only it imports gin: the library takes
 """
 
 import argparse
+import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +51,9 @@ def run(
             f"python -m qmoe_jax.{name} needs gin-config: pip install 'qmoe-jax[gin]'. "
             f"Without it, call qmoe_jax.{name} from Python."
         ) from error
-    configured = gin.external_configurable(function, name, module="qmoe_jax")
+    # gin would bind any name to a function that takes **keywords, misspelt ones too.
+    named = [key for key, kind in _parameter_kinds(function) if kind is not kind.VAR_KEYWORD]
+    configured = gin.external_configurable(function, name, module="qmoe_jax", allowlist=named)
     for other in configurables:
         gin.external_configurable(other, other.__name__, module="qmoe_jax")
     for folder in (*arguments.gin_search_paths.split(","), ".", str(_CHECKOUT)):
@@ -63,7 +67,20 @@ def run(
     except (ValueError, OSError, RuntimeError) as error:
         # What a user can mend (a misspelt binding, a missing file, a bad checkpoint) is one
         # message, not a traceback.
-        raise SystemExit(f"qmoe_jax.{name}: {error}") from error
+        raise SystemExit(f"qmoe_jax.{name}: {_message(error)}") from error
+
+
+def _message(error: Exception) -> str:
+    """An error in the user's terms, without gin's account of its own call stack."""
+    text = str(error).split("\n  In call to configurable")[0]
+    if macro := re.search(r"(\w+)/(?:gin\.)?macro", text):
+        return f"{macro[1]} is required; pass --gin.{macro[1]}=VALUE or a gin file that sets it"
+    return text
+
+
+def _parameter_kinds(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    parameters = inspect.signature(function).parameters
+    return [(name, parameter.kind) for name, parameter in parameters.items()]
 
 
 def _split_bindings(argv: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ def batch_sums(
 def _evaluate_batch(
     module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> tuple[Array, Array, Array]:
-    logits = module.apply(
+    logits: Any = module.apply(
         variables,
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],

@@ -89,7 +89,9 @@ def greedy_generate(
     Returns:
       The generated ids. Generation stops early when every sequence has ended.
     """
-    encoded = module.apply(variables, encoder_input_tokens, enable_dropout=False, method="encode")
+    encoded: Any = module.apply(
+        variables, encoder_input_tokens, enable_dropout=False, method="encode"
+    )
     batch = encoder_input_tokens.shape[0]
     cache = empty_cache(module, variables, encoded, encoder_input_tokens, max_decode_length)
 

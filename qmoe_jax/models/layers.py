@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
     """HIGHEST for float32, so that no GPU silently computes a float32 model in TF32."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def apply_module(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
+    """`module.apply` with parameters alone and no mutable collection."""
+    return module.apply({"params": params}, *args, method=method)
 
 
 def gated_activation(

@@ -23,7 +23,10 @@ def load_switch(
     path: str | os.PathLike[str],
     activation_dtype: DTypeLike = "float32",
     expert_capacity_factor: float | None = None,
-    **routing: Any,
+    *,
+    max_group_size: int | None = None,
+    train_capacity_factor: float | None = None,
+    min_expert_capacity: int | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Loads a Switch Transformer from a native T5X or a compressed checkpoint.
 
@@ -36,8 +39,10 @@ def load_switch(
       expert_capacity_factor: capacity factor of the experts with `enable_dropout=False`, as T5X's
         `EVAL_EXPERT_CAPACITY_FACTOR` (2.0 for the public base, large and C models); None is
         dropless: every token reaches its expert, as QMoE evaluates.
-      **routing: further routing fields of SwitchConfig: `max_group_size`,
-        `train_capacity_factor`, `min_expert_capacity`, `relpos_max_distance`.
+      max_group_size: T5X's `GROUP_SIZE`; that of the public model of this geometry where None, as
+        for the next two (`checkpoints.geometry.infer_config` has the rule).
+      train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
+      min_expert_capacity: least capacity of an expert in a token group.
 
     Returns:
       The module, and `{"params": ...}` for `module.apply`.
@@ -53,7 +58,13 @@ def load_switch(
             f"expert_capacity_factor is {expert_capacity_factor}; give a positive number, or None "
             "for dropless routing"
         )
-    overrides = {**routing, "eval_capacity_factor": expert_capacity_factor}
+    chosen = {
+        "max_group_size": max_group_size,
+        "train_capacity_factor": train_capacity_factor,
+        "min_expert_capacity": min_expert_capacity,
+    }
+    overrides: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    overrides["eval_capacity_factor"] = expert_capacity_factor
     if is_compressed_checkpoint(path):
         compressed = open_compressed_checkpoint(path)
         config = dataclasses.replace(compressed.config, **overrides)

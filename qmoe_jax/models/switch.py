@@ -127,9 +127,8 @@ def _make_mlp(layer: EncoderLayer | DecoderLayer) -> MoeLayer | DenseMlp:
 
 
 def _call_mlp(layer: EncoderLayer | DecoderLayer, x: Hidden, enable_dropout: bool) -> Hidden:
-    if layer.sparse:
-        return layer.mlp(x, enable_dropout=enable_dropout)
-    return layer.mlp(x)
+    mlp = layer.mlp
+    return mlp(x, enable_dropout=enable_dropout) if isinstance(mlp, MoeLayer) else mlp(x)
 
 
 class Encoder(nn.Module):

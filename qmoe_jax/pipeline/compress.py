@@ -151,7 +151,8 @@ class _Samples:
         encoder, target = tokens.encoder_input_tokens, tokens.decoder_target_tokens
         lengths: dict[Stack, np.ndarray] = {}
         enters: dict[Stack, np.ndarray] = {}
-        for stack, ids in (("encoder", encoder), ("decoder", target)):
+        stacks: dict[Stack, np.ndarray] = {"encoder": encoder, "decoder": target}
+        for stack, ids in stacks.items():
             real = ids > 0
             lengths[stack] = _prefix_lengths(real, stack)
             usable = real.copy()
@@ -344,7 +345,7 @@ class _Run:
         dtype = jnp.dtype(self.settings.activation_dtype)
         expert_index = np.zeros(len(buffer.rows), np.int32)
         gate = np.zeros(len(buffer.rows), np.float32)
-        params, rel_embedding = _on_device(params), jnp.asarray(rel_embedding)
+        params, bias_table = _on_device(params), jnp.asarray(rel_embedding)
         routed = None
         for batch in self._sample_batches(f"{stack} layer {layer}: dense"):
             length = getattr(batch, f"{stack}_length")
@@ -352,14 +353,14 @@ class _Run:
             inputs = samples.ids("encoder_input_tokens", batch, batch.encoder_length)
             if stack == "encoder":
                 module = EncoderLayer(config, layer in config.encoder_sparse_layers, dtype=dtype)
-                y, routed = dense_pass.encoder_block(module, params, rel_embedding, x, inputs)
+                y, routed = dense_pass.encoder_block(module, params, bias_table, x, inputs)
             else:
                 assert encoded is not None
                 module = DecoderLayer(config, layer in config.decoder_sparse_layers, dtype=dtype)
                 y, routed = dense_pass.decoder_block(
                     module,
                     params,
-                    rel_embedding,
+                    bias_table,
                     x,
                     jnp.asarray(
                         encoded.padded(batch.samples, batch.encoder_length, batch.batch_size)

@@ -18,6 +18,7 @@ from qmoe_jax.models.layers import (
     Embed,
     RelativePositionBias,
     T5LayerNorm,
+    apply_module,
     decoder_token_mask,
 )
 from qmoe_jax.models.routing import Router, choose_expert
@@ -49,7 +50,7 @@ jax.tree_util.register_dataclass(Routed, ["expert_index", "gate"], [])
 def embed(config: SwitchConfig, dtype: str, embedding: Array, tokens: Tokens) -> Hidden:
     """Embedded tokens."""
     module = Embed(config.num_embeddings, config.embed_dim, jnp.dtype(dtype))
-    return module.apply({"params": {"embedding": embedding}}, tokens)
+    return apply_module(module, {"embedding": embedding}, tokens)
 
 
 def _bias(layer: EncoderLayer | DecoderLayer, rel_embedding: Array, length: int) -> Array:
@@ -61,15 +62,15 @@ def _bias(layer: EncoderLayer | DecoderLayer, rel_embedding: Array, length: int)
         bidirectional=isinstance(layer, EncoderLayer),
         dtype=layer.dtype,
     )
-    return module.apply({"params": {"rel_embedding": rel_embedding}}, length)
+    return apply_module(module, {"rel_embedding": rel_embedding}, length)
 
 
 def _route(
     layer: EncoderLayer | DecoderLayer, params: Params, x: Hidden, is_token: Array
 ) -> Routed:
-    z = layer.apply({"params": params}, x, is_token, method="normalise_for_mlp")
+    z = apply_module(layer, params, x, is_token, method="normalise_for_mlp")
     router = Router(layer.config.num_experts)
-    _, expert_index, gate = choose_expert(router.apply({"params": params["mlp"]["router"]}, z))
+    _, expert_index, gate = choose_expert(apply_module(router, params["mlp"]["router"], z))
     return Routed(expert_index, gate)
 
 
@@ -93,9 +94,9 @@ def encoder_block(
     mask = encoder_mask(tokens)
     bias = _bias(layer, rel_embedding, tokens.shape[1])
     if not layer.sparse:
-        y = layer.apply({"params": params}, x, mask, bias, is_token)
+        y = apply_module(layer, params, x, mask, bias, is_token)
         return y.astype(jnp.float32), None
-    y = layer.apply({"params": params}, x, mask, bias, is_token, method="attend")
+    y = apply_module(layer, params, x, mask, bias, is_token, method="attend")
     return y.astype(jnp.float32), _route(layer, params, y, is_token)
 
 
@@ -121,8 +122,8 @@ def decoder_block(
         is_token,
     )
     if not layer.sparse:
-        return layer.apply({"params": params}, *attention).astype(jnp.float32), None
-    y = layer.apply({"params": params}, *attention, method="attend")
+        return apply_module(layer, params, *attention).astype(jnp.float32), None
+    y = apply_module(layer, params, *attention, method="attend")
     return y.astype(jnp.float32), _route(layer, params, y, is_token)
 
 
@@ -130,7 +131,7 @@ def decoder_block(
 def final_norm(dtype: str, scale: Array, x: Hidden) -> Hidden:
     """The norm that closes a stack, float32. Padding is left to the list buffer, which drops it."""
     module = T5LayerNorm(jnp.dtype(dtype))
-    return module.apply({"params": {"scale": scale}}, x).astype(jnp.float32)
+    return apply_module(module, {"scale": scale}, x).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -138,5 +139,5 @@ def logits(config: SwitchConfig, params: Params, hidden: Hidden) -> Float[Array,
     """Float32 logits; `params` holds `embedding`, or `kernel` of separate logits."""
     if config.tied_logits:
         module = Embed(config.num_embeddings, config.embed_dim)
-        return module.apply({"params": params}, hidden, method="attend")
-    return Dense(config.num_embeddings).apply({"params": params}, hidden)
+        return apply_module(module, params, hidden, method="attend")
+    return apply_module(Dense(config.num_embeddings), params, hidden)

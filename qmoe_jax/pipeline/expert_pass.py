@@ -17,7 +17,12 @@ from qmoe_jax.calibration.hessian import (
     update_hessian,
 )
 from qmoe_jax.calibration.list_buffer import ListBuffer
-from qmoe_jax.models.layers import T5LayerNorm, gated_activation, matmul_precision
+from qmoe_jax.models.layers import (
+    T5LayerNorm,
+    apply_module,
+    gated_activation,
+    matmul_precision,
+)
 from qmoe_jax.pipeline.settings import CompressionSettings
 from qmoe_jax.quantization.expert_batch import (
     ExpertBatchResult,
@@ -58,7 +63,7 @@ def token_chunks(tokens: Sequence[Int[np.ndarray, "_"]], chunk: int) -> Iterator
 
 
 def _normalised(scale: Array, x: Float[Array, "experts chunk embed"], dtype: str) -> Array:
-    return T5LayerNorm(jnp.dtype(dtype)).apply({"params": {"scale": scale}}, x)
+    return apply_module(T5LayerNorm(jnp.dtype(dtype)), {"scale": scale}, x)
 
 
 def _hidden(

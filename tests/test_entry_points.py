@@ -1,0 +1,195 @@
+"""The commands: gin files, T5X's flags, help, and what a typing mistake gets."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import golden_data
+import pytest
+from test_compress import CALIBRATION
+
+from qmoe_jax.calibration.tokens import write_tokens
+from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
+
+gin = pytest.importorskip("gin")
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
+    few = CALIBRATION[:12]
+    write_tokens(path, few.tokens, few.metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compressed(golden_checkpoint, tokens, tmp_path_factory):
+    """Made by the command, from a working folder that is not the checkout."""
+    folder = tmp_path_factory.mktemp("run")
+    result = run(
+        "qmoe_jax.compress",
+        "--gin_file=gin/runs/compress.gin",
+        f"--gin.CHECKPOINT='{golden_checkpoint('base', 't5x_bfloat16')}'",
+        f"--gin.TOKENS='{tokens}'",
+        "--gin.OUTPUT='compressed'",
+        "--gin.CompressionSettings.batch_size=4",
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"compressed: [\d,]+ expert weights at \d\.\d+ bits", result.stdout)
+    return folder / "compressed"
+
+
+def test_evaluate(compressed, tokens, tmp_path):
+    result = run(
+        "qmoe_jax.evaluate",
+        f"--gin.CHECKPOINT='{compressed}'",
+        f"--gin.TOKENS='{tokens}'",
+        "--gin.BATCH_SIZE=4",
+        "--gin.METRICS_FILE='metrics.json'",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((tmp_path / "metrics.json").read_text())
+    assert printed["num_examples"] == 12
+    assert 3 < printed["loss"] < 12
+
+
+def test_infer_on_the_demo_model(tmp_path):
+    pytest.importorskip("sentencepiece")
+    result = run(
+        "qmoe_jax.infer",
+        f"--gin.CHECKPOINT='{golden_data.DEMO / 'checkpoint_4200'}'",
+        f"--gin.VOCABULARY='{golden_data.DEMO / 'sentencepiece.model'}'",
+        "--gin.PROMPTS=['Return the <extra_id_0> of the array.', 'Raises an <extra_id_0>.']",
+        "--gin.MAX_DECODE_LENGTH=8",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Return the <extra_id_0> of the array."
+    assert lines[1].startswith("  -> <extra_id_0>")
+    assert lines[2].startswith("  => Return the ")
+    assert "<extra_id_0>" not in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "binding", "message"),
+    [
+        ("compress", "--gin.compress.damp=0.1", "damp"),
+        ("compress", "--gin.CompressionSettings.griid='ternary'", "griid"),
+        ("evaluate", "--gin.evalute.batch_size=4", "evalute"),
+        ("evaluate", "--gin.evaluate.btach_size=4", "btach_size"),
+        ("infer", "--gin.PROMPTS", "write --gin.NAME=VALUE"),
+        ("evaluate", "--gin_file=nothing.gin", "nothing.gin"),
+    ],
+)
+def test_mistakes_are_one_message_that_names_them(tmp_path, command, binding, message):
+    required = ["--gin.CHECKPOINT='x'", "--gin.TOKENS='y'", "--gin.OUTPUT='z'"]
+    if command == "evaluate":
+        required.pop()
+    result = run(f"qmoe_jax.{command}", *required, binding, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_required_values_are_named(tmp_path):
+    result = run("qmoe_jax.compress", "--gin.CHECKPOINT='x'", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "OUTPUT is required; pass --gin.OUTPUT=VALUE" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_file_provides_the_checkpoint(tmp_path):
+    """T5X's order: the model's file, then the run's."""
+    result = run(
+        "qmoe_jax.evaluate",
+        "--gin_file=gin/models/switch_base.gin",
+        "--gin_file=gin/runs/eval.gin",
+        cwd=tmp_path,
+    )
+    assert "TOKENS is required" in result.stderr
+    result = run("qmoe_jax.evaluate", "--gin.TOKENS='x'", cwd=tmp_path)
+    assert "CHECKPOINT is required" in result.stderr
+
+
+def test_a_missing_checkpoint_is_one_message(tmp_path, tokens):
+    result = run(
+        "qmoe_jax.evaluate",
+        "--gin.CHECKPOINT='nowhere'",
+        f"--gin.TOKENS='{tokens}'",
+        cwd=tmp_path,
+    )
+    assert result.returncode != 0
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "infer", "prepare_tokens", "demo"])
+def test_help(tmp_path, command):
+    result = run(f"qmoe_jax.{command}", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "usage" in result.stdout
+    assert f"qmoe_jax.{command}" in result.stdout
+
+
+@pytest.mark.parametrize("model", ["base", "large", "xxl", "c"])
+def test_model_files_parse_and_agree_with_the_inferred_routing(model):
+    registry = json.loads((REPOSITORY / "configs" / "public_checkpoints.json").read_text())
+    path = f"gin/models/switch_{model}.gin"
+    entries = [entry for entry in registry["checkpoints"] if entry["gin"] == path]
+    assert entries
+    with gin.unlock_config():
+        gin.clear_config(clear_constants=True)
+        gin.external_configurable(_load_switch, "load_switch", module="test")
+        gin.parse_config_file(str(REPOSITORY / path))
+        bound = {
+            name: gin.query_parameter(f"load_switch.{name}")
+            for name in ("max_group_size", "train_capacity_factor", "min_expert_capacity")
+        }
+        bound["eval_capacity_factor"] = gin.query_parameter(
+            "T5X_EXPERT_CAPACITY_FACTOR/macro.value"
+        )
+        location = gin.query_parameter("CHECKPOINT/macro.value")
+        gin.clear_config(clear_constants=True)
+    assert location in [entry["location"] for entry in entries]
+    for entry in entries:
+        for name, value in bound.items():
+            assert entry["config"][name] == value
+
+
+def _load_switch(**routing):
+    return routing
+
+
+def test_the_registry_s_geometries_are_consistent():
+    registry = json.loads((REPOSITORY / "configs" / "public_checkpoints.json").read_text())
+    assert len(registry["checkpoints"]) == 9
+    for entry in registry["checkpoints"]:
+        config = SwitchConfig.from_json(entry["config"])
+        # Names, shapes and the rule for routing fields lead back to the very same config.
+        assert infer_config(parameter_shapes(config)) == config, entry["name"]
+
+
+def test_compress_is_callable_after_its_submodule_was_imported():
+    code = (
+        "import qmoe_jax.compress, qmoe_jax\n"
+        "try: qmoe_jax.compress('x', 'y')\n"
+        "except ValueError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "needs calibration tokens" in result.stdout
