@@ -21,6 +21,7 @@ from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import dequantized
+from qmoe_jax.pipeline import block_loop
 
 SENTINELS = (500, 12)
 
@@ -259,6 +260,85 @@ def test_premasking_leaves_sentinels_out(base, gptq, tmp_path):
     assert any(np.any(ours[key] != theirs[key]) for key in ours)
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, num_batches):
+    """Makes the block loop fall over once so many expert batches are computed and stored."""
+    compute = block_loop.quantize_batch
+    computed = []
+
+    def counting(*arguments):
+        if len(computed) == num_batches:
+            raise Stopped
+        computed.append(None)
+        return compute(*arguments)
+
+    monkeypatch.setattr(block_loop, "quantize_batch", counting)
+
+
+class TestResume:
+    # 4 sparse layers of 8 experts in batches of 3: 12 batches.
+    @pytest.mark.parametrize("stops", [(1,), (3, 5), (2, 2, 2, 5)])
+    def test_a_stopped_run_ends_with_the_same_bytes(self, base, gptq, tmp_path, monkeypatch, stops):
+        path = tmp_path / "out"
+        for stop in stops:
+            with monkeypatch.context() as patch:
+                stop_after(patch, stop)
+                with pytest.raises(Stopped):
+                    qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            assert not path.exists()
+        report = qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        assert report.num_replayed == sum(stops)
+        assert same_tree(path, gptq[0])
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        # The report too is that of an undisturbed run.
+        assert report.kernels == gptq[1].kernels
+
+    def stopped(self, base, path, monkeypatch, **settings):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(Stopped):
+                qmoe_jax.compress(base, path, CALIBRATION, **QUICK, **settings)
+
+    def test_other_settings_are_refused_and_named(self, base, gptq, tmp_path, monkeypatch):
+        path = tmp_path / "out"
+        self.stopped(base, path, monkeypatch, damping=0.2)
+        message = r"settings.damping: 0.2 became 0.1"
+        with pytest.raises(CheckpointError, match=message):
+            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        with pytest.raises(CheckpointError, match=r"tokens\.num_examples: 40 became 7"):
+            qmoe_jax.compress(base, path, CALIBRATION, num_examples=7, damping=0.2, **QUICK)
+        report = qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
+        assert report.num_replayed == 0
+        assert same_tree(path, gptq[0])
+
+    def test_a_second_run_is_refused(self, base, tmp_path, monkeypatch):
+        path = tmp_path / "out"
+        compute = block_loop.quantize_batch
+
+        def meanwhile(*arguments):
+            with pytest.raises(CheckpointError, match="another process is writing"):
+                qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
+            raise Stopped
+
+        monkeypatch.setattr(block_loop, "quantize_batch", meanwhile)
+        with pytest.raises(Stopped):
+            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        monkeypatch.setattr(block_loop, "quantize_batch", compute)
+
+    def test_a_damaged_journal_entry_is_named(self, base, tmp_path, monkeypatch):
+        path = tmp_path / "out"
+        self.stopped(base, path, monkeypatch)
+        entry = sorted((tmp_path / "out.partial" / "work").glob("*.npz"))[0]
+        entry.write_bytes(entry.read_bytes()[:100])
+        with pytest.raises(CheckpointError, match=f"{entry.name} is damaged"):
+            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        entry.unlink()
+        assert qmoe_jax.compress(base, path, CALIBRATION, **QUICK).num_replayed == 1
+
+
 class TestRefusals:
     def test_gptq_without_tokens(self, base, tmp_path):
         with pytest.raises(TokensError, match="needs calibration tokens"):
@@ -294,7 +374,7 @@ class TestRefusals:
                 **QUICK,
             )
 
-    def test_a_nan_in_the_last_layer_leaves_nothing_behind(self, golden_copy, tmp_path):
+    def test_a_nan_in_the_last_layer_leaves_no_output(self, golden_copy, tmp_path):
         checkpoint = golden_copy("base", "t5x_float32_inference")
         name = "decoder/layers_3/mlp/expert/wo/kernel"
         array = ts.open(
@@ -311,20 +391,15 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=f"{name}.*NaN"):
             qmoe_jax.compress(checkpoint, tmp_path / "out", method="rtn", **QUICK)
         assert not (tmp_path / "out").exists()
-        assert not (tmp_path / "out.partial").exists()
+        with pytest.raises(CheckpointError):
+            qmoe_jax.load_switch(tmp_path / "out.partial")
 
     def test_an_interrupted_overwrite_keeps_the_old_output(self, base, gptq, tmp_path, monkeypatch):
         path = shutil.copytree(gptq[0], tmp_path / "out")
-        from qmoe_jax.pipeline import compress as module
-
-        def explode(*_):
-            raise RuntimeError("stopped")
-
-        monkeypatch.setattr(module, "run_batch", explode)
-        with pytest.raises(RuntimeError, match="stopped"):
+        stop_after(monkeypatch, 2)
+        with pytest.raises(Stopped):
             qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
         assert same_tree(path, gptq[0])
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 class TestDamagedCompressedCheckpoint:

@@ -51,9 +51,9 @@ def _chunks(array: np.ndarray) -> list[int]:
 
 
 class CompressedCheckpointWriter:
-    """Writes a compressed checkpoint tensor by tensor.
+    """Writes a compressed checkpoint tensor by tensor; `finish` makes it one.
 
-    Use as a context manager: leaving it without `finish` removes the unfinished local folder.
+    What an earlier, unfinished writer left in `PATH.partial` is written over.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False):
@@ -81,23 +81,19 @@ class CompressedCheckpointWriter:
             )
         self._folder = final
         if self._local:
-            self._folder = Folder(kvstore_spec(self._final_path + ".partial"), final.context)
-            shutil.rmtree(self._partial_path, ignore_errors=True)
-            os.makedirs(self._partial_path)
+            self._folder = Folder(kvstore_spec(self._partial_path), final.context)
+            os.makedirs(self._partial_path, exist_ok=True)
         self._dense: dict[str, dict[str, Any]] = {}
         self._coded: dict[str, dict[str, Any]] = {}
-        self._finished = False
 
     @property
     def _partial_path(self) -> str:
         return self._final_path + ".partial"
 
-    def __enter__(self) -> "CompressedCheckpointWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._local and not self._finished:
-            shutil.rmtree(self._partial_path, ignore_errors=True)
+    @property
+    def work_folder(self) -> str | None:
+        """Folder for work that is worth keeping until `finish`, which removes it; None on gs://."""
+        return os.path.join(self._partial_path, "work") if self._local else None
 
     def write_dense(self, name: str, array: np.ndarray) -> None:
         """Writes a parameter as it is, under its '/'-joined name."""
@@ -159,13 +155,13 @@ class CompressedCheckpointWriter:
         store = ts.KvStore.open(self._folder.spec, context=self._folder.context).result()
         store.write("manifest.json", content).result()
         if self._local:
+            shutil.rmtree(os.path.join(self._partial_path, "work"), ignore_errors=True)
             previous = self._final_path + ".previous"
             if os.path.lexists(self._final_path):
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(self._final_path, previous)
             os.rename(self._partial_path, self._final_path)
             shutil.rmtree(previous, ignore_errors=True)
-        self._finished = True
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:

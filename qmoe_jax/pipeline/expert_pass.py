@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt8
 
 from qmoe_jax.calibration.dispatch import Dispatch
 from qmoe_jax.calibration.hessian import (
@@ -34,6 +35,26 @@ from qmoe_jax.quantization.grids import Grid
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """One kernel of a batch of experts, on the host.
+
+    Attributes:
+      codes: uint8 [experts, out, in].
+      levels: bfloat16 [experts, out, 2].
+      statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`; `weight_error`
+        and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
+        what they are to be divided by.
+    """
+
+    codes: UInt8[np.ndarray, "experts out in"]
+    levels: BFloat16[np.ndarray, "experts out 2"]
+    statistics: dict[str, np.ndarray]
+
+
+QuantizedKernels = dict[str, QuantizedKernel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +150,14 @@ def _dequantize(
     return jax.vmap(grid.dequantize)(codes_to_codec_orientation(codes), levels)
 
 
+def dequantized_kernel(
+    kernel: QuantizedKernel, settings: CompressionSettings
+) -> Float[Array, "experts in out"]:
+    """What the codes stand for, float32: what decoding the stored tensor gives, bit for bit."""
+    levels = jnp.asarray(kernel.levels, jnp.float32)
+    return _dequantize(settings.quantization_grid, jnp.asarray(kernel.codes), levels)
+
+
 @jax.jit
 def _energies(
     kernels: Float[Array, "experts in out"], hessians: Float[Array, "experts in in"] | None
@@ -142,29 +171,11 @@ def _energies(
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelResult:
-    """One kernel of a batch of experts, quantized.
-
-    Attributes:
-      quantized: codes, levels, status and errors.
-      token_counts: calibration tokens of each expert, [experts].
-      weight_energy: what `quantized.weight_error` is to be divided by, [experts].
-      layer_energy: what `quantized.layer_error` is to be divided by, [experts]; 0 without tokens.
-    """
-
-    quantized: ExpertBatchResult
-    token_counts: Float[np.ndarray, "experts"]
-    weight_energy: Float[np.ndarray, "experts"]
-    layer_energy: Float[np.ndarray, "experts"]
-
-
-@dataclasses.dataclass(frozen=True)
 class ExpertBatch:
     """A batch of experts of one sparse layer, and the tokens that were routed to them.
 
     Attributes:
       experts: indices of the experts.
-      kernels: their kernels, float32 [experts, in, out] by name.
       buffer: the residual stream before the experts; replaced by that behind them.
       gate: router probability of every row of the buffer.
       dispatch: which rows go where; None when no tokens are given.
@@ -173,7 +184,6 @@ class ExpertBatch:
     """
 
     experts: range
-    kernels: Kernels
     buffer: ListBuffer | None
     gate: Float[np.ndarray, "tokens"] | None
     dispatch: Dispatch | None
@@ -181,38 +191,49 @@ class ExpertBatch:
     activations: tuple[str, ...]
 
 
-def quantize_batch(batch: ExpertBatch, settings: CompressionSettings) -> dict[str, KernelResult]:
-    """Quantizes all kernels of a batch of experts; returns a result per kernel name."""
-    results: dict[str, KernelResult] = {}
-    kernels = dict(batch.kernels)
-    states = _hessians(batch, kernels, settings, which=("wi", "wo"))
+def quantize_batch(
+    batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings
+) -> QuantizedKernels:
+    """Quantizes all kernels of a batch of experts.
+
+    Args:
+      batch: the experts and their tokens.
+      kernels: their kernels, float32 [experts, in, out] by name.
+      settings: how.
+
+    Returns:
+      The quantized kernels by name.
+    """
+    quantized: QuantizedKernels = {}
+    inputs = dict(kernels)
+    states = _hessians(batch, inputs, settings, which=("wi", "wo"))
     for name in [*(name for name in sorted(kernels) if name != "wo"), "wo"]:
         if name == "wo" and settings.true_sequential:
             # Now behind the quantized wi.
-            states = _hessians(batch, kernels, settings, which=("wo",))
+            states = _hessians(batch, inputs, settings, which=("wo",))
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        results[name] = _quantize_kernel(batch.kernels[name], state, settings)
+        quantized[name] = _quantize_kernel(kernels[name], state, settings)
         if settings.true_sequential:
-            kernels[name] = dequantized_kernel(results[name], settings)
-    return results
+            inputs[name] = dequantized_kernel(quantized[name], settings)
+    return quantized
 
 
 def _quantize_kernel(
     kernel: Float[Array, "experts in out"],
     state: HessianState | None,
     settings: CompressionSettings,
-) -> KernelResult:
+) -> QuantizedKernel:
     num_experts = kernel.shape[0]
     hessians, counts = None, jnp.zeros(num_experts)
     if state is not None:
         hessians, counts = finalize_hessian(state)
-    energies = _energies(kernel, hessians)
+    weight_energy, layer_energy = _energies(kernel, hessians)
 
     # A smaller last batch is padded, so that it runs the program of the others.
     def padded(array: Array) -> Array:
         return pad_expert_batch(array, settings.expert_batch)
 
-    quantized = quantize_experts(
+    result = quantize_experts(
         padded(kernel),
         None if hessians is None else padded(hessians),
         padded(counts),
@@ -221,15 +242,22 @@ def _quantize_kernel(
         damping=settings.damping,
         act_order=settings.act_order,
     )
-    quantized = ExpertBatchResult(*(field[:num_experts] for field in quantized))
-    return KernelResult(quantized, *map(np.asarray, (counts, *energies)))
-
-
-def dequantized_kernel(
-    result: KernelResult, settings: CompressionSettings
-) -> Float[Array, "experts in out"]:
-    """What the stored codes stand for, float32."""
-    return _dequantize(settings.quantization_grid, result.quantized.codes, result.quantized.levels)
+    result = ExpertBatchResult(*(field[:num_experts] for field in result))
+    statistics = {
+        "status": result.status,
+        "token_counts": counts,
+        "zero_share": result.zero_share,
+        "weight_error": result.weight_error,
+        "weight_energy": weight_energy,
+        "layer_error": result.layer_error,
+        "layer_energy": layer_energy,
+    }
+    return QuantizedKernel(
+        codes=np.asarray(result.codes),
+        # Exact: grids round their levels to bfloat16 before they choose codes.
+        levels=np.asarray(result.levels).astype(ml_dtypes.bfloat16),
+        statistics={name: np.asarray(array) for name, array in statistics.items()},
+    )
 
 
 def _hessians(
@@ -257,10 +285,13 @@ def _hessians(
     return states
 
 
-def run_batch(batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings) -> None:
-    """Sends all tokens of a batch of experts through `kernels`; writes outputs to the buffer."""
+def run_batch(
+    batch: ExpertBatch, quantized: QuantizedKernels, settings: CompressionSettings
+) -> None:
+    """Sends all tokens of a batch of experts through its codes; writes outputs to the buffer."""
     if batch.dispatch is None or batch.buffer is None or batch.gate is None:
         return
+    kernels = {name: dequantized_kernel(q, settings) for name, q in quantized.items()}
     tokens = [batch.dispatch.tokens_of(expert) for expert in batch.experts]
     for chunk in token_chunks(tokens, settings.token_chunk):
         outputs = _run(

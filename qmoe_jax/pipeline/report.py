@@ -47,6 +47,7 @@ class CompressionReport:
       dense_bits: stored bits of the parameters that are not compressed.
       dense_parameters: their number.
       seconds: wall time of the run.
+      num_replayed: expert batches that a resumed run found finished.
       validation: loss on the validation tokens that flowed along, through compressed experts; None
         where none were given.
     """
@@ -57,6 +58,7 @@ class CompressionReport:
     dense_bits: int
     dense_parameters: int
     seconds: float = 0.0
+    num_replayed: int = 0
     validation: LossReport | None = None
 
     @property
@@ -128,6 +130,7 @@ class CompressionReport:
             "dense_bits": self.dense_bits,
             "dense_parameters": self.dense_parameters,
             "seconds": self.seconds,
+            "num_replayed": self.num_replayed,
             "validation_loss": None if self.validation is None else self.validation.loss,
             "warnings": self.warnings(),
         }
