@@ -20,7 +20,6 @@ matrix product with all errors before it, instead of being updated by every bloc
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -28,14 +27,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.rtn import round_to_nearest
 
-# Columns in the straight-line body of the column loop. Measured on two CPU cores, 8 experts of
-# 768 x 768: 8 takes 55 ms, 4 takes 80 ms; at 16 XLA's fusion recomputes the chain (265 ms, slow to
-# compile), splitting 16 by small matrix products takes 110 ms, a loop over single columns 92 ms.
-_TILE = 8
-
-# Columns per product inside a block. Without this level the tiles' thin products take in the whole
-# block: 15 % slower at 3072 x 768.
-_PANEL = 32
+# Columns that one run of the column loop takes. The loop does one vector-matrix product a column,
+# which XLA does not fuse: 3 to 9 us at out = 3072. What lost there: rank-1 updates of the panel
+# (right-looking) 10 us at 8 columns, a sum over rows instead of the product 25 us at 16, and eight
+# columns as straight-line code 40 us, because XLA's fusion then recomputes the chain of columns.
+_PANEL = 16
 
 # The least damping, as in the original: an expert whose Hessian is all zero is then rounded to
 # nearest by the same code path.
@@ -86,8 +82,8 @@ def gptq(
       H: float32, symmetric; only the upper triangle is read.
       grid: which values a row may take; its levels are fitted on W before the sweep.
       damping: share of the mean diagonal of H that is added to the diagonal (QMoE uses 0.1).
-      block_size: columns per matrix product, a multiple of 32; changes the speed, not the result
-        (up to float32 rounding). None takes 256, or more where that would be over 12 blocks.
+      block_size: columns per matrix product, a multiple of 16; changes the speed, not the result
+        (up to float32 rounding). None takes 128, or more where that would be over 12 blocks.
       act_order: quantize columns by descending diagonal of H instead of from first to last.
     """
     num_in = W.shape[0]
@@ -136,8 +132,8 @@ def gptq(
 
 
 def default_block_size(num_in: int) -> int:
-    """256 columns, or the multiple of 256 that makes at most 12 blocks."""
-    return 256 * math.ceil(num_in / (256 * _MAX_BLOCKS))
+    """128 columns, or the multiple of 128 that makes at most 12 blocks."""
+    return 128 * math.ceil(num_in / (128 * _MAX_BLOCKS))
 
 
 def upper_factor(
@@ -273,33 +269,23 @@ def _sweep_panel(
     levels: Float[Array, "out 2"],
     grid: Grid,
 ) -> tuple[UInt8[Array, "panel out"], Float[Array, "panel out"]]:
-    """Codes and d of one panel, a tile of columns at a time; `updated` is w' but for the panel."""
+    """Codes and d of one panel, column by column; `updated` is w' but for this panel's share."""
     size, num_out = W.shape
-    feedback = V / jnp.diagonal(V) - jnp.eye(size, dtype=V.dtype)
+    feedback = (V / jnp.diagonal(V) - jnp.eye(size, dtype=V.dtype)).T
 
-    def sweep_tile(index, carry):
+    def sweep_column(j, carry):
         codes, d = carry
-        first = index * _TILE
-        tile_feedback = lax.dynamic_slice(feedback, (0, first), (size, _TILE))
-        tile = lax.dynamic_slice(updated, (first, 0), (_TILE, num_out))
-        tile = tile + _matmul(tile_feedback.T, d)
-        corner = lax.dynamic_slice(tile_feedback, (first, 0), (_TILE, _TILE))
-        original = lax.dynamic_slice(W, (first, 0), (_TILE, num_out))
-        tile_codes: list[jax.Array] = []
-        tile_d: list[jax.Array] = []
-        for j in range(_TILE):
-            w = tile[j]
-            for i in range(j):
-                w = w + corner[i, j] * tile_d[i]
-            code = grid.quantize(w, levels)
-            tile_codes.append(code)
-            tile_d.append(original[j] - grid.dequantize(code, levels))
-        codes = lax.dynamic_update_slice(codes, jnp.stack(tile_codes), (first, 0))
-        d = lax.dynamic_update_slice(d, jnp.stack(tile_d), (first, 0))
+        row = lax.dynamic_slice(feedback, (j, 0), (1, size))
+        w = lax.dynamic_slice(updated, (j, 0), (1, num_out)) + _matmul(row, d)
+        code = grid.quantize(w, levels)
+        original = lax.dynamic_slice(W, (j, 0), (1, num_out))
+        # Not `.at[j].set`, which checks bounds and then copies the carry at every column.
+        codes = lax.dynamic_update_slice(codes, code, (j, 0))
+        d = lax.dynamic_update_slice(d, original - grid.dequantize(code, levels), (j, 0))
         return codes, d
 
     carry = (jnp.zeros((size, num_out), jnp.uint8), jnp.zeros_like(W))
-    return lax.fori_loop(0, size // _TILE, sweep_tile, carry)
+    return lax.fori_loop(0, size, sweep_column, carry)
 
 
 def _matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
