@@ -1,6 +1,7 @@
 """The "qmoe" coding: dictionary, greedy encoder, expansion, what validate refuses."""
 
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,11 +117,11 @@ class TestFormat:
         text = FORMAT.read_text(encoding="utf-8")
         for name, expected in {
             "codewords": "20 04 48 01 2c 25",
-            "row_offsets": "00 00 00 00 03 00 00 00",
+            "row_lengths": "03",
             "levels": "00 bf 40 3f",
         }.items():
             assert coded.arrays[name].tobytes().hex(" ") == expected
-            assert expected in text
+            assert re.search(rf"    {name} +{expected}$", text, re.MULTILINE)
         for codeword, words in {
             1056: "00402006 00000006",
             328: "00000091 00000001",
@@ -133,15 +134,15 @@ class TestFormat:
     def test_bits_by_hand(self):
         codes = np.array(WORKED_ROW, np.uint8)[None, None]
         size = bits(encode(codes, np.array([[[-0.5, 0.75]]], BFLOAT16), "qmoe"))
-        # 3 codewords; 2 bf16 levels; 2 expert offsets and 2 row offsets of 32 bits.
-        assert (size["codes"], size["levels"], size["offsets"]) == (48, 32, 128)
-        assert size["total"] == 208
-        assert size["bits_per_weight"] == 208 / 23
+        # 3 codewords; 2 bf16 levels; 2 expert offsets of 32 bits and a row length of 8.
+        assert (size["codes"], size["levels"], size["offsets"]) == (48, 32, 72)
+        assert size["total"] == 152
+        assert size["bits_per_weight"] == 152 / 23
         assert size["code_bits_per_weight"] == 48 / 23
         assert size["zero_share"] == 16 / 23
         entropy = -sum(n / 23 * np.log2(n / 23) for n in (16, 4, 3))
         assert size["entropy"] == pytest.approx(entropy)
-        assert size["entropy_share"] == pytest.approx(23 * entropy / 208)
+        assert size["entropy_share"] == pytest.approx(23 * entropy / 152)
 
     def test_bits_of_nothing(self):
         size = bits(random_coded((0, 3, 5)))
@@ -163,17 +164,18 @@ class TestValidate:
     def test_valid(self, coded):
         codings.validate(coded)
 
-    def test_falling_row_offsets(self, coded):
-        coded.arrays["row_offsets"][1, 2] = coded.arrays["row_offsets"][1, 3] + 1
-        self.refused(coded, r"row_offsets\[1\] fall from")
+    def test_row_lengths_sum_wrong(self, coded):
+        coded.arrays["row_lengths"][0, -1] += 1
+        total = coded.arrays["expert_offsets"][1]
+        self.refused(coded, rf"row_lengths\[0\] sum to {total + 1}, .* expert 0 {total} codewords")
 
-    def test_row_offsets_not_from_zero(self, coded):
-        coded.arrays["row_offsets"][0, 0] = 1
-        self.refused(coded, r"row_offsets\[0\] start at 1")
-
-    def test_row_offsets_end_wrong(self, coded):
-        coded.arrays["row_offsets"][0, -1] += 1
-        self.refused(coded, r"row_offsets\[0\] end at")
+    def test_row_lengths_dtype_follows_the_bound(self, coded):
+        spec = dataclasses.replace(coded.spec, max_row_codewords=256)
+        self.refused(CodedTensor(spec, coded.arrays), "'row_lengths' is uint8; .* uint16")
+        wide = coded.arrays["row_lengths"].astype(np.uint16)
+        codings.validate(CodedTensor(spec, coded.arrays | {"row_lengths": wide}))
+        spec = dataclasses.replace(coded.spec, max_row_codewords=2**16)
+        self.refused(CodedTensor(spec, coded.arrays), "up to 65536 codewords; .* uint16")
 
     def test_expert_offsets(self, coded):
         offsets = coded.arrays["expert_offsets"]
@@ -196,12 +198,13 @@ class TestValidate:
         )
 
     def test_row_boundary_moved(self, coded):
-        coded.arrays["row_offsets"][1, 2] += 1
+        coded.arrays["row_lengths"][1, 1] += 1
+        coded.arrays["row_lengths"][1, 2] -= 1
         self.refused(coded, "Row 1 of expert 1 decodes to")
 
     def test_row_bound(self, coded):
-        counts = np.diff(coded.arrays["row_offsets"])
-        spec = dataclasses.replace(coded.spec, max_row_codewords=int(counts.max()) - 1)
+        longest = int(coded.arrays["row_lengths"].max())
+        spec = dataclasses.replace(coded.spec, max_row_codewords=longest - 1)
         self.refused(CodedTensor(spec, coded.arrays), "max_row_codewords = ")
 
     def test_filler_of_odd_width(self):
@@ -217,13 +220,35 @@ class TestValidate:
         arrays = whole.arrays | {
             "codewords": np.array([0, 1], np.uint16),
             "expert_offsets": np.array([0, 2], np.int32),
-            "row_offsets": np.array([[0, 2]], np.int32),
+            "row_lengths": np.array([[2]], np.uint8),
         }
         codings.validate(CodedTensor(whole.spec, arrays))
 
     def test_too_many_codewords_for_int32(self):
-        with pytest.raises(CodecError, match="row_offsets would reach 2147483648 codewords"):
-            to_offsets(np.array([2**31 - 1, 1], np.int64), "row_offsets")
+        with pytest.raises(CodecError, match="expert_offsets would reach 2147483648 codewords"):
+            to_offsets(np.array([2**31 - 1, 1], np.int64), "expert_offsets")
+
+    def test_rows_of_more_than_255_codewords(self):
+        # Alternating signs take the longest rows; batches of short and long rows mix dtypes.
+        codes = np.ones((3, 2, 6000), np.uint8)
+        codes[..., ::2] = 2
+        codes[0] = 0
+        levels = np.ones((3, 2, 2), BFLOAT16)
+        whole = encode(codes, levels, "qmoe")
+        assert whole.arrays["row_lengths"].dtype == np.uint16
+        assert whole.arrays["row_lengths"].max() > 255
+        codings.validate(whole)
+        short, long = encode(codes[:1], levels[:1], "qmoe"), encode(codes[1:], levels[1:], "qmoe")
+        assert short.arrays["row_lengths"].dtype == np.uint8
+        joined = codings.concatenate([short, long])
+        codings.validate(joined)
+        assert joined.spec == whole.spec
+        np.testing.assert_array_equal(
+            joined.arrays["row_lengths"], whole.arrays["row_lengths"], strict=True
+        )
+        for expert in range(3):
+            decoded = decode_expert(joined.spec, joined.arrays, expert)
+            np.testing.assert_array_equal(np.asarray(decoded), codes[expert])
 
 
 class TestExpansionStaysInBounds:
@@ -234,11 +259,11 @@ class TestExpansionStaysInBounds:
 
     decode = staticmethod(jax.jit(decode_expert, static_argnums=0))
 
-    def run(self, codewords, row_offsets, expert=0):
+    def run(self, codewords, row_lengths, expert=0, end=NUM_CODEWORDS):
         arrays = {
             "codewords": jnp.asarray(codewords),
-            "expert_offsets": jnp.array([0, self.NUM_CODEWORDS], jnp.int32),
-            "row_offsets": jnp.asarray(row_offsets)[None],
+            "expert_offsets": jnp.array([0, end], jnp.int32),
+            "row_lengths": jnp.asarray(row_lengths.astype(np.uint8))[None],
             "levels": jnp.zeros((1, 6, 2), jnp.bfloat16),
         }
         return np.asarray(self.decode(self.SPEC, arrays, expert))
@@ -256,14 +281,15 @@ class TestExpansionStaysInBounds:
             own = codewords[row_offsets[row] : row_offsets[row + 1]].tolist()
             codes = reference.decode_row(own, 75)
             expected[row, : len(codes)] = codes
-        np.testing.assert_array_equal(self.run(codewords, row_offsets), expected)
+        np.testing.assert_array_equal(self.run(codewords, counts), expected)
 
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 2**32 - 1))
-    def test_any_offsets(self, seed):
+    def test_any_lengths(self, seed):
         rng = np.random.default_rng(seed)
         codewords = rng.integers(0, 2**16, self.NUM_CODEWORDS).astype(np.uint16)
-        row_offsets = rng.integers(-(2**31), 2**31, 7).astype(np.int32)
-        codes = self.run(codewords, row_offsets, expert=int(rng.integers(-5, 5)))
+        lengths = rng.integers(0, 256, 6)
+        end = int(rng.integers(-(2**31), 2**31))
+        codes = self.run(codewords, lengths, expert=int(rng.integers(-5, 5)), end=end)
         assert codes.shape == (6, 75)
         assert codes.max() <= 2

@@ -1,6 +1,8 @@
 """Codec: quantization codes of experts to stored arrays and back. The format is in FORMAT.md.
 
-In reading order: `tensor` (what is stored), `dictionary`, `encode` (over `greedy`), `decode` (over
-`expand`), `codings` (what a coding must provide, and which there are), `coding_qmoe`,
-`coding_packed2`, `stats`, and `reference`, the slow twin of it all.
+In reading order: `tensor` (what is stored), `codings` (what a coding must provide, and which there
+are), `encode`, `decode`, `stats`. Then the codings: `coding_tunstall` (over the trees of
+`tunstall`, `tunstall_rows` on the host and `tunstall_expand` with XLA), `coding_qmoe` (over
+`dictionary`, `greedy` and `expand`), `coding_packed2`; `threads` runs row kernels on all cores; and
+`reference`, the slow twin of it all.
 """

@@ -10,6 +10,7 @@ from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec.coding_packed2 import Packed2Coding
 from qmoe_jax.codec.coding_qmoe import QmoeCoding
+from qmoe_jax.codec.coding_tunstall import TunstallCoding
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CodecError
 
@@ -62,7 +63,12 @@ class Coding(Protocol):
 
 @functools.cache
 def _codings() -> dict[str, Coding]:
-    codings: tuple[Coding, ...] = (QmoeCoding(), Packed2Coding())
+    codings: tuple[Coding, ...] = (
+        QmoeCoding(),
+        Packed2Coding(),
+        TunstallCoding("tunstall", num_symbols=3),
+        TunstallCoding("tunstall_2bit", num_symbols=4),
+    )
     return {coding.name: coding for coding in codings}
 
 

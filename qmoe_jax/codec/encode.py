@@ -4,7 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.tensor import CodedTensor, check_levels
 from qmoe_jax.errors import CodecError
 
@@ -15,11 +15,12 @@ def encode(
     """Encode the codes of a batch of experts, or of all of them.
 
     Args:
-      codes: uint8 [experts, out, in]. For "qmoe" 0 = zero, 1 = low, 2 = high; for "packed2" 0..3.
-        Experts and rows may be 0 in number, `in` is at least 1.
-      levels: bfloat16 [experts, out, 2], the two parameters of each row: (low, high) for "qmoe",
-        (scale, zero) for "packed2". Kept as they are; other dtypes are refused, since codes that
-        were chosen for unrounded levels no longer are the nearest.
+      codes: uint8 [experts, out, in]. For ternary codings ("qmoe", "tunstall") 0 = zero,
+        1 = low, 2 = high; for 2-bit codings ("packed2", "tunstall_2bit") 0..3. Experts and rows
+        may be 0 in number, `in` is at least 1.
+      levels: bfloat16 [experts, out, 2], the two parameters of each row: (low, high) for ternary
+        codings, (scale, zero) for 2-bit codings. Kept as they are; other dtypes are refused, since
+        codes that were chosen for unrounded levels no longer are the nearest.
       coding: name of the coding.
 
     Batches of consecutive experts are joined by `codings.concatenate`.
@@ -39,9 +40,9 @@ def encode(
         )
     check_levels(levels)
     if codes.size and codes.max() >= implementation.num_symbols:
+        wider = [n for n in coding_names() if get_coding(n).num_symbols > codes.max()]
         raise CodecError(
             f"codes hold the symbol {codes.max()}; coding '{coding}' takes 0 to "
-            f"{implementation.num_symbols - 1}. "
-            "Use ternary codes with 'qmoe' and 2-bit codes with 'packed2'."
+            f"{implementation.num_symbols - 1}. Codings that take it: {', '.join(wider) or 'none'}."
         )
     return implementation.encode(codes, levels)

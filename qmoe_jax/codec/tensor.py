@@ -14,13 +14,13 @@ class TensorSpec:
     """What decoding must know at trace time. Hashable, so it can be a static argument of jit."""
 
     coding: str
-    """Name of the coding: "qmoe" (ternary codes) or "packed2" (2-bit codes)."""
+    """Name of the coding: "qmoe" or "tunstall" (ternary), "packed2" or "tunstall_2bit" (2-bit)."""
     num_experts: int
     out_features: int
     in_features: int
     """Weights in a row, at least 1."""
     max_row_codewords: int = 0
-    """No row has more codewords than this ("qmoe"; 0 for codings of fixed size). An upper bound,
+    """No row has more codewords than this (0 for codings of fixed size). An upper bound,
     not necessarily reached: layers given a common bound share one compiled decoder."""
 
     def __post_init__(self) -> None:

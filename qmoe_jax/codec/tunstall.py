@@ -7,6 +7,7 @@ that every platform builds the same trees; the hashes are checked all the same.
 import functools
 import hashlib
 import heapq
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ ZERO_WEIGHTS = (512, 640, 736, 800, 848, 880, 904, 928, 952, 976)
 NUM_DICTIONARIES = len(ZERO_WEIGHTS)
 
 _SHA256 = {
-    0: "",
-    MAX_ENTRY_NONZEROS: "",
+    0: "4800547715427566f5a9cbc682d179b4258206174aab504ab161d9556a15fb07",
+    MAX_ENTRY_NONZEROS: "49b2ad2d8e328632f22f57a1d5605f9cc43fd0aa4fce4ad994da4b2c11eed9e1",
 }
 
 
@@ -75,8 +76,8 @@ def tunstall_family(num_escapes: int) -> TunstallFamily:
 
 
 def choose_dictionary(num_zeros: int, num_weights: int) -> int:
-    """Number of the dictionary whose zero share is nearest (the denser one for a tie's half)."""
-    middles = (a + b for a, b in zip(ZERO_WEIGHTS, ZERO_WEIGHTS[1:], strict=False))
+    """Number of the dictionary whose zero share is nearest; of two equally near, the denser."""
+    middles = (a + b for a, b in itertools.pairwise(ZERO_WEIGHTS))
     return sum(2048 * num_zeros > middle * num_weights for middle in middles)
 
 
@@ -86,7 +87,7 @@ def _grow(zero_weight: int, num_entries: int) -> list[tuple[int, ...]]:
     Heap keys are probabilities times -1024^58, then sequences: equals are taken in lexicographic
     order.
     """
-    leaves = [(-(1024**MAX_ENTRY_WEIGHTS), ())]
+    leaves: list[tuple[int, tuple[int, ...]]] = [(-(1024**MAX_ENTRY_WEIGHTS), ())]
     done: list[tuple[int, ...]] = []
     while len(leaves) + len(done) < num_entries:
         key, entry = heapq.heappop(leaves)

@@ -6,10 +6,10 @@ from typing import Any
 from qmoe_jax.quantization.expert_batch import METHODS
 from qmoe_jax.quantization.grids import Grid, Ternary, TwoBit
 
-# name -> (grid, the coding that stores its codes)
-GRIDS: dict[str, tuple[Grid, str]] = {
-    "ternary": (Ternary(), "qmoe"),
-    "2bit": (TwoBit(), "packed2"),
+# name -> (grid, the codings that store its codes, the smallest first)
+GRIDS: dict[str, tuple[Grid, tuple[str, ...]]] = {
+    "ternary": (Ternary(), ("tunstall", "qmoe")),
+    "2bit": (TwoBit(), ("tunstall_2bit", "packed2")),
 }
 
 
@@ -19,6 +19,8 @@ class CompressionSettings:
 
     Attributes:
       grid: "ternary" or "2bit".
+      expert_coding: how codes are stored: "tunstall" or "qmoe" (the paper's dictionary) for
+        ternary, "tunstall_2bit" or "packed2" for 2bit; "auto" is the first of each.
       method: "gptq", or "rtn" (round to nearest, the baseline).
       damping: share of a Hessian's mean diagonal that is added to its diagonal (`percdamp` in the
         paper's code).
@@ -37,6 +39,7 @@ class CompressionSettings:
     """
 
     grid: str = "ternary"
+    expert_coding: str = "auto"
     method: str = "gptq"
     damping: float = 0.1
     act_order: bool = False
@@ -51,6 +54,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         _one_of("grid", self.grid, tuple(GRIDS))
+        _one_of("expert_coding", self.expert_coding, ("auto", *GRIDS[self.grid][1]))
         _one_of("method", self.method, METHODS)
         _one_of("activation_dtype", self.activation_dtype, ("float32", "bfloat16"))
         _one_of("dense_dtype", self.dense_dtype, ("bfloat16", "source"))
@@ -69,7 +73,7 @@ class CompressionSettings:
     @property
     def coding(self) -> str:
         """The coding that stores the grid's codes."""
-        return GRIDS[self.grid][1]
+        return GRIDS[self.grid][1][0] if self.expert_coding == "auto" else self.expert_coding
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""

@@ -1,0 +1,282 @@
+"""The "tunstall" codings: one byte for a run of zero and non-zero weights, one bit a sign.
+
+FORMAT.md, "Coding `tunstall`" and "Coding `tunstall_2bit`".
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from qmoe_jax.codec import reference, tunstall_rows
+from qmoe_jax.codec.tensor import (
+    CodedTensor,
+    TensorSpec,
+    check_array,
+    check_levels,
+    check_names,
+    check_offsets,
+    to_offsets,
+)
+from qmoe_jax.codec.tunstall import (
+    MAX_ENTRY_NONZEROS,
+    NUM_DICTIONARIES,
+    TunstallFamily,
+    choose_dictionary,
+    tunstall_family,
+)
+from qmoe_jax.codec.tunstall_expand import expand_rows
+from qmoe_jax.errors import CodecError
+
+# As for "qmoe": most layers of a model end up with the same bound and share compiled decoders.
+_BOUND_STEP = 32
+_MAX_EXPERT_WORDS = 2**26
+
+# Which code a symbol stands for, by the code of the weight 0: nearest values first.
+_CODES_OF_SYMBOLS = np.array([[0, 1, 2, 3], [1, 2, 0, 3], [2, 1, 3, 0], [3, 2, 1, 0]], np.uint8)
+
+
+class TunstallCoding:
+    """Rows of codewords and sign bits in whole bytes, experts in whole 32-bit words."""
+
+    array_names: tuple[str, ...] = (
+        "words",
+        "expert_offsets",
+        "dictionaries",
+        "shortest_rows",
+        "row_lengths",
+        "levels",
+    )
+
+    def __init__(self, name: str, num_symbols: int):
+        self.name = name
+        self.num_symbols = num_symbols
+
+    @property
+    def _family(self) -> TunstallFamily:
+        return tunstall_family(MAX_ENTRY_NONZEROS if self.num_symbols == 4 else 0)
+
+    def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
+        """Encode codes uint8 [experts, out, in], each row on its own, each expert's zero share."""
+        experts, rows, width = codes.shape
+        family = self._family
+        order = self._codes_of_symbols(levels)
+        dictionaries = np.array(
+            [
+                choose_dictionary(int((codes[e] == order[e, :, :1]).sum()), rows * width)
+                for e in range(experts)
+            ],
+            np.uint8,
+        )
+        encoded = tunstall_rows.encode_rows(
+            codes.reshape(experts * rows, width),
+            np.argsort(order, axis=-1).astype(np.uint8).reshape(-1, 4),
+            np.repeat(dictionaries, rows),
+            family,
+        )
+        num_bytes = encoded.num_bytes.reshape(experts, rows)
+        shortest = num_bytes.min(axis=1, initial=2**31 - 1) if rows else np.zeros(experts, np.int32)
+        longest = int(encoded.num_codewords.max(initial=0))
+        bound = -(-longest // _BOUND_STEP) * _BOUND_STEP
+        words, offsets = _in_words(encoded.data, num_bytes.sum(axis=1, dtype=np.int64))
+        arrays = {
+            "words": words,
+            "expert_offsets": offsets,
+            "dictionaries": dictionaries,
+            "shortest_rows": shortest,
+            "row_lengths": _narrow(num_bytes - shortest[:, None]),
+            "levels": np.ascontiguousarray(levels),
+        }
+        return CodedTensor(TensorSpec(self.name, experts, rows, width, bound), arrays)
+
+    def validate(self, coded: CodedTensor) -> None:
+        """Check names, dtypes, shapes, offsets, levels, and every row bit by bit."""
+        spec, arrays = coded.spec, coded.arrays
+        experts, rows = spec.num_experts, spec.out_features
+        check_names(arrays, self.array_names)
+        words = check_array(arrays, "words", np.uint32, (None,))
+        expert_offsets = check_array(arrays, "expert_offsets", np.int32, (experts + 1,))
+        dictionaries = check_array(arrays, "dictionaries", np.uint8, (experts,))
+        shortest = check_array(arrays, "shortest_rows", np.int32, (experts,))
+        dtype = arrays["row_lengths"].dtype
+        wanted = dtype if dtype in (np.uint8, np.uint16) else np.dtype(np.uint8)
+        check_array(arrays, "row_lengths", wanted, (experts, rows))
+        check_levels(check_array(arrays, "levels", ml_dtypes.bfloat16, (experts, rows, 2)))
+        check_offsets("expert_offsets", expert_offsets, words.size, "words")
+        if (bad := np.flatnonzero(dictionaries >= NUM_DICTIONARIES)).size:
+            raise CodecError(
+                f"dictionaries[{bad[0]}] is {dictionaries[bad[0]]}; there are {NUM_DICTIONARIES} "
+                f"dictionaries, 0 to {NUM_DICTIONARIES - 1}."
+            )
+        if (bad := np.flatnonzero(shortest < 0)).size:
+            raise CodecError(
+                f"shortest_rows[{bad[0]}] is {shortest[bad[0]]}; it must be at least 0."
+            )
+        num_bytes = _row_bytes(arrays)
+        sums = num_bytes.sum(axis=1)
+        found = np.diff(expert_offsets)
+        if (bad := np.flatnonzero((sums + 3) // 4 != found)).size:
+            raise CodecError(
+                f"The rows of expert {bad[0]} have {sums[bad[0]]} bytes, but expert_offsets give "
+                f"it {found[bad[0]]} words of 4; the two must agree."
+            )
+        if found.max(initial=0) >= _MAX_EXPERT_WORDS:
+            raise CodecError(_too_large(int(found.max())))
+        data = _as_bytes(words)
+        for expert in range(experts):
+            end = 4 * int(expert_offsets[expert + 1])
+            used = 4 * int(expert_offsets[expert]) + int(sums[expert])
+            if data[used:end].any():
+                raise CodecError(
+                    f"The bytes after the last row of expert {expert} are not zero; they fill its "
+                    "last word and must be."
+                )
+        walk = self._walk(coded)
+        if (bad := np.flatnonzero(walk.faults)).size:
+            expert, row = divmod(int(bad[0]), rows)
+            raise CodecError(
+                f"Row {row} of expert {expert} {tunstall_rows.FAULTS[int(walk.faults[bad[0]])]}; "
+                f"its spec requires {spec.in_features} weights. The words, the row lengths or the "
+                "dictionaries are damaged, or belong to another tensor."
+            )
+        if walk.num_codewords.max(initial=0) > spec.max_row_codewords:
+            expert, row = divmod(int(walk.num_codewords.argmax()), rows)
+            raise CodecError(
+                f"Row {row} of expert {expert} has {walk.num_codewords.max()} codewords; the "
+                f"tensor's spec allows max_row_codewords = {spec.max_row_codewords}."
+            )
+
+    def concatenate(self, batches: Sequence[CodedTensor]) -> CodedTensor:
+        """Join the arrays; expert offsets are recounted."""
+        spec = dataclasses.replace(
+            batches[0].spec,
+            num_experts=sum(b.spec.num_experts for b in batches),
+            max_row_codewords=max(b.spec.max_row_codewords for b in batches),
+        )
+        sizes = np.concatenate([np.diff(b.arrays["expert_offsets"]) for b in batches])
+        offsets = to_offsets(sizes, "expert_offsets")  # before the copying: it may refuse
+        arrays = {
+            name: np.concatenate([b.arrays[name] for b in batches])
+            for name in self.array_names
+            if name != "expert_offsets"
+        }
+        arrays["row_lengths"] = _narrow(arrays["row_lengths"])
+        return CodedTensor(spec, arrays | {"expert_offsets": offsets})
+
+    def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
+        """Slice the arrays (views) and recount expert offsets; the row bound stays."""
+        offsets = coded.arrays["expert_offsets"][start : stop + 1]
+        arrays = {name: coded.arrays[name][start:stop] for name in self.array_names}
+        arrays["words"] = coded.arrays["words"][offsets[0] : offsets[-1]]
+        arrays["expert_offsets"] = offsets - offsets[0]
+        return CodedTensor(dataclasses.replace(coded.spec, num_experts=stop - start), arrays)
+
+    def decode_expert(
+        self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
+    ) -> UInt8[jax.Array, "out in"]:
+        """Expand one expert's rows with XLA."""
+
+        def own(name: str) -> jax.Array:
+            return jnp.take(jnp.asarray(arrays[name]), expert, axis=0, mode="clip")
+
+        family = self._family
+        num_bytes = own("row_lengths").astype(jnp.int32) + own("shortest_rows")
+        row_ends = jnp.cumsum(num_bytes)
+        row_codes = None
+        if family.num_escapes:
+            zero = own("levels")[:, 1]
+            is_code = (zero[:, None] == jnp.arange(4, dtype=zero.dtype)).at[:, 0].set(False)
+            row_codes = jnp.take(jnp.asarray(_CODES_OF_SYMBOLS), is_code.argmax(axis=1), axis=0)
+        return expand_rows(
+            jnp.asarray(arrays["words"]),
+            own("expert_offsets"),
+            row_ends,
+            row_ends - num_bytes,
+            jnp.take(jnp.asarray(family.table), own("dictionaries"), axis=0, mode="clip"),
+            row_codes,
+            spec.in_features,
+            spec.max_row_codewords,
+        )
+
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+        """Decode all codes in plain Python."""
+        return reference.decode_tunstall(coded)
+
+    def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
+        """Count codes by walking over the rows; the tensor must be valid."""
+        by_symbol = self._walk(coded).symbol_counts
+        order = self._codes_of_symbols(coded.arrays["levels"]).reshape(-1, 4)
+        counts = np.zeros(4, np.int64)
+        np.add.at(counts, order, by_symbol)
+        return counts[: self.num_symbols]
+
+    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
+        """Bits stored. The dictionaries belong to the format and are stored with no tensor."""
+        bits = {name: 8 * coded.arrays[name].nbytes for name in self.array_names}
+        codes, levels = bits.pop("words"), bits.pop("levels")
+        return {"codes": codes, "levels": levels, "offsets": sum(bits.values())}
+
+    def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts out 4"]:
+        zero = levels[..., 1].astype(np.float32)
+        is_code = (self.num_symbols == 4) & np.isin(zero, (1, 2, 3))
+        return _CODES_OF_SYMBOLS[np.where(is_code, zero, 0).astype(np.int64)]
+
+    def _walk(self, coded: CodedTensor) -> tunstall_rows.RowWalk:
+        spec, arrays = coded.spec, coded.arrays
+        num_bytes = _row_bytes(arrays)
+        first = 4 * arrays["expert_offsets"][:-1].astype(np.int64)
+        ends = first[:, None] + np.cumsum(num_bytes, axis=1)
+        return tunstall_rows.walk_rows(
+            _as_bytes(arrays["words"]),
+            (ends - num_bytes).reshape(-1),
+            ends.reshape(-1),
+            np.repeat(arrays["dictionaries"], spec.out_features),
+            spec.in_features,
+            self._family,
+        )
+
+
+def _row_bytes(arrays: Mapping[str, np.ndarray]) -> Int64[np.ndarray, "experts out"]:
+    return arrays["row_lengths"].astype(np.int64) + arrays["shortest_rows"][:, None]
+
+
+def _as_bytes(words: np.ndarray) -> UInt8[np.ndarray, "bytes"]:
+    return np.ascontiguousarray(words, "<u4").view(np.uint8)
+
+
+def _in_words(data: np.ndarray, expert_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start every expert at a new word; words and expert offsets."""
+    sizes = (expert_bytes + 3) // 4
+    if sizes.max(initial=0) >= _MAX_EXPERT_WORDS:
+        raise CodecError(_too_large(int(sizes.max())))
+    offsets = to_offsets(sizes, "expert_offsets")
+    padded = np.zeros(4 * int(offsets[-1]), np.uint8)
+    start = 0
+    for expert, size in enumerate(expert_bytes):
+        first = 4 * int(offsets[expert])
+        padded[first : first + size] = data[start : start + size]
+        start += size
+    return padded.view("<u4").astype(np.uint32, copy=False), offsets
+
+
+def _narrow(row_lengths: np.ndarray) -> np.ndarray:
+    """Row lengths as uint8 if all fit, else uint16."""
+    longest = int(row_lengths.max(initial=0))
+    if longest >= 2**16:
+        raise CodecError(
+            f"A row has {longest} bytes more than its expert's shortest; row lengths are uint16, "
+            "so the difference is less than 65536. Split the rows over several coded tensors."
+        )
+    return row_lengths.astype(np.uint8 if longest < 2**8 else np.uint16)
+
+
+def _too_large(num_words: int) -> str:
+    return (
+        f"An expert has {num_words} words; 'tunstall' requires fewer than {_MAX_EXPERT_WORDS}, for "
+        "decoders count bits in int32. Split the rows over several coded tensors."
+    )
