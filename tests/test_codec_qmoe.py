@@ -169,13 +169,21 @@ class TestValidate:
         total = coded.arrays["expert_offsets"][1]
         self.refused(coded, rf"row_lengths\[0\] sum to {total + 1}, .* expert 0 {total} codewords")
 
-    def test_row_lengths_dtype_follows_the_bound(self, coded):
+    def test_row_lengths_dtype_follows_the_bound(self):
+        # Rows of 300 weights may be bounded by 256 codewords, which uint8 does not hold.
+        coded = encode(
+            np.zeros((1, 3, 300), np.uint8), np.ones((1, 3, 2), ml_dtypes.bfloat16), "qmoe"
+        )
         spec = dataclasses.replace(coded.spec, max_row_codewords=256)
         self.refused(CodedTensor(spec, coded.arrays), "'row_lengths' is uint8; .* uint16")
         wide = coded.arrays["row_lengths"].astype(np.uint16)
         codings.validate(CodedTensor(spec, coded.arrays | {"row_lengths": wide}))
-        spec = dataclasses.replace(coded.spec, max_row_codewords=2**16)
+        spec = TensorSpec("qmoe", 1, 3, 2**16, max_row_codewords=2**16)
         self.refused(CodedTensor(spec, coded.arrays), "up to 65536 codewords; .* uint16")
+
+    def test_a_bound_that_no_row_can_have(self, coded):
+        with pytest.raises(CodecError, match="may have a bound of at most"):
+            dataclasses.replace(coded.spec, max_row_codewords=2**40)
 
     def test_expert_offsets(self, coded):
         offsets = coded.arrays["expert_offsets"]

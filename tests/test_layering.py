@@ -21,7 +21,15 @@ LAYERS = (
     ("evaluation",),
     ("pipeline",),
     ("gin_flags", "demo_report"),
-    ("compress", "evaluate", "infer", "prepare_tokens", "demo"),
+    (
+        "compress",
+        "evaluate",
+        "infer",
+        "prepare_tokens",
+        "demo",
+        "inspect",
+        "convert_published",
+    ),
 )
 # What a GPU machine runs: it has no TensorFlow.
 FREE_OF_TENSORFLOW = ("errors", "codec", "checkpoints", "quantization", "ops", "models")

@@ -43,7 +43,7 @@ class QmoeCoding:
         codewords, counts = encode_rows(codes.reshape(experts * rows, width))
         counts = counts.reshape(experts, rows)
         longest = int(counts.max(initial=0))
-        bound = _row_bound(longest, width)
+        bound = row_bound(longest, width)
         arrays = {
             "codewords": codewords,
             "expert_offsets": to_offsets(counts.sum(axis=1, dtype=np.int64), "expert_offsets"),
@@ -174,7 +174,11 @@ def _row_pairs(in_features: int) -> int:
     return (in_features + 1) // 2
 
 
-def _row_bound(longest: int, in_features: int) -> int:
-    """max_row_codewords of a tensor whose longest row has `longest` codewords."""
+def row_bound(longest: int, in_features: int) -> int:
+    """max_row_codewords of a tensor whose longest row has `longest` codewords.
+
+    Few bounds, few compilations. A row that is longer than any valid one keeps its length.
+    """
     bound = min(-(-longest // _BOUND_STEP) * _BOUND_STEP, _row_pairs(in_features))
+    bound = max(bound, longest)
     return min(bound, 255) if longest <= 255 else bound

@@ -35,6 +35,14 @@ class TensorSpec:
                 raise CodecError(
                     f"TensorSpec.{name} is {value!r}; it must be an integer of at least {least}."
                 )
+        # Decoders make room for this many: a damaged manifest must not ask for all memory.
+        most = 2 * self.in_features + 64
+        if self.max_row_codewords > most:
+            raise CodecError(
+                f"TensorSpec.max_row_codewords is {self.max_row_codewords}; a row of "
+                f"{self.in_features} weights may have a bound of at most {most} = 2 in + 64. The "
+                "manifest is damaged."
+            )
 
     @property
     def num_weights(self) -> int:
