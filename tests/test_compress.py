@@ -412,11 +412,11 @@ class TestDamagedCompressedCheckpoint:
         return next(file for file in sorted(folder.iterdir()) if not file.name.startswith("."))
 
     def test_a_flipped_bit(self, path):
-        chunk = self.chunk(path, "codewords")
+        chunk = self.chunk(path, "words")
         content = bytearray(chunk.read_bytes())
         content[7] ^= 4
         chunk.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"wi/codewords .* checksum"):
+        with pytest.raises(CheckpointError, match=r"wi/words .* checksum"):
             qmoe_jax.load_switch(path)
 
     def test_a_truncated_chunk(self, path):

@@ -338,6 +338,7 @@ def test_round_trip(geometry, tmp_path, dtype):
 
 
 def test_round_trip_of_what_our_encoder_wrote(tmp_path):
+    pytest.importorskip("torch")
     config = published_config.config_from_hf(BASE | {"d_model": 64, "d_ff": 300})
     write_compressed(tmp_path / "first", config)
     export_published(tmp_path / "first", tmp_path / "exported", progress=False)
@@ -362,6 +363,7 @@ def write_compressed(path, config, coding="qmoe", leave_out=()):
 
 
 def test_the_files_hold_no_more_than_their_tensors(tmp_path):
+    pytest.importorskip("torch")
     write_compressed(tmp_path / "compressed", published_config.config_from_hf(BASE))
     export_published(tmp_path / "compressed", tmp_path / "exported", progress=False)
     for file in (tmp_path / "exported").glob("exp*.pt"):
