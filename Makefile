@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq fuzz clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -41,8 +41,16 @@ format: $(VENV)/.installed-dev ## format the code
 
 bench: bench-codec bench-gptq ## all benchmarks; results in benchmarks/results/
 
-bench-codec: $(VENV)/.installed-dev ## encoding and decoding speed and rate
-	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json
+# Real codes for the benchmark: those of the demo model.
+demo_out/gptq_2bit/manifest.json:
+	$(MAKE) demo
+
+bench-codec: $(VENV)/.installed-dev demo_out/gptq_2bit/manifest.json ## size and speed of the codec
+	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json \
+	  --checkpoint demo_out/gptq_ternary demo_out/gptq_2bit
+
+fuzz: $(VENV)/.installed-dev ## a million mutated tensors through the codec
+	$(BIN)/python tests/fuzz_codec.py --count 1000000 --seed 0 --json benchmarks/results/fuzz_codec.json
 
 bench-gptq: $(VENV)/.installed-dev ## GPTQ over batches of experts
 	$(BIN)/python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json

@@ -45,6 +45,8 @@ def write(path, coding="qmoe"):
         experts, width, rows = shape
         codes = rng.choice(3, (experts, rows, width), p=(0.9, 0.06, 0.04)).astype(np.uint8)
         levels = np.ones((experts, rows, 2), ml_dtypes.bfloat16)
+        if coding in ("packed2", "tunstall_2bit"):
+            levels[..., 1] = 0  # code 0 is the weight 0
         module = name.removesuffix("/kernel")
         all_codes[module] = codes
         writer.write_coded(module, encode.encode(codes, levels, coding))

@@ -11,7 +11,14 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import expand, reference
-from qmoe_jax.codec.tensor import CodedTensor, TensorSpec, check_array, check_levels, check_names
+from qmoe_jax.codec.tensor import (
+    CodedTensor,
+    TensorSpec,
+    check_array,
+    check_levels,
+    check_names,
+    zero_codes,
+)
 from qmoe_jax.errors import CodecError
 
 
@@ -80,13 +87,17 @@ class Packed2Coding:
         return reference.decode_packed2(coded)
 
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
-        """Count codes by counting bytes; the padding's zeros are taken off again."""
+        """Count row by row; the padding's zeros are left out."""
         spec, packed = coded.spec, coded.arrays["packed"]
-        byte_counts = np.bincount(packed.reshape(-1), minlength=256)
+        zero = zero_codes(coded.arrays["levels"])
         counts = np.zeros(4, np.int64)
-        for place in range(4):
-            np.add.at(counts, np.arange(256) >> 2 * place & 3, byte_counts)
-        counts[0] -= 4 * packed.size - spec.num_weights
+        for expert in range(
+            spec.num_experts
+        ):  # one at a time: unpacked codes are four times larger
+            codes = packed[expert, :, :, None] >> np.arange(0, 8, 2, dtype=np.uint8)
+            codes = codes.reshape(spec.out_features, -1)[:, : spec.in_features]
+            relative = codes - zero[expert, :, None] & 3
+            counts += np.bincount(relative.reshape(-1), minlength=4)
         return counts
 
     def num_bits(self, coded: CodedTensor) -> dict[str, int]:

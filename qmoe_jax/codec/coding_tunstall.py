@@ -22,6 +22,7 @@ from qmoe_jax.codec.tensor import (
     check_names,
     check_offsets,
     to_offsets,
+    zero_codes,
 )
 from qmoe_jax.codec.tunstall import (
     MAX_ENTRY_NONZEROS,
@@ -208,11 +209,14 @@ class TunstallCoding:
         return reference.decode_tunstall(coded)
 
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
-        """Count codes by walking over the rows; the tensor must be valid."""
+        """Count by walking over the rows; the tensor must be valid."""
         by_symbol = self._walk(coded).symbol_counts
-        order = self._codes_of_symbols(coded.arrays["levels"]).reshape(-1, 4)
+        levels = coded.arrays["levels"]
+        codes = self._codes_of_symbols(levels).astype(np.int64)
+        if self.num_symbols == 4:
+            codes = codes - zero_codes(levels)[..., None] & 3
         counts = np.zeros(4, np.int64)
-        np.add.at(counts, order, by_symbol)
+        np.add.at(counts, codes.reshape(-1, 4), by_symbol)
         return counts[: self.num_symbols]
 
     def num_bits(self, coded: CodedTensor) -> dict[str, int]:
@@ -222,9 +226,8 @@ class TunstallCoding:
         return {"codes": codes, "levels": levels, "offsets": sum(bits.values())}
 
     def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts out 4"]:
-        zero = levels[..., 1].astype(np.float32)
-        is_code = (self.num_symbols == 4) & np.isin(zero, (1, 2, 3))
-        return _CODES_OF_SYMBOLS[np.where(is_code, zero, 0).astype(np.int64)]
+        zero = zero_codes(levels) if self.num_symbols == 4 else np.zeros(levels.shape[:2], int)
+        return _CODES_OF_SYMBOLS[zero]
 
     def _walk(self, coded: CodedTensor) -> tunstall_rows.RowWalk:
         spec, arrays = coded.spec, coded.arrays

@@ -53,7 +53,11 @@ class Coding(Protocol):
         ...
 
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
-        """Count how often each code occurs in the tensor."""
+        """Count how often each value occurs in the tensor.
+
+        Of ternary codes: each code. Of 2-bit codes: each code less that of its row's zero, modulo
+        4, so that the first count is that of the weight 0 here too.
+        """
         ...
 
     def num_bits(self, coded: CodedTensor) -> dict[str, int]:

@@ -14,10 +14,10 @@ def bits(coded: CodedTensor) -> dict[str, int | float]:
       codes, levels, offsets, total: bits stored.
       bits_per_weight: total over the number of weights.
       code_bits_per_weight: codes alone over the number of weights.
-      zero_share: share of code 0 (the weight 0 under ternary codes).
-      entropy: of the codes, taken as independent, in bits per weight.
+      zero_share: share of the weight 0.
+      entropy: of the values (`Coding.symbol_counts`), taken as independent, in bits per weight.
       entropy_share: entropy over bits_per_weight; 1 is the limit of a coder that uses nothing but
-        the share of each code.
+        the share of each value.
     Quotients of a tensor without weights are 0.
     """
     coding = get_coding(coded.spec.coding)

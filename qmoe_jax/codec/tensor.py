@@ -151,3 +151,12 @@ def check_levels(levels: np.ndarray) -> None:
             f"levels[{expert}, {row}, {level}] is {levels[expert, row, level]}; levels must be "
             "finite. Quantize the tensor again, from finite weights."
         )
+
+
+def zero_codes(levels: np.ndarray) -> np.ndarray:
+    """The code of the weight 0 in each row of a 2-bit tensor, int64 [experts, out].
+
+    Levels (scale, zero) whose zero is no code have 0 here.
+    """
+    zero = levels[..., 1].astype(np.float32)
+    return np.where(np.isin(zero, (1, 2, 3)), zero, 0).astype(np.int64)
