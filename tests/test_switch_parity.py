@@ -50,7 +50,7 @@ def test_every_layout_loads_into_the_module(golden_checkpoint, model, layout):
     assert logits.dtype == jnp.float32
     case = "std_f32_bf16params" if "bfloat16" in layout else "std_f32"
     if case == "std_f32_bf16params" and layout.startswith("orbax"):
-        # T5X ignores save_dtype for Orbax (MANIFEST): these hold float32.
+        # T5X ignores save_dtype for Orbax: these hold float32.
         stored = {array.dtype.name for array in jax.tree.leaves(variables)}
         case = "std_f32" if stored == {"float32"} else case
     np.testing.assert_allclose(logits, golden[f"{case}/logits"], atol=TOLERANCE, rtol=0)

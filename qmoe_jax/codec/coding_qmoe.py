@@ -20,6 +20,7 @@ from qmoe_jax.codec.tensor import (
     check_levels,
     check_names,
     check_offsets,
+    join_batches,
     row_length_dtype,
     to_offsets,
 )
@@ -104,19 +105,10 @@ class QmoeCoding:
 
     def concatenate(self, batches: Sequence[CodedTensor]) -> CodedTensor:
         """Join the arrays; expert offsets are recounted."""
-        spec = dataclasses.replace(
-            batches[0].spec,
-            num_experts=sum(b.spec.num_experts for b in batches),
-            max_row_codewords=max(b.spec.max_row_codewords for b in batches),
-        )
-        sizes = np.concatenate([np.diff(b.arrays["expert_offsets"]) for b in batches])
-        offsets = to_offsets(sizes, "expert_offsets")  # before the copying: it may refuse
-        arrays = {
-            name: np.concatenate([b.arrays[name] for b in batches])
-            for name in ("codewords", "row_lengths", "levels")
-        }
-        lengths = arrays["row_lengths"].astype(row_length_dtype(spec.max_row_codewords))
-        return CodedTensor(spec, arrays | {"expert_offsets": offsets, "row_lengths": lengths})
+        joined = join_batches(batches)
+        dtype = row_length_dtype(joined.spec.max_row_codewords)
+        joined.arrays["row_lengths"] = joined.arrays["row_lengths"].astype(dtype)
+        return joined
 
     def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
         """Slice the arrays (views) and recount expert offsets; the row bound stays."""

@@ -21,6 +21,7 @@ from qmoe_jax.codec.tensor import (
     check_levels,
     check_names,
     check_offsets,
+    join_batches,
     to_offsets,
     zero_codes,
 )
@@ -154,20 +155,9 @@ class TunstallCoding:
 
     def concatenate(self, batches: Sequence[CodedTensor]) -> CodedTensor:
         """Join the arrays; expert offsets are recounted."""
-        spec = dataclasses.replace(
-            batches[0].spec,
-            num_experts=sum(b.spec.num_experts for b in batches),
-            max_row_codewords=max(b.spec.max_row_codewords for b in batches),
-        )
-        sizes = np.concatenate([np.diff(b.arrays["expert_offsets"]) for b in batches])
-        offsets = to_offsets(sizes, "expert_offsets")  # before the copying: it may refuse
-        arrays = {
-            name: np.concatenate([b.arrays[name] for b in batches])
-            for name in self.array_names
-            if name != "expert_offsets"
-        }
-        arrays["row_lengths"] = _narrow(arrays["row_lengths"])
-        return CodedTensor(spec, arrays | {"expert_offsets": offsets})
+        joined = join_batches(batches)
+        joined.arrays["row_lengths"] = _narrow(joined.arrays["row_lengths"])
+        return joined
 
     def slice_experts(self, coded: CodedTensor, start: int, stop: int) -> CodedTensor:
         """Slice the arrays (views) and recount expert offsets; the row bound stays."""

@@ -1,7 +1,7 @@
 """A coded tensor: the stored form of one layer's expert kernel, and the static facts about it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,23 @@ def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
             "for its offsets are int32. Split the experts over several coded tensors."
         )
     return offsets.astype(np.int32)
+
+
+def join_batches(batches: Sequence[CodedTensor]) -> CodedTensor:
+    """Joins the arrays of consecutive expert batches; `expert_offsets` are counted anew."""
+    spec = dataclasses.replace(
+        batches[0].spec,
+        num_experts=sum(b.spec.num_experts for b in batches),
+        max_row_codewords=max(b.spec.max_row_codewords for b in batches),
+    )
+    sizes = np.concatenate([np.diff(b.arrays["expert_offsets"]) for b in batches])
+    offsets = to_offsets(sizes, "expert_offsets")  # before the copying: it may refuse
+    arrays = {
+        name: np.concatenate([b.arrays[name] for b in batches])
+        for name in batches[0].arrays
+        if name != "expert_offsets"
+    }
+    return CodedTensor(spec, arrays | {"expert_offsets": offsets})
 
 
 def row_length_dtype(max_row_codewords: int) -> np.dtype:

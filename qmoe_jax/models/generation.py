@@ -27,18 +27,7 @@ def empty_cache(
     """
     tokens = jnp.zeros((encoder_input_tokens.shape[0], max_decode_length), jnp.int32)
     _, state = jax.eval_shape(
-        lambda: module.apply(
-            variables,
-            encoded,
-            encoder_input_tokens,
-            tokens,
-            tokens,
-            enable_dropout=False,
-            decode=True,
-            max_decode_length=max_decode_length,
-            method="decode",
-            mutable=["cache"],
-        )
+        lambda: _decode(module, variables, encoded, encoder_input_tokens, tokens, max_decode_length)
     )
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state["cache"])
 
@@ -53,19 +42,38 @@ def decode_step(
     max_decode_length: int,
 ) -> tuple[Float[Array, "batch vocab"], Mapping[str, Any]]:
     """One decoding step: logits of the next token, and the advanced cache."""
-    logits, state = module.apply(
+    logits, state = _decode(
+        module,
         {**variables, "cache": cache},
         encoded,
         encoder_input_tokens,
         tokens,
+        max_decode_length,
+    )
+    return logits[:, 0], state["cache"]
+
+
+def _decode(
+    module: SwitchTransformer,
+    variables: Variables,
+    encoded: Array,
+    encoder_input_tokens: Array,
+    tokens: Array,
+    max_decode_length: int,
+) -> Any:
+    """The module's `decode` with its cache: logits, and the collections that changed."""
+    return module.apply(
+        variables,
+        encoded,
+        encoder_input_tokens,
         tokens,
+        tokens,  # targets: only their shape matters while decoding
         enable_dropout=False,
         decode=True,
         max_decode_length=max_decode_length,
         method="decode",
         mutable=["cache"],
     )
-    return logits[:, 0], state["cache"]
 
 
 @functools.partial(jax.jit, static_argnames=("module", "max_decode_length", "eos_id"))

@@ -101,7 +101,7 @@ class MoeLayer(nn.Module):
     Attributes:
       config: geometry and routing.
       coded: expert kernels that are stored as codes.
-      dtype: activation dtype of the experts; the result is float32 (see MANIFEST: the combine
+      dtype: activation dtype of the experts; the result is float32 (the combine
         weights are float32 and promote it).
     """
 

@@ -85,18 +85,19 @@ def compress(
             None if validation_tokens is None else _load_tokens(validation_tokens, config),
             premask_sentinels=chosen.premask_sentinels,
         )
+    described = _describe(calibration)
     writer = CompressedCheckpointWriter(output, overwrite=overwrite)
     journal = None
     try:
         if writer.work_folder is not None:
-            run = _determining_facts(source, config, chosen, calibration)
+            run = _determining_facts(source, config, chosen, described)
             journal = Journal(writer.work_folder, run, discard=overwrite)
             if progress and len(journal):
                 print(f"Resuming: {len(journal)} finished expert batches are there already.")
         loop = BlockLoop(source, config, chosen, samples, writer, journal, buffer_dir, progress)
         report = loop.all_layers(os.fspath(output))
         report.num_replayed = 0 if journal is None else journal.num_replayed
-        writer.finish(config, {"settings": chosen.to_json(), "tokens": _describe(calibration)})
+        writer.finish(config, {"settings": chosen.to_json(), "tokens": described})
     finally:
         if journal is not None:
             journal.close()
@@ -128,7 +129,7 @@ def _determining_facts(
     source: T5XCheckpoint,
     config: SwitchConfig,
     settings: CompressionSettings,
-    calibration: TokenFile | None,
+    tokens: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What determines the output to the bit: a run that differs in any of it cannot be resumed."""
     return {
@@ -139,7 +140,7 @@ def _determining_facts(
         },
         "config": config.to_json(),
         "settings": settings.to_json(),
-        "tokens": _describe(calibration),
+        "tokens": tokens,
         "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
