@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.compressed import CompressedCheckpointWriter, open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint

@@ -14,7 +14,8 @@ import pytest
 
 import qmoe_jax
 from qmoe_jax.checkpoints import names, published_config, published_files, published_names
-from qmoe_jax.checkpoints.compressed import CompressedCheckpointWriter, open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.published import export_published, import_published

@@ -1,9 +1,12 @@
 """The list buffer: the hidden states of all samples in one host array (QMoE section 3.2)."""
 
+import math
 import os
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from qmoe_jax.errors import CheckpointError
 
 
 class ListBuffer:
@@ -33,13 +36,17 @@ class ListBuffer:
           dim: width of a row.
           dtype: dtype of the rows.
           path: file to map the rows to; in memory where None.
+
+        Raises:
+          CheckpointError: there is no room for the file.
         """
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         shape = (int(self.offsets[-1]), dim)
         if path is None or shape[0] == 0:
             self.rows = np.zeros(shape, dtype)
         else:
-            self.rows = np.memmap(path, dtype, mode="w+", shape=shape)
+            _reserve(path, math.prod(shape) * np.dtype(dtype).itemsize)
+            self.rows = np.memmap(path, dtype, mode="r+", shape=shape)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,3 +81,18 @@ class ListBuffer:
         """Writes a padded batch back; padding is left out."""
         index, real = self.row_index(samples, batch.shape[1])
         self.rows[index[real]] = batch[: len(samples)][real]
+
+
+def _reserve(path: str | os.PathLike[str], num_bytes: int) -> None:
+    """Makes a file that has its blocks: on a full disk a mapped write would end in a signal."""
+    try:
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # macOS
+                file.truncate(num_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot reserve {num_bytes / 2**30:.2f} GiB for hidden states at {path} ({error}); "
+            "free some space or choose another buffer_dir"
+        ) from error

@@ -65,6 +65,13 @@ class SwitchConfig:
     min_expert_capacity: int = 4
 
     @property
+    def sparse_layers(self) -> tuple[tuple[str, int], ...]:
+        """(stack, layer) of every layer whose MLP is a MoE, in the order of the data flow."""
+        return tuple(("encoder", layer) for layer in self.encoder_sparse_layers) + tuple(
+            ("decoder", layer) for layer in self.decoder_sparse_layers
+        )
+
+    @property
     def wi_names(self) -> tuple[str, ...]:
         """Names of the input kernels of an MLP: `("wi",)`, or `("wi_0", "wi_1")` when gated."""
         if len(self.mlp_activations) == 1:

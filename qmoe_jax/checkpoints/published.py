@@ -25,11 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qmoe_jax.checkpoints import names, published_config, published_files, published_names
-from qmoe_jax.checkpoints.compressed import (
-    CompressedCheckpoint,
-    CompressedCheckpointWriter,
-    open_compressed_checkpoint,
-)
+from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.codec import codings
@@ -339,7 +336,8 @@ def _check_exportable(source: CompressedCheckpoint) -> None:
         ):
             raise CheckpointError(
                 f"{name} of {source.url} has the spec {spec}, but its config implies {experts} "
-                f"experts of [{out_features}, {in_features}]: compress the model again"
+                f"experts of [{out_features}, {in_features}]: compress the model again, without "
+                "group_size, which the published layout has no place for"
             )
 
 

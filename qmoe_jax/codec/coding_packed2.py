@@ -28,6 +28,7 @@ class Packed2Coding:
     name = "packed2"
     num_symbols = 4
     array_names: tuple[str, ...] = ("packed", "levels")
+    code_array: str | None = None
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Pack codes uint8 [experts, out, in]."""
@@ -99,15 +100,6 @@ class Packed2Coding:
             relative = codes - zero[expert, :, None] & 3
             counts += np.bincount(relative.reshape(-1), minlength=4)
         return counts
-
-    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
-        """Bits stored; there are no offsets."""
-        arrays = coded.arrays
-        return {
-            "codes": 8 * arrays["packed"].nbytes,
-            "levels": 8 * arrays["levels"].nbytes,
-            "offsets": 0,
-        }
 
 
 def _row_bytes(in_features: int) -> int:

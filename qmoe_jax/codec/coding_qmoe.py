@@ -37,6 +37,7 @@ class QmoeCoding:
     name = "qmoe"
     num_symbols = 3
     array_names: tuple[str, ...] = ("codewords", "expert_offsets", "row_lengths", "levels")
+    code_array: str | None = "codewords"
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode codes uint8 [experts, out, in], each row on its own."""
@@ -151,15 +152,6 @@ class QmoeCoding:
             counts[symbol] = uses @ (hits * within).sum(axis=1)
         counts[0] -= spec.num_experts * spec.out_features * (spec.in_features % 2)
         return counts
-
-    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
-        """Bits stored. The dictionary belongs to the format and is stored with no tensor."""
-        arrays = coded.arrays
-        return {
-            "codes": 8 * arrays["codewords"].nbytes,
-            "levels": 8 * arrays["levels"].nbytes,
-            "offsets": 8 * (arrays["expert_offsets"].nbytes + arrays["row_lengths"].nbytes),
-        }
 
 
 def _row_pairs(in_features: int) -> int:

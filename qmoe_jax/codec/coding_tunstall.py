@@ -54,6 +54,7 @@ class TunstallCoding:
         "row_lengths",
         "levels",
     )
+    code_array: str | None = "words"
 
     def __init__(self, name: str, num_symbols: int):
         self.name = name
@@ -208,12 +209,6 @@ class TunstallCoding:
         counts = np.zeros(4, np.int64)
         np.add.at(counts, codes.reshape(-1, 4), by_symbol)
         return counts[: self.num_symbols]
-
-    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
-        """Bits stored. The dictionaries belong to the format and are stored with no tensor."""
-        bits = {name: 8 * coded.arrays[name].nbytes for name in self.array_names}
-        codes, levels = bits.pop("words"), bits.pop("levels")
-        return {"codes": codes, "levels": levels, "offsets": sum(bits.values())}
 
     def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts out 4"]:
         zero = zero_codes(levels) if self.num_symbols == 4 else np.zeros(levels.shape[:2], int)

@@ -25,6 +25,8 @@ class Coding(Protocol):
     """Codes are below this: 3 (ternary) or 4 (2-bit), which also settles the weights' grid."""
     array_names: tuple[str, ...]
     """Every array that a coded tensor stores. "levels" bfloat16 [experts, out, 2] is one."""
+    code_array: str | None
+    """The array that `expert_offsets` index; None where every array has one entry an expert."""
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode uint8 [experts, out, in] codes, already checked by `encode.encode`."""
@@ -58,10 +60,6 @@ class Coding(Protocol):
         Of ternary codes: each code. Of 2-bit codes: each code less that of its row's zero, modulo
         4, so that the first count is that of the weight 0 here too.
         """
-        ...
-
-    def num_bits(self, coded: CodedTensor) -> dict[str, int]:
-        """Bits stored for "codes", "levels" and "offsets"."""
         ...
 
 

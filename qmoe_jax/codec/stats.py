@@ -4,11 +4,24 @@ import numpy as np
 from jaxtyping import Int64
 
 from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor
 
 
 def bits(coded: CodedTensor) -> dict[str, int | float]:
+    """Count every stored bit of a coded tensor; see `outline_bits`."""
+    counts = get_coding(coded.spec.coding).symbol_counts(coded)
+    return outline_bits(CodedOutline.of(coded), counts)
+
+
+def outline_bits(
+    outline: CodedOutline, counts: Int64[np.ndarray, "symbols"]
+) -> dict[str, int | float]:
     """Count every stored bit of a coded tensor. The dictionary, common to a model, is not in it.
+
+    Args:
+      outline: of the tensor.
+      counts: how often each value occurs in it, as `Coding.symbol_counts` counts.
 
     Returns a dict of
       codes, levels, offsets, total: bits stored.
@@ -20,10 +33,11 @@ def bits(coded: CodedTensor) -> dict[str, int | float]:
         the share of each value.
     Quotients of a tensor without weights are 0.
     """
-    coding = get_coding(coded.spec.coding)
-    stored = coding.num_bits(coded)
-    counts = coding.symbol_counts(coded)
-    total, weights = sum(stored.values()), coded.spec.num_weights
+    stored = {"codes": 0, "levels": 0, "offsets": 0}
+    for name in outline.dtypes:
+        kind = {get_coding(outline.spec.coding).code_array: "codes", "packed": "codes"}.get(name)
+        stored[kind or ("levels" if name == "levels" else "offsets")] += 8 * outline.num_bytes(name)
+    total, weights = sum(stored.values()), outline.spec.num_weights
     entropy = code_entropy(counts)
     return {
         **stored,

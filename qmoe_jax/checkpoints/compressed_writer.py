@@ -1,0 +1,271 @@
+"""Writes compressed checkpoints: whole tensors, or batches of experts as they come.
+
+`checkpoints.compressed` describes what is written.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from qmoe_jax.checkpoints.compressed import FORMAT, FORMAT_VERSION
+from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
+from qmoe_jax.checkpoints.stored_arrays import (
+    ArrayPartWriter,
+    array_entry,
+    create_array,
+    finish_read,
+    start_read,
+    verify_part,
+    write_array,
+)
+from qmoe_jax.codec import codings
+from qmoe_jax.codec.outline import CodedOutline
+from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.errors import CheckpointError
+
+# The checksum of a process's part of each array: name -> [stop, sha256].
+Checksums = dict[str, list[Any]]
+
+
+class CompressedCheckpointWriter:
+    """Writes a compressed checkpoint tensor by tensor; `finish` makes it one.
+
+    What an earlier, unfinished writer left in `PATH.partial` is written over.
+
+    Attributes:
+      folder: where arrays go until `finish`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, is_primary: bool = True
+    ):
+        """Claims `path`.
+
+        Args:
+          path: local folder or gs:// prefix, which becomes the checkpoint.
+          overwrite: replace what is there, once the new checkpoint is whole.
+          is_primary: False for all but one of the processes that write one checkpoint.
+
+        Raises:
+          CheckpointError: something is there and `overwrite` is not set.
+        """
+        final = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+        self._local = final.spec["driver"] == "file"
+        self._final_path = final.spec["path"].rstrip("/")
+        occupied = (
+            os.path.lexists(self._final_path)
+            if self._local
+            else final.read("manifest.json") is not None
+        )
+        if occupied and not overwrite and is_primary:
+            raise CheckpointError(
+                f"{final.url} exists already; choose another output, or pass overwrite=True to "
+                "replace it"
+            )
+        self.folder = final
+        if self._local:
+            self.folder = Folder(kvstore_spec(self._partial_path), final.context)
+            try:
+                os.makedirs(self._partial_path, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"cannot write to {self._partial_path}: {error}") from error
+        self._dense: dict[str, dict[str, Any]] = {}
+        self._coded: dict[str, dict[str, Any]] = {}
+        self._outlines: dict[str, CodedOutline] = {}
+
+    @property
+    def _partial_path(self) -> str:
+        return self._final_path + ".partial"
+
+    @property
+    def work_folder(self) -> str | None:
+        """Folder for work that is worth keeping until `finish`, which removes it; None on gs://."""
+        return os.path.join(self._partial_path, "work") if self._local else None
+
+    def write_dense(self, name: str, array: np.ndarray) -> None:
+        """Writes a parameter as it is, under its '/'-joined name."""
+        self._dense[name] = write_array(self.folder, _dense_file(name), array)
+
+    def create_dense(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """Makes room for a parameter whose parts follow; by one process, before the others."""
+        create_array(self.folder, _dense_file(name), dtype, shape)
+
+    def dense_part(self, name: str, start: int) -> ArrayPartWriter:
+        """Writes a created parameter from an index of its first axis on."""
+        return ArrayPartWriter(self.folder, _dense_file(name), start)
+
+    def register_dense(
+        self, name: str, dtype: str, shape: Sequence[int], checksums: Sequence[Sequence[Any]]
+    ) -> None:
+        """Makes a written parameter known to the manifest, by [stop, sha256] of its parts."""
+        self._dense[name] = array_entry(_dense_file(name), dtype, shape, _rising(list(checksums)))
+
+    def write_coded(self, name: str, coded: CodedTensor) -> None:
+        """Writes the arrays of a coded expert kernel, under its module path (`.../expert/wi`)."""
+        outline = CodedOutline.of(coded)
+        self.create_coded(name, outline)
+        self.register_coded(name, outline, [self.write_coded_part(name, outline, 0, [coded])])
+
+    def create_coded(self, name: str, outline: CodedOutline) -> None:
+        """Makes room for a coded kernel whose parts follow; by one process, before the others."""
+        for key, dtype in outline.dtypes.items():
+            create_array(self.folder, _file(name, key), dtype, outline.shape(key))
+
+    def write_coded_part(
+        self, name: str, outline: CodedOutline, first_expert: int, batches: Iterable[CodedTensor]
+    ) -> Checksums:
+        """Writes consecutive batches of experts into a created kernel; one is held at a time.
+
+        Args:
+          name: module path of the kernel.
+          outline: of the whole kernel.
+          first_expert: the first of these experts.
+          batches: coded as the whole is.
+
+        Returns:
+          What `register_coded` needs to know of this part.
+        """
+        writers = {
+            key: ArrayPartWriter(self.folder, _file(name, key), outline.start(key, first_expert))
+            for key in outline.dtypes
+            if key != "expert_offsets"
+        }
+        num_experts = 0
+        for batch in batches:
+            num_experts += batch.spec.num_experts
+            for key, writer in writers.items():
+                array = batch.arrays[key]
+                if (
+                    array.dtype.name != outline.dtypes[key]
+                ):  # row lengths, narrower than the whole's
+                    array = array.astype(outline.dtypes[key])
+                writer.append(array)
+        stop = first_expert + num_experts
+        checksums = {key: [outline.start(key, stop), w.close()] for key, w in writers.items()}
+        if first_expert == 0 and "expert_offsets" in outline.dtypes:
+            offsets = outline.expert_offsets()
+            entry = write_array(self.folder, _file(name, "expert_offsets"), offsets)
+            checksums["expert_offsets"] = entry["checksums"][0]
+        return checksums
+
+    def register_coded(
+        self, name: str, outline: CodedOutline, parts: Sequence[Mapping[str, Sequence[Any]]]
+    ) -> None:
+        """Makes a written kernel known to the manifest.
+
+        Args:
+          name: module path of the kernel.
+          outline: of the whole kernel.
+          parts: what `write_coded_part` returned, in the order of the experts.
+        """
+        self._outlines[name] = outline
+        self._coded[name] = {
+            "spec": outline.spec.to_json(),
+            "arrays": {
+                key: array_entry(
+                    _file(name, key),
+                    dtype,
+                    outline.shape(key),
+                    # Without the parts that are empty: a process without experts has none.
+                    _rising([part[key] for part in parts if key in part]),
+                )
+                for key, dtype in outline.dtypes.items()
+            },
+        }
+
+    def verify_coded_part(self, name: str, first_expert: int, part: Mapping[str, Any]) -> None:
+        """Reads what `write_coded_part` wrote and checks it.
+
+        Raises:
+          CheckpointError: it is missing, truncated or altered.
+        """
+        tensor = self._coded[name]
+        for key, (stop, checksum) in part.items():
+            start = 0
+            if key != "expert_offsets":
+                start = self._outlines[name].start(key, first_expert)
+            entry = tensor["arrays"][key]
+            verify_part(self.folder, f"{name}/{key}", entry, start, stop, checksum)
+
+    def read_coded(self, name: str, start: int, stop: int) -> CodedTensor:
+        """Reads some experts of a registered kernel back; checks the structure of their codes.
+
+        Raises:
+          CheckpointError: an array is missing or truncated.
+          CodecError: the arrays do not form a valid coded tensor.
+        """
+        outline, entries = self._outlines[name], self._coded[name]["arrays"]
+        arrays = {
+            key: finish_read(
+                self.folder,
+                f"{name}/{key}",
+                entry,
+                start_read(self.folder, entry),
+                slice(outline.start(key, start), outline.start(key, stop)),
+            )
+            for key, entry in entries.items()
+            if key != "expert_offsets"
+        }
+        if "expert_offsets" in entries:
+            offsets = outline.expert_offsets()[start : stop + 1]
+            arrays["expert_offsets"] = offsets - offsets[0]
+        coded = CodedTensor(dataclasses.replace(outline.spec, num_experts=stop - start), arrays)
+        codings.validate(coded)
+        return coded
+
+    def finish(self, config: SwitchConfig, compression: Mapping[str, Any]) -> None:
+        """Writes the manifest and makes the checkpoint visible under its path.
+
+        Args:
+          config: geometry and routing.
+          compression: how it was made; JSON, without times or machine paths.
+        """
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": config.to_json(),
+            "compression": dict(compression),
+            "dense": dict(sorted(self._dense.items())),
+            "coded": dict(sorted(self._coded.items())),
+        }
+        content = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+        try:
+            store = ts.KvStore.open(self.folder.spec, context=self.folder.context).result()
+            store.write("manifest.json", content).result()
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot write {self.folder.url}/manifest.json: {short_message(error)}. "
+                "Check free space and permissions, then run again."
+            ) from error
+        if self._local:
+            shutil.rmtree(os.path.join(self._partial_path, "work"), ignore_errors=True)
+            previous = self._final_path + ".previous"
+            if os.path.lexists(self._final_path):
+                shutil.rmtree(previous, ignore_errors=True)
+                os.rename(self._final_path, previous)
+            os.rename(self._partial_path, self._final_path)
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+def _dense_file(name: str) -> str:
+    return f"dense/{name.replace('/', '.')}"
+
+
+def _file(kernel: str, array: str) -> str:
+    return f"coded/{kernel.replace('/', '.')}/{array}"
+
+
+def _rising(checksums: list[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The first checksum, and those that end behind the one before."""
+    kept = checksums[:1]
+    for pair in checksums[1:]:
+        if pair[0] > kept[-1][0]:
+            kept.append(pair)
+    return kept

@@ -1,0 +1,248 @@
+"""Arrays of a compressed checkpoint: zarr without compression, with checksums over their entries.
+
+A manifest entry says what an array is: `file`, `dtype`, `shape`, and `checksums`: pairs
+[stop, sha256]. A pair covers the entries, along the first axis, from the previous stop (at first 0)
+to its own. Several processes that write one array have a pair each.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from qmoe_jax.checkpoints.storage import Folder, short_message
+from qmoe_jax.errors import CheckpointError
+
+_CHUNK_BYTES = 1 << 24
+_REMEDY = "copy the checkpoint again, or compress again"
+
+
+def entry_bytes(entry: Mapping[str, Any]) -> int:
+    """Bytes of an array, by its manifest entry."""
+    return _item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
+
+
+def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) -> None:
+    """Creates an array without contents; what was stored under its name is deleted.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    spec = _spec(folder, name) | {
+        "metadata": {
+            "shape": list(shape),
+            "chunks": _chunk_shape(dtype, shape),
+            "dtype": "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str,
+            "compressor": None,  # codes are near their entropy; sizes on disk are sizes counted
+            "order": "C",
+        },
+        "create": True,
+        "delete_existing": True,
+    }
+    try:
+        ts.open(spec, context=folder.context).result()
+    except Exception as error:
+        raise _cannot_write(folder, name, error) from error
+
+
+def write_array(folder: Folder, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Creates and writes an array; returns its manifest entry."""
+    create_array(folder, name, array.dtype.name, array.shape)
+    if array.ndim == 0:
+        writer = ArrayPartWriter(folder, name, None)
+        writer.append(array)
+        checksums = [[1, writer.close()]]
+    else:
+        writer = ArrayPartWriter(folder, name, 0)
+        writer.append(array)
+        checksums = [[array.shape[0], writer.close()]]
+    return array_entry(name, array.dtype.name, array.shape, checksums)
+
+
+def array_entry(
+    name: str, dtype: str, shape: Sequence[int], checksums: Sequence[Sequence[Any]]
+) -> dict[str, Any]:
+    """A manifest entry."""
+    return {
+        "file": name,
+        "dtype": dtype,
+        "shape": list(shape),
+        "checksums": [list(pair) for pair in checksums],
+    }
+
+
+class ArrayPartWriter:
+    """Writes a run of an array's entries, piece by piece, in whole chunks where it can.
+
+    Neighbours may write the entries before and behind at the same time: a chunk that two share is
+    read, changed and written by each, which TensorStore does atomically.
+    """
+
+    def __init__(self, folder: Folder, name: str, start: int | None):
+        """Opens a created array.
+
+        Args:
+          folder: where it is.
+          name: of the array.
+          start: first entry to write; None for an array without axes.
+        """
+        self._folder, self._name = folder, name
+        try:
+            self._store = ts.open(
+                _spec(folder, name), open=True, read=True, write=True, context=folder.context
+            ).result()
+        except Exception as error:
+            raise _cannot_write(folder, name, error) from error
+        self._position = start
+        self._chunk = 1
+        if start is not None:
+            chunk = self._store.chunk_layout.write_chunk.shape
+            self._chunk = int((chunk or self._store.shape)[0] or 1)
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
+        self._digest = hashlib.sha256()
+
+    def append(self, array: np.ndarray) -> None:
+        """Adds entries; they may wait in memory until a chunk is full."""
+        self._digest.update(_little_endian_bytes(array))
+        if self._position is None:
+            self._write((), array)
+            return
+        self._waiting.append(array)
+        self._num_waiting += array.shape[0]
+        end = self._position + self._num_waiting
+        self._flush(end // self._chunk * self._chunk)
+
+    def close(self) -> str:
+        """Writes what waits; returns the sha256 of all entries."""
+        if self._position is not None:
+            self._flush(self._position + self._num_waiting)
+        return self._digest.hexdigest()
+
+    def _flush(self, stop: int) -> None:
+        assert self._position is not None
+        if stop <= self._position:
+            return
+        entries = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        count = stop - self._position
+        self._write(slice(self._position, stop), entries[:count])
+        self._position = stop
+        self._num_waiting -= count
+        self._waiting = [entries[count:].copy()] if self._num_waiting else []
+
+    def _write(self, index: Any, array: np.ndarray) -> None:
+        try:
+            self._store[index].write(array).result()
+        except Exception as error:
+            raise _cannot_write(self._folder, self._name, error) from error
+
+
+def start_read(folder: Folder, entry: Mapping[str, Any]) -> ts.Future:
+    """Begins to open a stored array."""
+    spec = _spec(folder, entry["file"]) | {"fill_missing_data_reads": False}
+    return ts.open(spec, open=True, context=folder.context)
+
+
+def finish_read(
+    folder: Folder,
+    what: str,
+    entry: Mapping[str, Any],
+    opening: ts.Future,
+    part: slice | None = None,
+) -> np.ndarray:
+    """Reads an array and checks it against its entry.
+
+    Args:
+      folder: where it is.
+      what: what messages call it.
+      entry: its manifest entry.
+      opening: of `start_read`.
+      part: entries to read, unchecked by checksums; all, checked, where None.
+
+    Raises:
+      CheckpointError: it is missing, truncated or altered.
+    """
+    where = f"{folder.url}/{entry['file']}"
+    try:
+        store = opening.result()
+        if list(store.shape) != entry["shape"] or store.dtype.name != entry["dtype"]:
+            raise CheckpointError(
+                f"{what} in {where} is {store.dtype.name} {list(store.shape)}, but the "
+                f"manifest says {entry['dtype']} {entry['shape']}: {_REMEDY}"
+            )
+        array = np.asarray((store if part is None else store[part]).read().result())
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read {what} from {where}: {short_message(error)}: {_REMEDY}"
+        ) from error
+    if part is None:
+        _check(what, where, entry, np.atleast_1d(array))
+    return array
+
+
+def verify_part(
+    folder: Folder, what: str, entry: Mapping[str, Any], start: int, stop: int, checksum: str
+) -> None:
+    """Checks a run of entries, a chunk's worth at a time, against its sha256.
+
+    Raises:
+      CheckpointError: they are missing, truncated or altered.
+    """
+    step = _chunk_shape(entry["dtype"], entry["shape"])[0]
+    opening = start_read(folder, entry)
+    digest = hashlib.sha256()
+    for first in range(start, stop, step):
+        piece = finish_read(folder, what, entry, opening, slice(first, min(first + step, stop)))
+        digest.update(_little_endian_bytes(piece))
+    if digest.hexdigest() != checksum:
+        raise _altered(what, f"{folder.url}/{entry['file']}")
+
+
+def _check(what: str, where: str, entry: Mapping[str, Any], array: np.ndarray) -> None:
+    start = 0
+    for stop, checksum in entry["checksums"]:
+        if hashlib.sha256(_little_endian_bytes(array[start:stop])).hexdigest() != checksum:
+            raise _altered(what, where)
+        start = stop
+    if start != array.shape[0]:
+        raise _altered(what, where)
+
+
+def _altered(what: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} in {where} does not match its checksum in the manifest: the file is damaged, "
+        f"{_REMEDY}"
+    )
+
+
+def _cannot_write(folder: Folder, name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {folder.url}/{name}: {short_message(error)}. "
+        "Check free space and permissions, then run again."
+    )
+
+
+def _spec(folder: Folder, name: str) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": folder.child(name).spec}
+
+
+def _item_bytes(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
+    """Whole trailing axes, and as many entries of the first as fit a chunk."""
+    if not shape:
+        return []
+    row_bytes = max(1, _item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
+    first = min(max(1, shape[0]), max(1, _CHUNK_BYTES // row_bytes))
+    return [first, *(max(1, n) for n in shape[1:])]
+
+
+def _little_endian_bytes(array: np.ndarray) -> memoryview:
+    """The bytes that checksums are taken of: C order."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
