@@ -11,25 +11,29 @@ from qmoe_jax.quantization.gptq import gptq, upper_factor
 from qmoe_jax.quantization.grids import Ternary, TwoBit
 from qmoe_jax.quantization.rtn import round_to_nearest
 
-jitted_gptq = jax.jit(gptq, static_argnames=("grid", "block_size", "act_order"))
+jitted_gptq = jax.jit(gptq, static_argnames=("grid", "block_size", "act_order", "group_size"))
 
 
-def slow_gptq(W, H, grid, damping=0.1, act_order=False):
+def slow_gptq(W, H, grid, damping=0.1, act_order=False, group_size=None):
     """Optimal brain surgeon, a column at a time, eliminating it from the explicit inverse.
 
     The grid's own levels, everything else float64 NumPy on `[in, out]`.
     """
     W = np.asarray(W, np.float64)
     H = np.asarray(H, np.float64)
-    levels = np.asarray(grid.fit(jnp.asarray(W, jnp.float32)), np.float64)
     num_in = len(W)
+    group_size = group_size or num_in
+    levels = [
+        np.asarray(grid.fit(jnp.asarray(W[at : at + group_size], jnp.float32)), np.float64)
+        for at in range(0, num_in, group_size)
+    ]
     H = H + max(damping * np.mean(np.diag(H)), 1e-6) * np.eye(num_in)
     order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(num_in)
     W = W[order].copy()
     inverse = np.linalg.inv(H[np.ix_(order, order)])
     codes = np.zeros(W.shape, np.uint8)
     for i in range(num_in):
-        code, q = slow_quantize(W[i], levels, grid)
+        code, q = slow_quantize(W[i], levels[order[i] // group_size], grid)
         codes[i] = code
         W -= np.outer(inverse[:, i], (W[i] - q) / inverse[i, i])
         inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
@@ -100,6 +104,48 @@ def test_act_order_agrees_with_the_slow_twin():
     expected = slow_gptq(W, H, Ternary(), act_order=True)
     assert share_equal(result.codes, expected) >= 0.9995
     assert share_equal(result.codes, slow_gptq(W, H, Ternary())) < 0.999
+
+
+class TestGroups:
+    @pytest.mark.parametrize("act_order", [False, True])
+    @pytest.mark.parametrize(
+        ("num_in", "group_size"), [(40, 8), (48, 16), (30, 10), (21, 3), (33, 33)]
+    )
+    @pytest.mark.parametrize("grid", [Ternary(), TwoBit()], ids=lambda grid: grid.name)
+    def test_agrees_with_the_slow_twin(self, num_in, group_size, grid, act_order):
+        W, H = make_problem(num_in, 12, seed=num_in, skew=1.5)
+        result = jitted_gptq(W, H, grid, block_size=32, act_order=act_order, group_size=group_size)
+        expected = slow_gptq(W, H, grid, act_order=act_order, group_size=group_size)
+        assert share_equal(result.codes, expected) >= 0.9995
+        assert result.levels.shape == (12 * num_in // group_size, 2)
+
+    def test_a_batch_is_what_each_expert_is(self):
+        kernels, hessians, counts = make_batch(3, 32, 7)
+        batch = quantize_experts(kernels, hessians, counts, grid=Ternary(), group_size=8)
+        assert batch.codes.shape == (3, 7 * 4, 8)
+        values = expert_batch.dequantize_experts(Ternary(), batch.codes, batch.levels, 32)
+        for expert in range(3):
+            one = gptq(kernels[expert], hessians[expert], Ternary(), group_size=8)
+            codes = np.asarray(batch.codes[expert]).reshape(7, 32).T
+            np.testing.assert_array_equal(codes, one.codes)
+            levels = np.asarray(one.levels).reshape(7, 4, 2)
+            for column in range(32):
+                low, high = levels[:, column // 8].T
+                expected = np.choose(codes[column], [0 * low, low, high])
+                np.testing.assert_array_equal(values[expert, column], expected)
+        error = np.sum((np.asarray(kernels) - np.asarray(values)) ** 2, axis=(1, 2)) / 32
+        np.testing.assert_allclose(batch.weight_error, error, rtol=1e-5)
+
+    def test_groups_lower_the_layer_error(self):
+        kernels, hessians, counts = make_batch(2, 64, 16)
+        whole = quantize_experts(kernels, hessians, counts, grid=Ternary())
+        groups = quantize_experts(kernels, hessians, counts, grid=Ternary(), group_size=16)
+        assert np.all(groups.layer_error < whole.layer_error)
+
+    def test_a_size_that_does_not_divide_is_refused(self):
+        W, H = make_problem(30, 4)
+        with pytest.raises(ValueError, match=r"group_size is 8.*30 input features"):
+            gptq(W, H, Ternary(), group_size=8)
 
 
 def test_act_order_helps_on_a_skewed_diagonal():

@@ -6,15 +6,19 @@ expert only (QMoE, section 3.2: a layer has hundreds of experts, and some always
 
 import enum
 import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
 from qmoe_jax.quantization.gptq import gptq
 from qmoe_jax.quantization.grids import Grid
+from qmoe_jax.quantization.groups import dequantize_groups, kernel_of_rows, rows_of_kernel
 from qmoe_jax.quantization.rtn import round_to_nearest
 
 METHODS = ("gptq", "rtn")
@@ -34,8 +38,9 @@ class ExpertBatchResult(NamedTuple):
     """The quantized kernels of an expert batch.
 
     Attributes:
-      codes: uint8 `[experts, out, in]`, the orientation of the codec.
-      levels: float32 `[experts, out, 2]`, values that bfloat16 represents exactly.
+      codes: uint8 `[experts, rows, width]`, the orientation of the codec: rows are output features
+        of `in` weights, or groups of `group_size` (`quantization.groups`).
+      levels: float32 `[experts, rows, 2]`, values that bfloat16 represents exactly.
       status: int8 `[experts]`, values of `ExpertStatus`.
       weight_error: float32 `[experts]`, squared error summed over `out`, averaged over `in`.
       layer_error: float32 `[experts]`, squared error of the outputs on the calibration tokens,
@@ -43,22 +48,12 @@ class ExpertBatchResult(NamedTuple):
       zero_share: float32 `[experts]`, share of weights whose value is 0.
     """
 
-    codes: UInt8[Array, "experts out in"]
-    levels: Float[Array, "experts out 2"]
+    codes: UInt8[Array, "experts rows width"]
+    levels: Float[Array, "experts rows 2"]
     status: Int8[Array, " experts"]
     weight_error: Float[Array, " experts"]
     layer_error: Float[Array, " experts"]
     zero_share: Float[Array, " experts"]
-
-
-def codes_to_codec_orientation(
-    codes: UInt8[Array, "*experts in out"],
-) -> UInt8[Array, "*experts out in"]:
-    """From the Flax orientation `[in, out]` to `[out, in]`, in which the codec stores rows.
-
-    It is its own inverse, and the one place where codes are transposed.
-    """
-    return jnp.swapaxes(codes, -1, -2)
 
 
 def pad_expert_batch(
@@ -89,6 +84,8 @@ def quantize_experts(
     act_order: bool = False,
     block_size: int | None = None,
     experts_at_once: int | None = None,
+    group_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> ExpertBatchResult:
     """Quantize a batch of experts with GPTQ, or round them to nearest.
 
@@ -108,14 +105,31 @@ def quantize_experts(
       experts_at_once: experts in one vectorised step. None takes all, but 1 on CPU, where that is
         2 to 3 times faster (2 cores, 8 experts of 768 x 768: 0.14 s against 0.39 s), needs the
         memory of one factorisation instead of all, and skips GPTQ for experts that are rounded to
-        nearest.
+        nearest. There each core has a thread with its share of the experts, since the column
+        loop of one expert occupies one core only.
+      group_size: input features that share a pair of levels; None is all.
+      mesh: of one axis, over which the experts are sharded; each device quantizes its own.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {METHODS}")
     if hessians is None and method != "rtn":
         raise ValueError(f"hessians is None; method {method!r} needs one Hessian an expert")
+    threads = os.cpu_count() or 1
+    on_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
+    if on_cpu and experts_at_once is None and min(threads, kernels.shape[0]) > 1:
+        quantize_share = functools.partial(
+            quantize_experts,
+            grid=grid,
+            method=method,
+            damping=damping,
+            act_order=act_order,
+            block_size=block_size,
+            experts_at_once=1,
+            group_size=group_size,
+        )
+        return _in_threads(quantize_share, threads, kernels, hessians, token_counts)
     if experts_at_once is None:
-        experts_at_once = 1 if jax.default_backend() == "cpu" else kernels.shape[0]
+        experts_at_once = 1 if jax.default_backend() == "cpu" else max(1, kernels.shape[0])
     if experts_at_once < 1:
         raise ValueError(f"experts_at_once is {experts_at_once}; it must be at least 1")
     return _quantize_experts(
@@ -128,13 +142,63 @@ def quantize_experts(
         act_order=act_order,
         block_size=block_size,
         experts_at_once=experts_at_once,
+        group_size=group_size,
+        mesh=None if mesh is None or mesh.size == 1 else mesh,
+    )
+
+
+def _in_threads(quantize, num_threads, kernels, hessians, token_counts) -> ExpertBatchResult:
+    """Each thread a share of the experts, padded to one size; the result is in order.
+
+    A share is one call: a call per expert takes and returns its memory each time, and page faults
+    then cost more than the threads gain.
+    """
+    num_experts = kernels.shape[0]
+    size = -(-num_experts // num_threads)
+
+    def work(start):
+        def share(array):
+            return pad_expert_batch(array[start : start + size], size)
+
+        result = quantize(
+            share(kernels), None if hessians is None else share(hessians), share(token_counts)
+        )
+        return jax.block_until_ready(result)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        results = list(pool.map(work, range(0, num_experts, size)))
+    return ExpertBatchResult(
+        *(jnp.concatenate(parts)[:num_experts] for parts in zip(*results, strict=True))
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("grid", "method", "act_order", "block_size", "experts_at_once")
+    jax.jit,
+    static_argnames=(
+        "grid",
+        "method",
+        "act_order",
+        "block_size",
+        "experts_at_once",
+        "group_size",
+        "mesh",
+    ),
 )
-def _quantize_experts(
+def _quantize_experts(kernels, hessians, token_counts, damping, *, mesh, **options):
+    quantize = functools.partial(_quantize_in_turn, **options)
+    if mesh is not None:
+        experts, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+        quantize = jax.shard_map(
+            quantize,
+            mesh=mesh,
+            in_specs=(experts, experts, experts, whole),
+            out_specs=experts,
+            check_vma=False,  # loops begin with constants that do not vary over devices yet
+        )
+    return quantize(kernels, hessians, token_counts, damping)
+
+
+def _quantize_in_turn(
     kernels,
     hessians,
     token_counts,
@@ -145,6 +209,7 @@ def _quantize_experts(
     act_order,
     block_size,
     experts_at_once,
+    group_size,
 ) -> ExpertBatchResult:
     def quantize_one(expert):
         kernel, hessian, token_count = expert
@@ -157,6 +222,7 @@ def _quantize_experts(
             method=method,
             act_order=act_order,
             block_size=block_size,
+            group_size=group_size,
         )
 
     experts = (kernels, hessians, token_counts)
@@ -170,7 +236,7 @@ def _quantize_experts(
 
 
 def _quantize_expert(
-    kernel, hessian, token_count, damping, *, grid, method, act_order, block_size
+    kernel, hessian, token_count, damping, *, grid, method, act_order, block_size, group_size
 ) -> ExpertBatchResult:
     """One expert; the fields of the result without their expert axis."""
     kernel = kernel.astype(jnp.float32)
@@ -179,26 +245,28 @@ def _quantize_expert(
     has_tokens = token_count > 0
 
     def round_expert():
-        codes, levels = round_to_nearest(finite_kernel, grid)
+        codes, levels = round_to_nearest(finite_kernel, grid, group_size)
+        d = finite_kernel - dequantize_groups(grid, codes, levels)
         error = jnp.float32(0.0)
         if hessian is not None:
             error = lax.cond(
                 has_tokens,
-                lambda: _layer_error(finite_kernel - grid.dequantize(codes, levels), hessian),
+                lambda: _layer_error(d, hessian),
                 lambda: error,
             )
         requested = ExpertStatus.RTN_REQUESTED if method == "rtn" else ExpertStatus.NO_TOKENS
         status = jnp.where(is_finite, requested, ExpertStatus.NONFINITE_INPUT)
-        return codes, levels, status.astype(jnp.int8), error
+        return codes, levels, status.astype(jnp.int8), error, jnp.sum(d * d)
 
     def sweep_expert():
-        codes, levels, fell_back, error = gptq(
+        codes, levels, fell_back, error, weight_error = gptq(
             finite_kernel,
             hessian,
             grid,
             damping=damping,
             block_size=block_size,
             act_order=act_order,
+            group_size=group_size,
         )
         # Reading the whole Hessian only to name the reason of a failure.
         is_singular = lax.cond(
@@ -206,24 +274,46 @@ def _quantize_expert(
         )
         failure = jnp.where(is_singular, ExpertStatus.SINGULAR, ExpertStatus.NONFINITE_INPUT)
         status = jnp.where(fell_back, failure, ExpertStatus.OK)
-        return codes, levels, status.astype(jnp.int8), error
+        return codes, levels, status.astype(jnp.int8), error, weight_error
 
     if method == "rtn":
-        codes, levels, status, layer_error = round_expert()
+        codes, levels, status, layer_error, weight_error = round_expert()
     else:
-        codes, levels, status, layer_error = lax.cond(
+        codes, levels, status, layer_error, weight_error = lax.cond(
             has_tokens & is_finite, sweep_expert, round_expert
         )
-    values = grid.dequantize(codes, levels)
-    weight_error = jnp.sum(jnp.square(finite_kernel - values)) / kernel.shape[0]
     return ExpertBatchResult(
-        codes=codes_to_codec_orientation(codes),
+        codes=rows_of_kernel(codes, group_size),
         levels=levels,
         status=status,
-        weight_error=weight_error,
+        weight_error=weight_error / kernel.shape[0],
         layer_error=layer_error,
-        zero_share=jnp.mean(values == 0.0, dtype=jnp.float32),
+        zero_share=jnp.mean(dequantize_groups(grid, codes, levels) == 0.0, dtype=jnp.float32),
     )
+
+
+def _row_values(
+    grid: Grid, rows: UInt8[Array, "rows width"], levels: Float[Array, "rows 2"]
+) -> Float[Array, "rows width"]:
+    return jnp.swapaxes(grid.dequantize(jnp.swapaxes(rows, 0, 1), levels), 0, 1)
+
+
+def dequantize_experts(
+    grid: Grid,
+    codes: UInt8[Array, "experts rows width"],
+    levels: Float[Array, "experts rows 2"],
+    num_in: int,
+) -> Float[Array, "experts in out"]:
+    """What the codes of an expert batch stand for, as Flax kernels, float32.
+
+    Args:
+      grid: of the codes.
+      codes: as in ExpertBatchResult.
+      levels: as in ExpertBatchResult.
+      num_in: input features; the width of a row, or a multiple of it where rows are groups.
+    """
+    values = jax.vmap(functools.partial(_row_values, grid))(codes, levels)
+    return kernel_of_rows(values, num_in)
 
 
 def _layer_error(error: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:

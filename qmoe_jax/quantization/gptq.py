@@ -25,7 +25,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from qmoe_jax.quantization.grids import Grid
-from qmoe_jax.quantization.rtn import round_to_nearest
+from qmoe_jax.quantization.groups import (
+    dequantize_groups,
+    fit_groups,
+    quantize_groups,
+    rows_of_levels,
+)
 
 # Columns that one run of the column loop takes. The loop does one vector-matrix product a column,
 # which XLA does not fuse: 3 to 9 us at out = 3072. What lost there: rank-1 updates of the panel
@@ -49,18 +54,21 @@ class GptqResult(NamedTuple):
 
     Attributes:
       codes: uint8 `[in, out]`, in the orientation and order of the kernel.
-      levels: float32 `[out, 2]`, values that bfloat16 represents exactly.
+      levels: float32 `[rows, 2]`, values that bfloat16 represents exactly; rows are output
+        features, or their groups (`quantization.groups`).
       fell_back: the Hessian could not be factorised, or an input was not finite; the codes are
         those of round-to-nearest (of zero where a weight was not finite).
       layer_error: trace(d^T H d) / 2 with the undamped H: with the Hessians of
         `calibration.hessian`, the squared output error summed over `out`, averaged over tokens.
         0 where `fell_back`.
+      weight_error: the sum of d^2, of the finite weights.
     """
 
     codes: UInt8[Array, "in out"]
-    levels: Float[Array, "out 2"]
+    levels: Float[Array, "rows 2"]
     fell_back: Bool[Array, ""]
     layer_error: Float[Array, ""]
+    weight_error: Float[Array, ""]
 
 
 def gptq(
@@ -71,11 +79,11 @@ def gptq(
     damping: float | Float[Array, ""] = 0.1,
     block_size: int | None = None,
     act_order: bool = False,
+    group_size: int | None = None,
 ) -> GptqResult:
     """Quantize one kernel so that its outputs, not its weights, change least.
 
-    Pure: jit and vmap as needed, `grid`, `block_size` and `act_order` static. There is no
-    `group_size` option: the format stores one pair of levels a row, for all of its columns.
+    Pure: jit and vmap as needed; `grid`, `block_size`, `act_order` and `group_size` static.
 
     Args:
       W: the kernel.
@@ -85,6 +93,9 @@ def gptq(
       block_size: columns per matrix product, a multiple of 16; changes the speed, not the result
         (up to float32 rounding). None takes 128, or more where that would be over 12 blocks.
       act_order: quantize columns by descending diagonal of H instead of from first to last.
+      group_size: columns that share a pair of levels, by their place in the kernel; it divides
+        `in`. None is all. Levels are fitted on W before the sweep, as without groups ("static
+        groups"; the original fits a group when the sweep comes to it).
     """
     num_in = W.shape[0]
     block_size = default_block_size(num_in) if block_size is None else block_size
@@ -98,7 +109,7 @@ def gptq(
     H = H.astype(jnp.float32)
     is_finite = jnp.all(jnp.isfinite(W))
     W = jnp.where(jnp.isfinite(W), W, 0.0)
-    levels = grid.fit(W)
+    levels = fit_groups(grid, W, group_size)
 
     diagonal = jnp.diagonal(H)
     damp = jnp.maximum(damping * jnp.mean(diagonal), _MIN_DAMP)
@@ -114,21 +125,54 @@ def gptq(
     hessian = jnp.pad(hessian, ((0, num_padding), (0, num_padding)))
     added = jnp.where(jnp.arange(num_in + num_padding) < num_in, damp, 1.0)
     V = upper_factor(hessian, added, block_size)
+    columns = _Columns(levels[0], None)
+    if levels.shape[0] > 1:
+        group = jnp.arange(num_in) // (num_in // levels.shape[0])
+        columns = _Columns(
+            levels, jnp.pad(group if order is None else group[order], (0, num_padding))
+        )
     # A number in row i of V or H that is not finite makes V_ii not finite: no need to read it all.
     fell_back = ~(is_finite & jnp.all(jnp.isfinite(jnp.diagonal(V))))
 
-    def sweep() -> tuple[UInt8[Array, "in out"], Float[Array, ""]]:
-        codes, damped_error, d = _sweep(swept, V, levels, grid, block_size)
+    Outcome = tuple[UInt8[Array, "in out"], Float[Array, ""], Float[Array, ""]]
+
+    def sweep() -> Outcome:
+        codes, damped_error, d = _sweep(swept, V, columns, grid, block_size)
         codes = codes[:num_in]
         if order is not None:
             codes = jnp.zeros_like(codes).at[order].set(codes, unique_indices=True)
-        return codes, jnp.maximum(damped_error - damp * jnp.sum(d * d), 0.0) / 2
+        weight_error = jnp.sum(d * d)
+        return codes, jnp.maximum(damped_error - damp * weight_error, 0.0) / 2, weight_error
 
-    def fall_back() -> tuple[UInt8[Array, "in out"], Float[Array, ""]]:
-        return round_to_nearest(W, grid).codes, jnp.float32(0.0)
+    def fall_back() -> Outcome:
+        codes = quantize_groups(grid, W, levels)
+        values = dequantize_groups(grid, codes, rows_of_levels(levels))
+        return codes, jnp.float32(0.0), jnp.sum(jnp.square(W - values))
 
-    codes, layer_error = lax.cond(fell_back, fall_back, sweep)
-    return GptqResult(codes, levels, fell_back, layer_error)
+    codes, layer_error, weight_error = lax.cond(fell_back, fall_back, sweep)
+    return GptqResult(codes, rows_of_levels(levels), fell_back, layer_error, weight_error)
+
+
+class _Columns(NamedTuple):
+    """The levels of the columns of a sweep, a block or a panel.
+
+    Attributes:
+      levels: `[out, 2]` of all columns, or `[groups, out, 2]`.
+      group: of each column; None where all have the same levels.
+    """
+
+    levels: Float[Array, "*groups out 2"]
+    group: Int[Array, " columns"] | None
+
+    def slice(self, first: int | Array, size: int) -> "_Columns":
+        if self.group is None:
+            return self
+        return _Columns(self.levels, lax.dynamic_slice(self.group, (first,), (size,)))
+
+    def of(self, column: Array) -> Float[Array, "out 2"]:
+        if self.group is None:
+            return self.levels
+        return lax.dynamic_index_in_dim(self.levels, self.group[column], keepdims=False)
 
 
 def default_block_size(num_in: int) -> int:
@@ -205,7 +249,7 @@ def _invert_upper(V: Float[Array, "block block"]) -> Float[Array, "block block"]
 def _sweep(
     W: Float[Array, "in out"],
     V: Float[Array, "in in"],
-    levels: Float[Array, "out 2"],
+    columns: _Columns,
     grid: Grid,
     block_size: int,
 ) -> tuple[UInt8[Array, "in out"], Float[Array, ""], Float[Array, "in out"]]:
@@ -222,7 +266,11 @@ def _sweep(
         else:
             earlier = jnp.zeros((stop, num_out), W.dtype)
         block_codes, block_d, block_squares = _sweep_block(
-            W[start:stop], earlier, V[start:stop, start:stop], levels, grid
+            W[start:stop],
+            earlier,
+            V[start:stop, start:stop],
+            columns.slice(start, stop - start),
+            grid,
         )
         codes.append(block_codes)
         d = lax.dynamic_update_slice(d, block_d, (start, 0))
@@ -234,7 +282,7 @@ def _sweep_block(
     W: Float[Array, "block out"],
     earlier: Float[Array, "block out"],
     V: Float[Array, "block block"],
-    levels: Float[Array, "out 2"],
+    columns: _Columns,
     grid: Grid,
 ) -> tuple[UInt8[Array, "block out"], Float[Array, "block out"], Float[Array, ""]]:
     """Codes, d and the sum of squared e of one block, a panel at a time."""
@@ -251,7 +299,9 @@ def _sweep_block(
         corner = lax.dynamic_slice(panel_V, (first, 0), (_PANEL, _PANEL))
         original = lax.dynamic_slice(W, (first, 0), (_PANEL, num_out))
         updated = original + e / lax.dynamic_slice(scale, (first, 0), (_PANEL, 1))
-        panel_codes, panel_d = _sweep_panel(original, updated, corner, levels, grid)
+        panel_codes, panel_d = _sweep_panel(
+            original, updated, corner, columns.slice(first, _PANEL), grid
+        )
         # Not summed column by column: in the column loop it costs half as much again.
         squares = squares + jnp.sum(jnp.square(e + _matmul(corner.T, panel_d)))
         codes = lax.dynamic_update_slice(codes, panel_codes, (first, 0))
@@ -266,7 +316,7 @@ def _sweep_panel(
     W: Float[Array, "panel out"],
     updated: Float[Array, "panel out"],
     V: Float[Array, "panel panel"],
-    levels: Float[Array, "out 2"],
+    columns: _Columns,
     grid: Grid,
 ) -> tuple[UInt8[Array, "panel out"], Float[Array, "panel out"]]:
     """Codes and d of one panel, column by column; `updated` is w' but for this panel's share."""
@@ -277,6 +327,7 @@ def _sweep_panel(
         codes, d = carry
         row = lax.dynamic_slice(feedback, (j, 0), (1, size))
         w = lax.dynamic_slice(updated, (j, 0), (1, num_out)) + _matmul(row, d)
+        levels = columns.of(j)
         code = grid.quantize(w, levels)
         original = lax.dynamic_slice(W, (j, 0), (1, num_out))
         # Not `.at[j].set`, which checks bounds and then copies the carry at every column.
