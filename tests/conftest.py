@@ -1,11 +1,19 @@
 """Array annotations of the package are checked at run time; fixtures for golden checkpoints."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# Compiled programs are shared by the workers, by the processes that tests start, and by later runs:
+# compilation is most of what the tests do. Before anything imports JAX.
+_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Before anything imports the package.
 install_import_hook("qmoe_jax", "beartype.beartype")

@@ -21,7 +21,7 @@ from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import dequantized
-from qmoe_jax.pipeline import block_loop
+from qmoe_jax.pipeline import expert_layer
 
 SENTINELS = (500, 12)
 
@@ -242,13 +242,118 @@ def test_other_geometries(golden_checkpoint, tmp_path, model):
     assert loss.loss == pytest.approx(report.validation.loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("option", [{"true_sequential": True}, {"act_order": True}])
+@pytest.mark.parametrize(
+    "option", [{"true_sequential": True}, {"act_order": True}, {"group_size": 32}]
+)
 def test_options_run_and_matter(base, gptq, tmp_path, option):
     path, report = gptq
     other = qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **QUICK)
     ours, theirs = codes_of(path), codes_of(tmp_path / "other")
     assert any(np.any(ours[key] != theirs[key]) for key in ours)
-    assert other.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.1)
+    if "group_size" in option:
+        # Two levels a group cost 1 bit a weight, and smaller groups have fewer zeros.
+        assert 1.0 < other.bits_per_weight - report.bits_per_weight < 2.5
+    else:
+        assert other.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.1)
+    module, variables = qmoe_jax.load_switch(tmp_path / "other")
+    batches = [batch.arrays() for batch in CALIBRATION[:16].batches(16)]
+    through_codes = evaluate_loss(module, variables, batches)
+    dense = evaluate_loss(*dequantized(module, variables), batches)
+    assert through_codes.loss == pytest.approx(dense.loss, abs=1e-4)
+
+
+class TestLayers:
+    """Layers that are treated otherwise: skipped stacks, overrides."""
+
+    def test_a_skipped_stack_stays_dense(self, base, gptq, tmp_path):
+        path, _ = gptq
+        validation = random_tokens(9, 11)
+        report = qmoe_jax.compress(
+            base,
+            tmp_path / "out",
+            CALIBRATION,
+            validation_tokens=validation,
+            separate_evaluation=True,
+            skip="decoder",
+            **QUICK,
+        )
+        module, variables = qmoe_jax.load_switch(tmp_path / "out")
+        assert all(name.startswith("encoder/") for name, _ in module.coded)
+        assert len(module.coded) == 4
+        source = qmoe_jax.open_t5x_checkpoint(base)
+        name = "decoder/layers_3/mlp/expert/wo/kernel"
+        kept = variables["params"]["decoder"]["layers_3"]["mlp"]["expert"]["wo"]["kernel"]
+        assert kept.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(kept, source.read(name).astype(jnp.bfloat16))
+        # The encoder does not see what becomes of the decoder.
+        ours, whole = codes_of(tmp_path / "out"), codes_of(path)
+        for key in whole:
+            if key.startswith("['encoder']"):
+                np.testing.assert_array_equal(ours[key], whole[key])
+        separate = report.separate_validation
+        assert report.validation.loss == pytest.approx(separate.loss, rel=1e-4)
+        stored = open_compressed_checkpoint(tmp_path / "out").num_bytes()
+        assert 8 * stored["dense"] == report.dense_bits
+        assert 8 * stored["coded"] == report.expert_bits
+
+    def test_overrides(self, base, tmp_path):
+        report = qmoe_jax.compress(
+            base,
+            tmp_path / "out",
+            CALIBRATION,
+            layer_overrides={
+                "encoder/*": {"method": "rtn"},
+                "encoder/layers_3": {"grid": "2bit", "method": "gptq"},
+                "decoder/layers_1": {"method": "none"},
+            },
+            **QUICK,
+        )
+        specs = open_compressed_checkpoint(tmp_path / "out").specs
+        codings = {name.rpartition("/mlp")[0]: spec.coding for name, spec in specs.items()}
+        assert codings == {
+            "encoder/layers_1": "tunstall",
+            "encoder/layers_3": "tunstall_2bit",
+            "decoder/layers_3": "tunstall",
+        }
+        rtn = qmoe_jax.compress(base, tmp_path / "rtn", method="rtn", **QUICK)
+        assert report.kernels[0].zeros == rtn.kernels[0].zeros
+        assert report.kernels[-1].zeros != rtn.kernels[-1].zeros
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layer_overrides": {"encoder/layers_2": {"grid": "2bit"}}}, "matches no sparse"),
+            ({"layer_overrides": {"*": {"batch_size": 3}}}, "has batch_size; a layer may"),
+            ({"layer_overrides": {"*": {"damping": -1.0}}}, "damping is -1.0"),
+            ({"method": "none"}, "no layer is left to compress"),
+            ({"skip": "both"}, "skip is 'both'"),
+            ({"group_size": 24}, "group_size is 24; it must divide the 64"),
+            ({"num_devices": 3}, "num_devices is 3; this process has 1"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_refusals(self, base, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **changes, **QUICK)
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_log_has_a_line_a_layer(base, gptq, tmp_path):
+    log = tmp_path / "log.jsonl"
+    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, log=log, **QUICK)
+    start, *layers, finish = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (start["event"], finish["event"]) == ("start", "finish")
+    assert [(line["stack"], line["layer"]) for line in layers] == [
+        ("encoder", 1),
+        ("encoder", 3),
+        ("decoder", 1),
+        ("decoder", 3),
+    ]
+    kernels = [kernel for line in layers for kernel in line["kernels"]]
+    assert kernels == json.loads(json.dumps([dataclasses.asdict(k) for k in report.kernels]))
+    assert sum(line["bytes_read"] for line in layers) == 4 * report.expert_weights
+    assert finish["bits_per_weight"] == report.bits_per_weight
+    assert same_tree(tmp_path / "out", gptq[0])
 
 
 def test_premasking_leaves_sentinels_out(base, gptq, tmp_path):
@@ -266,7 +371,7 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, num_batches):
     """Makes the block loop fall over once so many expert batches are computed and stored."""
-    compute = block_loop.quantize_batch
+    compute = expert_layer.quantize_batch
     computed = []
 
     def counting(*arguments):
@@ -275,7 +380,7 @@ def stop_after(monkeypatch, num_batches):
         computed.append(None)
         return compute(*arguments)
 
-    monkeypatch.setattr(block_loop, "quantize_batch", counting)
+    monkeypatch.setattr(expert_layer, "quantize_batch", counting)
 
 
 class TestResume:
@@ -291,6 +396,8 @@ class TestResume:
             assert not path.exists()
         report = qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
         assert report.num_replayed == sum(stops)
+        # Finished layers are in the output already, and their kernels are not read again.
+        assert report.bytes_read < gptq[1].bytes_read
         assert same_tree(path, gptq[0])
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         # The report too is that of an undisturbed run.
@@ -316,17 +423,31 @@ class TestResume:
 
     def test_a_second_run_is_refused(self, base, tmp_path, monkeypatch):
         path = tmp_path / "out"
-        compute = block_loop.quantize_batch
+        compute = expert_layer.quantize_batch
 
         def meanwhile(*arguments):
             with pytest.raises(CheckpointError, match="another process is writing"):
                 qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
             raise Stopped
 
-        monkeypatch.setattr(block_loop, "quantize_batch", meanwhile)
+        monkeypatch.setattr(expert_layer, "quantize_batch", meanwhile)
         with pytest.raises(Stopped):
             qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
-        monkeypatch.setattr(block_loop, "quantize_batch", compute)
+        monkeypatch.setattr(expert_layer, "quantize_batch", compute)
+
+    def test_a_finished_layer_is_checked(self, base, tmp_path, monkeypatch):
+        path = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)  # 3 batches make the first layer
+            with pytest.raises(Stopped):
+                qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        (folder,) = path.with_name("out.partial").glob("coded/*encoder.layers_1*.wi/words")
+        chunk = folder / "0"
+        content = bytearray(chunk.read_bytes())
+        content[5] ^= 1
+        chunk.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"wi/words .* does not match its checksum"):
+            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
 
     def test_a_damaged_journal_entry_is_named(self, base, tmp_path, monkeypatch):
         path = tmp_path / "out"
@@ -454,7 +575,7 @@ class TestDamagedCompressedCheckpoint:
 
 
 def test_generation_through_codes(gptq):
-    from qmoe_jax.models.generation import greedy_generate
+    from qmoe_jax.models.sampling import greedy_generate
 
     module, variables = qmoe_jax.load_switch(gptq[0])
     encoder = jnp.asarray(CALIBRATION.tokens.encoder_input_tokens[:2])

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 
+import golden_data
 import pytest
-from test_compress import CALIBRATION, QUICK, same_tree
+from test_compress import same_tree
 
-from qmoe_jax.calibration.tokens import write_tokens
+from qmoe_jax.calibration.tokens import read_tokens, write_tokens
 
-NUM_KILLS = 12
+NUM_KILLS = 50
+SETTINGS = {"progress": False, "batch_size": 16, "expert_batch": 2, "token_chunk": 64}
 
 _PROGRAM = """
 import sys, qmoe_jax
@@ -23,11 +25,13 @@ print(report.num_replayed)
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_same_bytes(golden_checkpoint, tmp_path):
+def test_killed_runs_end_with_the_same_bytes(tmp_path):
+    """The demo's model, experts two by two; some runs end before they are killed."""
     tokens = tmp_path / "tokens.npz"
-    write_tokens(tokens, CALIBRATION.tokens, CALIBRATION.metadata)
-    program = _PROGRAM.format(settings={**QUICK, "expert_batch": 1})
-    checkpoint = golden_checkpoint("base", "t5x_float32_inference")
+    examples = read_tokens(golden_data.DEMO / "validation_tokens.npz")[:48]
+    write_tokens(tokens, examples.tokens, examples.metadata)
+    program = _PROGRAM.format(settings=SETTINGS)
+    checkpoint = golden_data.DEMO / "checkpoint_4200"
 
     def start(output):
         return subprocess.Popen(
@@ -36,32 +40,32 @@ def test_killed_runs_end_with_the_same_bytes(golden_checkpoint, tmp_path):
             text=True,
         )
 
+    undisturbed = tmp_path / "undisturbed"
     started = time.monotonic()
-    undisturbed = start(tmp_path / "undisturbed")
-    assert undisturbed.communicate()[0].strip() == "0"
-    assert undisturbed.returncode == 0
+    process = start(undisturbed)
+    assert process.communicate()[0].strip() == "0"
+    assert process.returncode == 0
     duration = time.monotonic() - started
 
     rng = random.Random(0)
     output = tmp_path / "killed"
-    kills = 0
-    while True:
+    kills, ended, resumed = 0, 0, 0
+    while kills < NUM_KILLS or ended == 0:
         process = start(output)
-        finished_batches = len(list(tmp_path.glob("killed.partial/work/*.npz")))
+        limit = rng.uniform(0.2, 1.0) * duration if kills < NUM_KILLS else None
         try:
-            printed, _ = process.communicate(
-                timeout=rng.uniform(0.3, 1.0) * duration if kills < NUM_KILLS else None
-            )
+            printed, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
-            if output.exists():  # killed on its way out: whole, and begun anew
-                assert same_tree(output, tmp_path / "undisturbed")
-                shutil.rmtree(output)
-            continue
-        assert process.returncode == 0
-        break
-    assert kills == NUM_KILLS
-    assert int(printed) == finished_batches
-    assert same_tree(output, tmp_path / "undisturbed")
+        else:
+            assert process.returncode == 0
+            ended += 1
+            resumed += int(printed) > 0
+        if output.exists():
+            assert same_tree(output, undisturbed)
+            shutil.rmtree(output)
+            shutil.rmtree(tmp_path / "killed.partial", ignore_errors=True)
+    print(f"{kills} kills, {ended} runs that ended, {resumed} of them after a kill")
+    assert resumed > 0

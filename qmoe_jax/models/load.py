@@ -101,5 +101,9 @@ def dequantized(
             for key in [key for key in flat if key.startswith(kernel + "/")]
         }
         decode = jax.jit(functools.partial(decode_expert_weights, spec, dtype=jnp.dtype(dtype)))
-        flat[f"{kernel}/kernel"] = jnp.stack([decode(arrays, e).T for e in range(spec.num_experts)])
+        config = module.config
+        num_in = config.expert_mlp_dim if kernel.endswith("/wo") else config.embed_dim
+        flat[f"{kernel}/kernel"] = jnp.stack(
+            [decode(arrays, e).reshape(-1, num_in).T for e in range(spec.num_experts)]
+        )
     return dataclasses.replace(module, coded=()), {"params": names.unflatten(flat)}

@@ -69,7 +69,7 @@ class Expert(nn.Module):
             if name in specs:
                 arrays = CodedKernel(specs[name], name=name)()
                 fetches[name] = functools.partial(
-                    _fetch_coded, spec=specs[name], arrays=arrays, dtype=self.dtype
+                    _fetch_coded, spec=specs[name], arrays=arrays, fan_in=fan_in, dtype=self.dtype
                 )
             else:
                 kernel = StackedKernel(config.num_experts, fan_in, fan_out, name=name)()
@@ -82,9 +82,15 @@ def _fetch_dense(expert: Int[Array, ""], *, kernel: Array, dtype: DTypeLike) -> 
 
 
 def _fetch_coded(
-    expert: Int[Array, ""], *, spec: TensorSpec, arrays: dict[str, Array], dtype: DTypeLike
+    expert: Int[Array, ""],
+    *,
+    spec: TensorSpec,
+    arrays: dict[str, Array],
+    fan_in: int,
+    dtype: DTypeLike,
 ) -> Array:
-    return decode_expert_weights(spec, arrays, expert, dtype).T
+    # A row of codes may be a group of an output feature's weights: its groups lie side by side.
+    return decode_expert_weights(spec, arrays, expert, dtype).reshape(-1, fan_in).T
 
 
 class MoeLayer(nn.Module):

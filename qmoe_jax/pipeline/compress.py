@@ -1,24 +1,37 @@
 """`compress`: a native checkpoint to a compressed one, checked before work starts, resumable."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
-from qmoe_jax.checkpoints.compressed import CompressedCheckpointWriter
+from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
+from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
+from qmoe_jax.models.load import load_switch
 from qmoe_jax.pipeline.block_loop import BlockLoop
+from qmoe_jax.pipeline.devices import Devices
+from qmoe_jax.pipeline.expert_layer import ExpertLayers
 from qmoe_jax.pipeline.journal import Journal
+from qmoe_jax.pipeline.kernel_reader import cache_bytes
+from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
+from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.settings import CompressionSettings
+from qmoe_jax.quantization.groups import num_groups
 
 PathLike = str | os.PathLike[str]
 
@@ -32,6 +45,10 @@ def compress(
     num_examples: int | None = None,
     overwrite: bool = False,
     buffer_dir: PathLike | None = None,
+    work_dir: PathLike | None = None,
+    log: PathLike | None = None,
+    num_devices: int | None = 1,
+    separate_evaluation: bool = False,
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -40,7 +57,11 @@ def compress(
 
     A run that was stopped, by whatever, goes on where it was when it is called again with the same
     arguments, and ends with the same bytes as an undisturbed one. Until then its work is in
-    `<output>.partial` (local outputs only; a run to gs:// starts anew).
+    `<output>.partial`.
+
+    In several processes (after `jax.distributed.initialize`) all call this with the same arguments.
+    Each reads and quantizes its own experts and sends its own share of the examples through the
+    model; tokens travel between them. The output is on storage that all of them see.
 
     Args:
       checkpoint: the native checkpoint, local or gs://.
@@ -52,6 +73,12 @@ def compress(
       num_examples: use this many calibration examples; all where None.
       overwrite: replace an existing output, and throw away an unfinished run with other settings.
       buffer_dir: folder for memory-mapped hidden states; in memory where None.
+      work_dir: folder for finished batches of experts, kept until the output is whole; by default
+        inside `<output>.partial`, and for gs:// outputs a temporary one, which no later run finds.
+      log: file that gets a line of JSON for each finished layer.
+      num_devices: devices of each process to spread experts and samples over; all where None.
+        `expert_batch` experts go to each.
+      separate_evaluation: load the output again and evaluate it on the validation tokens.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
       **changes: single fields of `pipeline.settings.CompressionSettings`, as `grid="2bit"`.
@@ -63,46 +90,96 @@ def compress(
       CheckpointError: the input is no readable Switch checkpoint; the output exists, cannot be
         written, or is being written; or it holds an unfinished run with other settings.
       TokensError: the tokens are unreadable, absent where needed, or of another vocabulary.
-      ValueError: a setting out of its range.
+      ValueError: a setting out of its range, or overrides of layers that do not exist.
     """
     started = time.monotonic()
     chosen = dataclasses.replace(settings or CompressionSettings(), **changes)
-    if tokens is None and chosen.method == "gptq":
+    if tokens is None and chosen.needs_tokens:
         raise TokensError(
             'method="gptq" needs calibration tokens; pass tokens=, made by '
             '`python -m qmoe_jax.prepare_tokens`, or use method="rtn"'
         )
     if tokens is None and validation_tokens is not None:
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
-    source = open_t5x_checkpoint(checkpoint)
+    if separate_evaluation and validation_tokens is None:
+        raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    devices, processes = Devices.local(num_devices), Processes()
+    source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
     config = SwitchConfig.from_checkpoint(source)
-    calibration = None
-    samples = None
+    if needed := cache_bytes(source, config, chosen.expert_batch * len(devices)):
+        source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
+    chosen.check_layers(config.sparse_layers)
+    for layer in config.sparse_layers:
+        for num_in in (config.embed_dim, config.expert_mlp_dim):
+            num_groups(num_in, chosen.for_layer(*layer).group_size)
+    calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config)[slice(num_examples)]
+        if validation_tokens is not None:
+            validation = _load_tokens(validation_tokens, config)
         samples = Samples.build(
-            calibration,
-            None if validation_tokens is None else _load_tokens(validation_tokens, config),
+            _share(calibration, processes),
+            None if validation is None else _share(validation, processes),
             premask_sentinels=chosen.premask_sentinels,
         )
     described = _describe(calibration)
-    writer = CompressedCheckpointWriter(output, overwrite=overwrite)
-    journal = None
-    try:
-        if writer.work_folder is not None:
-            run = _determining_facts(source, config, chosen, described)
-            journal = Journal(writer.work_folder, run, discard=overwrite)
-            if progress and len(journal):
-                print(f"Resuming: {len(journal)} finished expert batches are there already.")
-        loop = BlockLoop(source, config, chosen, samples, writer, journal, buffer_dir, progress)
+    run = _determining_facts(source, config, chosen, described, devices, processes)
+    bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
+    with contextlib.ExitStack() as stack:
+        writer = CompressedCheckpointWriter(
+            output, overwrite=overwrite, is_primary=processes.is_primary
+        )
+        work = writer.work_folder if work_dir is None else os.fspath(work_dir)
+        if work is None:
+            work = stack.enter_context(tempfile.TemporaryDirectory())
+        if processes.count > 1:
+            work = os.path.join(work, f"process_{processes.index}")
+        journal = stack.enter_context(contextlib.closing(Journal(work, run, discard=overwrite)))
+        if progress and len(journal) + journal.num_layers:
+            print(
+                f"Resuming: {journal.num_layers} finished layers and {len(journal)} finished "
+                "expert batches are there already."
+            )
+        processes.barrier("output claimed")
+        experts = stack.enter_context(
+            contextlib.closing(
+                ExpertLayers(source, config, chosen, writer, journal, devices, processes, bar)
+            )
+        )
+        run_log = RunLog(log)
+        if processes.is_primary:
+            run_log.write("start", output=os.fspath(output), run=run)
+        loop = BlockLoop(source, config, chosen, samples, experts, run_log, buffer_dir)
         report = loop.all_layers(os.fspath(output))
-        report.num_replayed = 0 if journal is None else journal.num_replayed
-        writer.finish(config, {"settings": chosen.to_json(), "tokens": described})
-    finally:
-        if journal is not None:
-            journal.close()
+        processes.barrier("all written")
+        if processes.is_primary:
+            writer.finish(config, {"settings": chosen.to_json(), "tokens": described})
+            if work_dir is not None:
+                shutil.rmtree(work_dir, ignore_errors=True)
+        processes.barrier("finished")
+    if separate_evaluation and validation is not None and processes.is_primary:
+        report.separate_validation = _evaluate_output(output, validation, chosen, bar)
     report.seconds = time.monotonic() - started
+    report.bytes_read = loop.dense_bytes + experts.reader.num_bytes
+    report.peak_host_bytes = peak_host_bytes()
+    if processes.is_primary:
+        run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})
     return report
+
+
+def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
+    """The examples that this process sends through the model."""
+    share = processes.share(len(tokens))
+    return tokens[share.start : share.stop]
+
+
+def _evaluate_output(
+    output: PathLike, tokens: TokenFile, settings: CompressionSettings, bar: Any
+) -> LossReport:
+    module, variables = load_switch(output, settings.activation_dtype)
+    batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
+    with bar(batches, desc="separate evaluation", unit="batch") as shown:
+        return evaluate_loss(module, variables, shown)
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:
@@ -130,6 +207,8 @@ def _determining_facts(
     config: SwitchConfig,
     settings: CompressionSettings,
     tokens: dict[str, Any] | None,
+    devices: Devices,
+    processes: Processes,
 ) -> dict[str, Any]:
     """What determines the output to the bit: a run that differs in any of it cannot be resumed."""
     return {
@@ -143,4 +222,6 @@ def _determining_facts(
         "tokens": tokens,
         "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
+        "num_devices": len(devices),
+        "num_processes": processes.count,
     }

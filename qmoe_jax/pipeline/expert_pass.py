@@ -2,36 +2,30 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, UInt8
 
-from qmoe_jax.calibration.dispatch import Dispatch
 from qmoe_jax.calibration.hessian import (
     HessianState,
     finalize_hessian,
     init_hessian,
     update_hessian,
 )
-from qmoe_jax.calibration.list_buffer import ListBuffer
 from qmoe_jax.models.layers import (
     T5LayerNorm,
     apply_module,
     gated_activation,
     matmul_precision,
 )
+from qmoe_jax.pipeline.devices import Devices
+from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.settings import CompressionSettings
-from qmoe_jax.quantization.expert_batch import (
-    ExpertBatchResult,
-    codes_to_codec_orientation,
-    pad_expert_batch,
-    quantize_experts,
-)
-from qmoe_jax.quantization.grids import Grid
+from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
@@ -42,45 +36,21 @@ class QuantizedKernel:
     """One kernel of a batch of experts, on the host.
 
     Attributes:
-      codes: uint8 [experts, out, in].
-      levels: bfloat16 [experts, out, 2].
+      codes: uint8 [experts, rows, width]; rows are output features, or groups of their weights.
+      levels: bfloat16 [experts, rows, 2].
+      in_features: of the kernel.
       statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`; `weight_error`
         and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
         what they are to be divided by.
     """
 
-    codes: UInt8[np.ndarray, "experts out in"]
-    levels: BFloat16[np.ndarray, "experts out 2"]
+    codes: UInt8[np.ndarray, "experts rows width"]
+    levels: BFloat16[np.ndarray, "experts rows 2"]
+    in_features: int
     statistics: dict[str, np.ndarray]
 
 
 QuantizedKernels = dict[str, QuantizedKernel]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenChunk:
-    """Some tokens of every expert of a batch, padded to one shape.
-
-    Attributes:
-      rows: rows of the list buffer, [experts, chunk]; 0 where padded.
-      real: which of them are tokens, bool [experts, chunk].
-    """
-
-    rows: Int[np.ndarray, "experts chunk"]
-    real: Bool[np.ndarray, "experts chunk"]
-
-
-def token_chunks(tokens: Sequence[Int[np.ndarray, "_"]], chunk: int) -> Iterator[TokenChunk]:
-    """Walks through the tokens of all experts side by side, `chunk` of each at a time."""
-    longest = max((len(t) for t in tokens), default=0)
-    for start in range(0, longest, chunk):
-        rows = np.zeros((len(tokens), chunk), np.int64)
-        real = np.zeros((len(tokens), chunk), bool)
-        for expert, all_rows in enumerate(tokens):
-            part = all_rows[start : start + chunk]
-            rows[expert, : len(part)] = part
-            real[expert, : len(part)] = True
-        yield TokenChunk(rows, real)
 
 
 def _normalised(scale: Array, x: Float[Array, "experts chunk embed"], dtype: str) -> Array:
@@ -143,19 +113,19 @@ def _run(
     return x + y.astype(jnp.float32) * gate[..., None]
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def _dequantize(
-    grid: Grid, codes: UInt8[Array, "experts out in"], levels: Float[Array, "experts out 2"]
-) -> Float[Array, "experts in out"]:
-    return jax.vmap(grid.dequantize)(codes_to_codec_orientation(codes), levels)
+_dequantize = jax.jit(dequantize_experts, static_argnames=("grid", "num_in"))
 
 
 def dequantized_kernel(
-    kernel: QuantizedKernel, settings: CompressionSettings
+    batch: "ExpertBatch", kernel: QuantizedKernel, settings: CompressionSettings
 ) -> Float[Array, "experts in out"]:
-    """What the codes stand for, float32: what decoding the stored tensor gives, bit for bit."""
-    levels = jnp.asarray(kernel.levels, jnp.float32)
-    return _dequantize(settings.quantization_grid, jnp.asarray(kernel.codes), levels)
+    """What the codes stand for, float32: what decoding the stored tensor gives, bit for bit.
+
+    Padded to the size of the batch and spread over the devices.
+    """
+    levels = batch.spread(kernel.levels.astype(np.float32))
+    codes = batch.spread(kernel.codes)
+    return _dequantize(settings.quantization_grid, codes, levels, num_in=kernel.in_features)
 
 
 @jax.jit
@@ -172,77 +142,90 @@ def _energies(
 
 @dataclasses.dataclass(frozen=True)
 class ExpertBatch:
-    """A batch of experts of one sparse layer, and the tokens that were routed to them.
+    """A batch of experts of one sparse layer in each process, and the tokens routed to them.
 
     Attributes:
-      experts: indices of the experts.
-      buffer: the residual stream before the experts; replaced by that behind them.
-      gate: router probability of every row of the buffer.
-      dispatch: which rows go where; None when no tokens are given.
+      experts: indices of this process's experts; it may have none left while others have.
+      all_experts: those of every process.
+      tokens: the layer's tokens; None when none are given.
       norm_scale: scale of the layer's `pre_mlp_layer_norm`.
       activations: activations of the experts.
+      devices: over which this process's experts are spread.
+      size: experts of the compiled programs, a multiple of the devices; smaller batches are padded.
     """
 
     experts: range
-    buffer: ListBuffer | None
-    gate: Float[np.ndarray, "tokens"] | None
-    dispatch: Dispatch | None
+    all_experts: Sequence[range]
+    tokens: LayerTokens | None
     norm_scale: Float[Array, "embed"]
     activations: tuple[str, ...]
+    devices: Devices
+    size: int
+
+    def spread(self, array: np.ndarray) -> Array:
+        """An array with an entry an expert, padded with zeros and spread over the devices."""
+        missing = self.size - len(array)
+        if missing:
+            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+        return self.devices.spread(array)
 
 
 def quantize_batch(
-    batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings
+    batch: ExpertBatch,
+    kernels: dict[str, Float[np.ndarray, "experts in out"]],
+    settings: CompressionSettings,
+    asking: Sequence[range],
 ) -> QuantizedKernels:
     """Quantizes all kernels of a batch of experts.
 
     Args:
       batch: the experts and their tokens.
-      kernels: their kernels, float32 [experts, in, out] by name.
+      kernels: their kernels by name; none in a process that only hands out its tokens.
       settings: how.
+      asking: the experts of each process whose Hessians are wanted; called by all processes when
+        it is by one.
 
     Returns:
       The quantized kernels by name.
     """
+    spread = {name: batch.spread(kernel) for name, kernel in kernels.items()}
+    inputs = dict(spread)
+    states = _hessians(batch, inputs, settings, asking, which=("wi", "wo"))
     quantized: QuantizedKernels = {}
-    inputs = dict(kernels)
-    states = _hessians(batch, inputs, settings, which=("wi", "wo"))
     for name in [*(name for name in sorted(kernels) if name != "wo"), "wo"]:
         if name == "wo" and settings.true_sequential:
             # Now behind the quantized wi.
-            states = _hessians(batch, inputs, settings, which=("wo",))
+            states = _hessians(batch, inputs, settings, asking, which=("wo",))
+        if not kernels:
+            continue
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        quantized[name] = _quantize_kernel(kernels[name], state, settings)
+        quantized[name] = _quantize_kernel(batch, spread[name], state, settings)
         if settings.true_sequential:
-            inputs[name] = dequantized_kernel(quantized[name], settings)
+            inputs[name] = dequantized_kernel(batch, quantized[name], settings)
     return quantized
 
 
 def _quantize_kernel(
+    batch: ExpertBatch,
     kernel: Float[Array, "experts in out"],
     state: HessianState | None,
     settings: CompressionSettings,
 ) -> QuantizedKernel:
-    num_experts = kernel.shape[0]
-    hessians, counts = None, jnp.zeros(num_experts)
+    hessians, counts = None, batch.devices.spread(np.zeros(kernel.shape[0], np.float32))
     if state is not None:
         hessians, counts = finalize_hessian(state)
     weight_energy, layer_energy = _energies(kernel, hessians)
-
-    # A smaller last batch is padded, so that it runs the program of the others.
-    def padded(array: Array) -> Array:
-        return pad_expert_batch(array, settings.expert_batch)
-
     result = quantize_experts(
-        padded(kernel),
-        None if hessians is None else padded(hessians),
-        padded(counts),
+        kernel,
+        hessians,
+        counts,
         grid=settings.quantization_grid,
         method=settings.method,
         damping=settings.damping,
         act_order=settings.act_order,
+        group_size=settings.group_size,
+        mesh=batch.devices.mesh,
     )
-    result = ExpertBatchResult(*(field[:num_experts] for field in result))
     statistics = {
         "status": result.status,
         "token_counts": counts,
@@ -252,11 +235,13 @@ def _quantize_kernel(
         "layer_error": result.layer_error,
         "layer_energy": layer_energy,
     }
+    num_experts = len(batch.experts)
     return QuantizedKernel(
-        codes=np.asarray(result.codes),
+        codes=np.asarray(result.codes)[:num_experts],
         # Exact: grids round their levels to bfloat16 before they choose codes.
-        levels=np.asarray(result.levels).astype(ml_dtypes.bfloat16),
-        statistics={name: np.asarray(array) for name, array in statistics.items()},
+        levels=np.asarray(result.levels)[:num_experts].astype(ml_dtypes.bfloat16),
+        in_features=kernel.shape[1],
+        statistics={name: np.asarray(a)[:num_experts] for name, a in statistics.items()},
     )
 
 
@@ -264,42 +249,59 @@ def _hessians(
     batch: ExpertBatch,
     kernels: Kernels,
     settings: CompressionSettings,
+    asking: Sequence[range],
     *,
     which: tuple[str, ...],
 ) -> dict[str, HessianState] | None:
-    if batch.dispatch is None or batch.buffer is None:
+    tokens = batch.tokens
+    if tokens is None:
         return None
-    widths = {"wi": kernels["wo"].shape[2], "wo": kernels["wo"].shape[1]}
-    states = {key: init_hessian(len(batch.experts), widths[key]) for key in which}
-    tokens = [batch.dispatch.hessian_tokens_of(expert) for expert in batch.experts]
-    for chunk in token_chunks(tokens, settings.token_chunk):
+    states = None
+    if kernels:
+        widths = {"wi": kernels["wo"].shape[2], "wo": kernels["wo"].shape[1]}
+        states = {
+            key: jax.tree.map(batch.devices.spread, init_hessian(batch.size, widths[key]))
+            for key in which
+        }
+    for chunks in tokens.chunks(asking, settings.token_chunk, hessian=True):
+        rows = tokens.gather(chunks)
+        if states is None:
+            continue
         states = _accumulate(
             states,
             batch.norm_scale,
             kernels,
-            jnp.asarray(batch.buffer.rows[chunk.rows]),
-            jnp.asarray(chunk.real),
+            batch.spread(rows),
+            batch.spread(chunks[tokens.processes.index].real),
             activations=batch.activations,
             dtype=settings.activation_dtype,
         )
     return states
 
 
-def run_batch(
-    batch: ExpertBatch, quantized: QuantizedKernels, settings: CompressionSettings
-) -> None:
-    """Sends all tokens of a batch of experts through its codes; writes outputs to the buffer."""
-    if batch.dispatch is None or batch.buffer is None or batch.gate is None:
+def run_batch(batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings) -> None:
+    """Sends all tokens of a batch of experts through its kernels; outputs replace inputs.
+
+    Args:
+      batch: the experts and their tokens.
+      kernels: what the tokens go through, float32, padded and spread; by name.
+      settings: how.
+    """
+    tokens = batch.tokens
+    if tokens is None:
         return
-    kernels = {name: dequantized_kernel(q, settings) for name, q in quantized.items()}
-    tokens = [batch.dispatch.tokens_of(expert) for expert in batch.experts]
-    for chunk in token_chunks(tokens, settings.token_chunk):
-        outputs = _run(
-            batch.norm_scale,
-            kernels,
-            jnp.asarray(batch.buffer.rows[chunk.rows]),
-            jnp.asarray(batch.gate[chunk.rows]),
-            activations=batch.activations,
-            dtype=settings.activation_dtype,
-        )
-        batch.buffer.rows[chunk.rows[chunk.real]] = np.asarray(outputs)[chunk.real]
+    for chunks in tokens.chunks(batch.all_experts, settings.token_chunk, hessian=False):
+        rows = tokens.gather(chunks)
+        outputs = rows
+        if batch.experts:
+            own = chunks[tokens.processes.index]
+            result = _run(
+                batch.norm_scale,
+                kernels,
+                batch.spread(rows),
+                batch.spread(tokens.gate[own.rows]),
+                activations=batch.activations,
+                dtype=settings.activation_dtype,
+            )
+            outputs = np.asarray(result)[: len(batch.experts)]
+        tokens.scatter(chunks, outputs)

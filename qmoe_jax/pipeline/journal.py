@@ -1,34 +1,52 @@
-"""The journal: every finished expert batch on disk, so that a killed run goes on.
+"""The journal: what is finished, on disk, so that a killed run goes on.
 
-A batch is one file, written under a temporary name, synced and renamed: it is there whole or not at
-all. Hidden states are not kept. A resumed run replays the forward pass through the codes that it
-finds, with the programs of the first run, and so ends with the same bytes.
+A finished batch of experts is one file, and so is the record of a finished layer, whose batches
+are then in the output and leave the journal. Each is written under a temporary name, synced and
+renamed: it is there whole or not at all. Hidden states are not kept. A resumed run replays the
+forward pass through the codes that it finds, with the programs of the first run, and so ends with
+the same bytes.
 """
 
+import dataclasses
 import fcntl
+import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.codec.encode import encode
-from qmoe_jax.errors import CheckpointError
-from qmoe_jax.pipeline.expert_pass import QuantizedKernel, QuantizedKernels
+from qmoe_jax.codec import codings
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.errors import CheckpointError, CodecError
 
 _RUN = "run.json"
+_LAYER = ".layer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedKernel:
+    """One kernel of a finished batch of experts.
+
+    Attributes:
+      coded: its codes as they will be stored.
+      statistics: arrays [experts] by name, of `expert_pass.QuantizedKernel`.
+    """
+
+    coded: CodedTensor
+    statistics: dict[str, np.ndarray]
+
+
+FinishedKernels = dict[str, FinishedKernel]
 
 
 class Journal:
-    """Finished expert batches of one run, in a folder that only one process may hold.
-
-    Attributes:
-      num_replayed: batches that were found instead of computed.
-    """
+    """Finished expert batches and layers of a run, in a folder that only one process may hold."""
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any], *, discard: bool):
         """Opens or begins a journal.
@@ -42,9 +60,11 @@ class Journal:
           CheckpointError: another process holds it, or it belongs to a run with other settings.
         """
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._folder / "lock")
-        self.num_replayed = 0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._folder / "lock")
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {folder}: {error}") from error
         previous = self._read_run()
         if previous is not None and previous != dict(run):
             if not discard:
@@ -54,9 +74,15 @@ class Journal:
                     f"({_difference(previous, run)}). Go on with the same settings, or pass "
                     "overwrite=True to throw it away."
                 )
-            for path in self._folder.glob("*.npz"):
-                path.unlink()
-        _write_atomically(self._folder / _RUN, json.dumps(run, indent=1).encode())
+            for pattern in ("*.npz", "*" + _LAYER):
+                for path in self._folder.glob(pattern):
+                    path.unlink()
+        if previous != dict(run):
+            try:
+                self._write(self._folder / _RUN, json.dumps(run, indent=1).encode())
+            except CheckpointError:
+                self._lock.close()
+                raise
 
     def close(self) -> None:
         """Lets other processes in."""
@@ -65,32 +91,77 @@ class Journal:
     def __len__(self) -> int:
         return sum(1 for _ in self._folder.glob("*.npz"))
 
-    def load(self, name: str) -> QuantizedKernels | None:
-        """The kernels of a finished batch of experts by name; None where there is none."""
-        path = self._folder / f"{name}.npz"
-        if not path.exists():
-            return None
+    @property
+    def num_layers(self) -> int:
+        """Finished layers."""
+        return sum(1 for _ in self._folder.glob("*" + _LAYER))
+
+    def has_batch(self, name: str) -> bool:
+        """Whether a batch of experts is there."""
+        return self._batch_path(name).exists()
+
+    def load_batch(self, name: str, only: str | None = None) -> FinishedKernels:
+        """The kernels of a finished batch of experts by name, or `only` one of them.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        path = self._batch_path(name)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                kernels = _from_arrays(arrays)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                return _from_arrays(arrays, only)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, CodecError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it, and the run computes it again"
             ) from error
-        self.num_replayed += 1
-        return kernels
 
-    def save(self, name: str, kernels: QuantizedKernels) -> None:
+    def save_batch(self, name: str, kernels: FinishedKernels) -> None:
         """Stores a finished batch of experts.
 
         Raises:
           CheckpointError: it cannot be written.
         """
-        path = self._folder / f"{name}.npz"
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **_to_arrays(kernels))
+        self._write(self._batch_path(name), content.getbuffer())
+
+    def load_layer(self, name: str) -> Any:
+        """The record of a finished layer; None where there is none.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        path = self._folder / (name + _LAYER)
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); run again with overwrite=True to begin anew"
+            ) from error
+
+    def save_layer(self, name: str, record: Any) -> None:
+        """Stores what must be known of a layer whose codes are in the output.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        self._write(self._folder / (name + _LAYER), json.dumps(record).encode())
+
+    def forget_batches(self, names: Iterable[str]) -> None:
+        """Deletes batches of experts, those that there are."""
+        for name in names:
+            self._batch_path(name).unlink(missing_ok=True)
+
+    def _batch_path(self, name: str) -> Path:
+        return self._folder / f"{name}.npz"
+
+    def _write(self, path: Path, content: bytes | memoryview) -> None:
         partial = path.with_suffix(".partial")
         try:
             with open(partial, "wb") as file:
-                np.savez(file, allow_pickle=False, **_to_arrays(kernels))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -123,12 +194,6 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def _difference(previous: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """What differs between two runs, `settings.grid: 'ternary' became '2bit'`."""
     before, now = _flat(previous), _flat(run)
@@ -150,35 +215,35 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _to_arrays(kernels: QuantizedKernels) -> dict[str, np.ndarray]:
-    """Flat arrays for .npz: codes four to a byte, levels as their bits (.npz has no bfloat16)."""
+def _to_arrays(kernels: FinishedKernels) -> dict[str, np.ndarray]:
+    """Flat arrays for .npz; bfloat16 as its bits, which .npz has no name for."""
     arrays = {}
     for name, kernel in kernels.items():
-        packed = encode(kernel.codes, kernel.levels, "packed2").arrays["packed"]
-        arrays[f"{name}/codes"] = packed
-        arrays[f"{name}/shape"] = np.array(kernel.codes.shape, np.int64)
-        arrays[f"{name}/levels"] = kernel.levels.view(np.uint16)
+        spec = json.dumps(kernel.coded.spec.to_json()).encode()
+        arrays[f"{name}/spec"] = np.frombuffer(spec, np.uint8)
+        for key, array in kernel.coded.arrays.items():
+            is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+            arrays[f"{name}/coded/{key}"] = array.view(np.uint16) if is_bfloat16 else array
         for key, statistic in kernel.statistics.items():
             arrays[f"{name}/statistics/{key}"] = statistic
     return arrays
 
 
-def _from_arrays(arrays: Mapping[str, np.ndarray]) -> QuantizedKernels:
+def _from_arrays(arrays: Mapping[str, np.ndarray], only: str | None) -> FinishedKernels:
     """Inverse of `_to_arrays`."""
     kernels = {}
-    for entry in arrays:
-        name, _, kind = entry.partition("/")
-        if kind != "shape":
+    for name in [entry.removesuffix("/spec") for entry in arrays if entry.endswith("/spec")]:
+        if only not in (None, name):
             continue
-        experts, out, width = arrays[entry].tolist()
-        shifts = np.arange(0, 8, 2, dtype=np.uint8)
-        codes = arrays[f"{name}/codes"][..., None] >> shifts & 3
+        spec = TensorSpec.from_json(json.loads(arrays[f"{name}/spec"].tobytes()))
+        coded = {key: arrays[f"{name}/coded/{key}"] for key in get_coding(spec.coding).array_names}
+        coded["levels"] = coded["levels"].view(ml_dtypes.bfloat16)
         prefix = f"{name}/statistics/"
-        kernels[name] = QuantizedKernel(
-            codes=codes.reshape(experts, out, -1)[..., :width],
-            levels=arrays[f"{name}/levels"].view(ml_dtypes.bfloat16),
+        kernels[name] = FinishedKernel(
+            coded=CodedTensor(spec, coded),
             statistics={
                 key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)
             },
         )
+        codings.validate(kernels[name].coded)
     return kernels

@@ -1,9 +1,15 @@
 """What a compression run did, per expert kernel and in total."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from qmoe_jax.codec import stats
+from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.evaluation.metrics import LossReport
+from qmoe_jax.quantization.expert_batch import ExpertStatus
 
 
 @dataclasses.dataclass
@@ -48,8 +54,11 @@ class CompressionReport:
       dense_parameters: their number.
       seconds: wall time of the run.
       num_replayed: expert batches that a resumed run found finished.
+      bytes_read: bytes of the checkpoint that this process read, as they are stored.
+      peak_host_bytes: the most memory that this process held (resident set).
       validation: loss on the validation tokens that flowed along, through compressed experts; None
         where none were given.
+      separate_validation: loss on them of the finished output, loaded again; None where not asked.
     """
 
     output: str
@@ -59,7 +68,10 @@ class CompressionReport:
     dense_parameters: int
     seconds: float = 0.0
     num_replayed: int = 0
+    bytes_read: int = 0
+    peak_host_bytes: int = 0
     validation: LossReport | None = None
+    separate_validation: LossReport | None = None
 
     @property
     def expert_weights(self) -> int:
@@ -131,6 +143,11 @@ class CompressionReport:
             "dense_parameters": self.dense_parameters,
             "seconds": self.seconds,
             "num_replayed": self.num_replayed,
+            "bytes_read": self.bytes_read,
+            "peak_host_bytes": self.peak_host_bytes,
+            "separate_validation_loss": None
+            if self.separate_validation is None
+            else self.separate_validation.loss,
             "validation_loss": None if self.validation is None else self.validation.loss,
             "warnings": self.warnings(),
         }
@@ -141,8 +158,43 @@ class CompressionReport:
             f"{self.output}: {self.expert_weights:,} expert weights at "
             f"{self.bits_per_weight:.3f} bits (experts {self.expert_compression:.2f}x, whole model "
             f"{self.model_compression:.2f}x smaller than bfloat16), {self.zeros:.1%} zeros, "
-            f"{self.seconds:.1f} seconds"
+            f"{self.seconds:.1f} seconds",
+            f"read {self.bytes_read / 1e9:.3f} GB of the checkpoint, at most "
+            f"{self.peak_host_bytes / 2**30:.2f} GiB of host memory",
         ]
         if self.validation is not None:
             lines.append(f"validation loss {self.validation.loss:.4f}")
+        if self.separate_validation is not None:
+            lines.append(f"of the output, loaded again: {self.separate_validation.loss:.4f}")
         return "\n".join(lines)
+
+
+def kernel_report(
+    name: str, outline: CodedOutline, batches: Sequence[Mapping[str, Any]]
+) -> KernelReport:
+    """Sums up the batches of experts of one kernel.
+
+    Args:
+      name: module path of the kernel.
+      outline: of all of its codes.
+      batches: the statistics of `expert_pass.QuantizedKernel` of all experts, and `symbol_counts`.
+    """
+    joined = {key: np.concatenate([np.asarray(b[key]) for b in batches]) for key in batches[0]}
+    symbol_counts = np.sum([b["symbol_counts"] for b in batches], axis=0).astype(np.int64)
+    counts, status = joined["token_counts"], joined["status"]
+    layer_energy = (counts * joined["layer_energy"]).sum()
+    layer_error = (counts * joined["layer_error"]).sum()
+    return KernelReport(
+        name=name,
+        num_experts=outline.spec.num_experts,
+        num_weights=outline.spec.num_weights,
+        bits=stats.outline_bits(outline, symbol_counts),
+        zeros=float(joined["zero_share"].mean()),
+        relative_weight_error=float(
+            joined["weight_error"].sum() / max(joined["weight_energy"].sum(), 1e-30)
+        ),
+        relative_layer_error=float(layer_error / layer_energy) if layer_energy > 0 else None,
+        experts_without_tokens=int((status == ExpertStatus.NO_TOKENS).sum()),
+        singular_hessians=int((status == ExpertStatus.SINGULAR).sum()),
+        nonfinite_experts=int((status == ExpertStatus.NONFINITE_INPUT).sum()),
+    )

@@ -1,0 +1,60 @@
+"""The devices of this process: experts and samples are spread over them along one mesh axis."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Some of the local devices.
+
+    Attributes:
+      mesh: over the axis `AXIS`.
+    """
+
+    mesh: Mesh
+
+    @classmethod
+    def local(cls, num_devices: int | None = 1) -> "Devices":
+        """The first so many devices of this process; all where None.
+
+        Raises:
+          ValueError: there are not so many.
+        """
+        available = jax.local_devices()
+        count = len(available) if num_devices is None else num_devices
+        if not 1 <= count <= len(available):
+            raise ValueError(
+                f"num_devices is {num_devices}; this process has {len(available)} "
+                f"({available[0].platform}). Give 1 to {len(available)}, or None for all."
+            )
+        return cls(Mesh(np.array(available[:count]), (AXIS,)))
+
+    def __len__(self) -> int:
+        return self.mesh.size
+
+    def rounded_up(self, size: int) -> int:
+        """The least multiple of the number of devices that is not below `size`."""
+        return -(-size // len(self)) * len(self)
+
+    def spread(self, array: Any) -> jax.Array:
+        """Puts an array on the devices, its first axis divided among them.
+
+        That axis is a multiple of their number.
+        """
+        if len(self) == 1:
+            return jnp.asarray(array)
+        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts every array of a tree on every device, whole."""
+        if len(self) == 1:
+            return jax.tree.map(jnp.asarray, tree)
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))

@@ -1,0 +1,116 @@
+"""Reads expert kernels batch by batch, one batch ahead of the work."""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.t5x import T5XCheckpoint
+
+Kernels = dict[str, Float[np.ndarray, "experts in out"]]
+
+
+class BatchKey(NamedTuple):
+    """A batch of experts of one layer."""
+
+    stack: str
+    layer: int
+    start: int
+    stop: int
+
+
+MAX_CACHE_BYTES = 512 * 2**20
+
+
+def cache_bytes(source: T5XCheckpoint, config: SwitchConfig, step: int) -> int:
+    """How much memory for decoded chunks saves reading any chunk of expert kernels twice.
+
+    None, where batches of experts end where chunks end; else the chunks of a layer's kernels that
+    hold one expert, unless that is over `MAX_CACHE_BYTES`.
+
+    Args:
+      source: the native checkpoint.
+      config: its geometry.
+      step: experts of a batch.
+    """
+    largest = 0
+    for stack, layer in config.sparse_layers:
+        needed = 0
+        for kernel in (*config.wi_names, "wo"):
+            name = names.expert_kernel(stack, layer, kernel)
+            chunk, shape = source.chunk_shape(name), source.shapes[name]
+            if step % chunk[0] and chunk[0] > 1:
+                covered = [-(-n // c) * c for n, c in zip(shape[1:], chunk[1:], strict=True)]
+                needed += chunk[0] * math.prod(covered) * source.dtypes[name].itemsize
+        largest = max(largest, needed)
+    return largest if largest <= MAX_CACHE_BYTES else 0
+
+
+class KernelReader:
+    """The kernels of the batches that a run computes, in their order.
+
+    While the device works on a batch, a thread reads the next, across layers too: at most two
+    batches are held.
+
+    Attributes:
+      num_bytes: bytes of kernels read so far, as they are stored.
+      seconds: time that reading them took, in the thread.
+    """
+
+    def __init__(
+        self, source: T5XCheckpoint, kernel_names: tuple[str, ...], batches: Iterator[BatchKey]
+    ):
+        """Begins to read the first batch.
+
+        Args:
+          source: the native checkpoint.
+          kernel_names: `wi` or `wi_0` and `wi_1`, and `wo`.
+          batches: all batches that `take` will be asked for, in order.
+        """
+        self._source = source
+        self._kernel_names = kernel_names
+        self._batches = batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kernel_reader")
+        self._next: tuple[BatchKey, Future[Kernels]] | None = None
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._read_ahead()
+
+    def take(self, key: BatchKey) -> Kernels:
+        """The kernels of a batch, float32 by name; begins to read the next.
+
+        Raises:
+          CheckpointError: they are damaged or unreachable.
+        """
+        if self._next is None or self._next[0] != key:
+            expected = None if self._next is None else self._next[0]
+            raise AssertionError(f"batch {key} was asked for, {expected} was announced")
+        kernels = self._next[1].result()
+        self._read_ahead()
+        return kernels
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        key = next(self._batches, None)
+        self._next = None if key is None else (key, self._thread.submit(self._read, key))
+
+    def _read(self, key: BatchKey) -> Kernels:
+        started = time.monotonic()
+        kernels = {}
+        for name in self._kernel_names:
+            stored = self._source.read_experts(
+                names.expert_kernel(key.stack, key.layer, name), key.start, key.stop
+            )
+            self.num_bytes += stored.nbytes
+            kernels[name] = stored.astype(np.float32, copy=False)
+        self.seconds += time.monotonic() - started
+        return kernels
