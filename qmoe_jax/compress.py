@@ -12,7 +12,11 @@ example:
     --gin.CHECKPOINT="'/data/checkpoint_500100'" --gin.TOKENS="'calibration.npz'" \\
     --gin.OUTPUT="'compressed'" --gin.CompressionSettings.grid="'ternary'"
 
-Required: CHECKPOINT, OUTPUT, and for GPTQ also TOKENS (python -m qmoe_jax.prepare_tokens)."""
+Required: CHECKPOINT, OUTPUT, and for GPTQ also TOKENS (python -m qmoe_jax.prepare_tokens).
+
+A run that was stopped goes on with the same command. --overwrite (or --gin.OVERWRITE=True) replaces
+a finished output, and begins an unfinished one anew. python -m qmoe_jax.plan says beforehand what a
+run will need."""
 
 
 def main() -> None:
@@ -21,12 +25,15 @@ def main() -> None:
     from qmoe_jax.pipeline.compress import compress
     from qmoe_jax.pipeline.settings import CompressionSettings
 
+    flags = ["--gin.OVERWRITE=True" if flag == "--overwrite" else flag for flag in sys.argv[1:]]
     report = gin_flags.run(
         "compress",
         compress,
         [CompressionSettings],
         description=_DESCRIPTION,
         default_gin_file="gin/runs/compress.gin",
+        distributed=True,
+        argv=flags,
     )
     for warning in report.warnings():
         print(f"warning: {warning}", file=sys.stderr)

@@ -13,6 +13,11 @@ C4 for a public Switch Transformer, from the released files or from TensorFlow D
         --num_examples 10000 --output c4_train.npz
     python -m qmoe_jax.prepare_tokens --source c4_tfds --data_dir gs://my-bucket/tfds \\
         --split validation --num_examples 128 --output c4_validation.npz
+
+Any text: a folder of .txt files, each one document (JSON lines: --source c4_jsonl):
+
+    python -m qmoe_jax.prepare_tokens --source text --files books/ --split validation \\
+        --protocol paper --output books.npz
 """
 
 import argparse
@@ -33,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
     except (TokensError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     batch = token_file.tokens
     print(
         f"{arguments.output}: {len(batch)} examples of {batch.encoder_input_tokens.shape[1]} input "
@@ -55,6 +60,8 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
         "progress": True,
     }
     if arguments.source == "demo":
+        if arguments.num_examples is None:
+            raise TokensError("--source demo needs --num_examples.")
         if arguments.protocol != "t5x":
             raise TokensError("--source demo has only --protocol t5x: its documents are short.")
         print("collecting docstrings (about 15 s) ...", file=sys.stderr)
@@ -72,14 +79,18 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
         )
         source = f"TFDS c4/en:{arguments.version} in {arguments.data_dir or 'the default folder'}"
     else:
+        kind, make_task = {
+            "c4_jsonl": ("JSON lines", tasks.c4_jsonl_task),
+            "text": ("text files", tasks.text_files_task),
+        }[arguments.source]
         if not arguments.files:
             raise TokensError(
-                "--source c4_jsonl needs --files: paths or globs of .json[.gz] files."
+                f"--source {arguments.source} needs --files: paths, globs or folders of {kind}."
             )
-        task = tasks.c4_jsonl_task(
+        task = make_task(
             arguments.vocabulary, {arguments.split: arguments.files}, protocol=arguments.protocol
         )
-        source = f"JSON lines {' '.join(arguments.files)}"
+        source = f"{kind} {' '.join(arguments.files)}"
     return tasks.tokenize_task(
         task, split=arguments.split, num_examples=arguments.num_examples, source=source, **common
     )
@@ -94,13 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--source",
         required=True,
-        choices=("demo", "c4_tfds", "c4_jsonl"),
+        choices=("demo", "c4_tfds", "c4_jsonl", "text"),
         help="demo: docstrings of installed packages; c4_tfds: C4 prepared by TensorFlow Datasets; "
-        "c4_jsonl: C4 as released, JSON lines with a text each",
+        "c4_jsonl: C4 as released, or any JSON lines with a text each; text: text files, each one "
+        "document",
     )
     parser.add_argument("--output", required=True, help="token file to write, .npz")
     parser.add_argument(
-        "--num_examples", required=True, type=int, help="how many; fewer is an error"
+        "--num_examples",
+        type=int,
+        help="how many; fewer is an error (default: all of the split)",
     )
     parser.add_argument("--split", default="train", help="train or validation (default: train)")
     parser.add_argument(
@@ -112,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "--data_dir", help="c4_tfds: folder that has c4/en/<version> (default: that of TFDS)"
     )
     parser.add_argument("--version", default="3.0.1", help="c4_tfds: version (default: 3.0.1)")
-    parser.add_argument("--files", nargs="+", help="c4_jsonl: paths or globs, .json or .json.gz")
+    parser.add_argument(
+        "--files", nargs="+", help="c4_jsonl, text: paths, globs or folders, .gz too"
+    )
     parser.add_argument(
         "--protocol",
         default="t5x",

@@ -124,6 +124,51 @@ def test_mask_counts_and_spans(tf):
     assert any((masks[-1] != mask).any() for mask in masks[-8:-1])
 
 
+@pytest.fixture(scope="module")
+def draw(tf):
+    return tf.function(span_corruption.random_spans_mask, reduce_retracing=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 1200), seed=st.integers(0, 2**31 - 1))
+def test_the_definition_holds(draw, length, seed):
+    """Noise density, mean span length, sentinel order, and nothing lost, at any length."""
+    seeds = np.array([[seed, 0], [seed, 1]], np.int64)
+    mask = draw(np.int32(length), seeds).numpy()
+    tokens = np.arange(3, 3 + length, dtype=np.int32) % (TOP - COUNT - 3) + 3
+    inputs, targets = (
+        np.asarray(side) for side in span_corruption.corrupt(tokens, mask, TOP + 1000)
+    )
+    num_spans = int((mask[1:] & ~mask[:-1]).sum())
+    # A token more or less is what rounding to whole tokens and at least one of each kind costs.
+    assert abs(mask.sum() - 0.15 * length) <= 1
+    assert abs(num_spans - mask.sum() / 3) <= 1
+    marks = list(range(TOP + 1000, TOP + 1000 - num_spans, -1))
+    assert [token for token in inputs.tolist() if token > TOP] == marks
+    assert [token for token in targets.tolist() if token > TOP] == marks
+    spans = np.split(targets, np.flatnonzero(targets > TOP)[1:])
+    restored = [spans[TOP + 1000 - t][1:] if t > TOP else [t] for t in inputs.tolist()]
+    assert np.concatenate(restored).astype(int).tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("inputs_length", [128, 512])
+@pytest.mark.filterwarnings("ignore")  # those of t5's own imports
+def test_equals_t5_itself(features, inputs_length):
+    """Beside the original preprocessor, example by example; it is deterministic given the seed."""
+    original = pytest.importorskip("t5.data.preprocessors", exc_type=ImportError)
+    documents = documents_of([50, 0, 300, 141, 7, 9000, 1, 568, *range(1, 260, 3)])
+    targets_length = span_corruption.corruption_lengths(inputs_length)[1]
+    for seed in (0, 42):
+        ours, theirs = (
+            run(protocol, features, documents, inputs_length, targets_length, seed)
+            for protocol in (span_corruption.t5x_span_corruption, original.span_corruption)
+        )
+        assert len(ours) == len(theirs) > 10
+        for one, two in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one[0], two[0])
+            np.testing.assert_array_equal(one[1], two[1])
+
+
 def test_span_lengths_are_spread(tf):
     """Every partition is equally likely: of 6 tokens in 2 spans the first is 1 to 5, each 1/5."""
     draw = tf.function(span_corruption.random_spans_mask, reduce_retracing=True)

@@ -221,7 +221,7 @@ def test_command_line(jsonl_folder, c4_folder, tmp_path, capsys):
     assert read.metadata.seed == 2
     assert "c4-train" not in read.metadata.task
     assert len(tokens.read_tokens(outputs[2])) == 6
-    assert prepare_tokens.main([*common, "--source", "c4_jsonl", "--output", "x"]) == 1
+    assert prepare_tokens.main([*common, "--source", "c4_jsonl", "--output", "x"]) == 2
     assert "error: --source c4_jsonl needs --files" in capsys.readouterr().err
 
 

@@ -5,8 +5,8 @@ two settings never share one. Nothing is registered, and neither TensorFlow nor 
 with this module.
 """
 
+import contextlib
 import functools
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qmoe_jax.calibration import span_corruption, tokens
+from qmoe_jax.calibration import documents, span_corruption, tokens
 from qmoe_jax.errors import TokensError
 
 PROTOCOLS = ("t5x", "paper")
@@ -86,12 +86,15 @@ def c4_task(
 
     name = f"c4/{config}:{version}"
     try:
-        tfds.builder(name, data_dir=data_dir).info.splits["train"]
+        prepared = bool(tfds.builder(name, data_dir=data_dir).info.splits)
+        cause = "no split is there"
     except Exception as error:  # TFDS raises a dozen kinds
+        prepared, cause = False, " ".join(str(error).split())[:200]
+    if not prepared:
         raise TokensError(
-            f"TFDS has no prepared {name} under {data_dir or 'its default folder'} ({error}); "
+            f"TFDS has no prepared {name} under {data_dir or 'its default folder'} ({cause}); "
             f"give the folder that holds c4/{config}/{version}, or use the released JSON lines."
-        ) from error
+        )
     source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=data_dir, read_only=True)
     settings = {"source": "c4_tfds", "name": name, "data_dir": data_dir}
     return _task(f"c4_{config}_tfds", source, vocabulary_path, protocol, settings)
@@ -99,7 +102,7 @@ def c4_task(
 
 def c4_jsonl_task(
     vocabulary_path: str,
-    files: Mapping[str, str | Sequence[str]],
+    files: documents.Files,
     *,
     protocol: str = "t5x",
 ) -> Task:
@@ -109,31 +112,46 @@ def c4_jsonl_task(
 
     Args:
       vocabulary_path: see `load_vocabulary`.
-      files: for each split, a path or glob or several; read in sorted order, `.gz` unpacked.
+      files: for each split, a path, glob or folder or several; read in sorted order, `.gz`
+        unpacked. Of a folder, the files that end in .json or .jsonl, or these with .gz.
       protocol: `t5x` or `paper`, see `span_corruption`.
 
     Raises:
       TokensError: unknown protocol, bad vocabulary, or a pattern without a file. A bad line raises
         when it is read.
     """
-    import tensorflow as tf
-
-    found: dict[str, list[str]] = {}
-    for split, patterns in files.items():
-        found[split] = []
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            matches = sorted(tf.io.gfile.glob(pattern))
-            if not matches:
-                raise TokensError(
-                    f"No file matches {pattern!r} for split {split!r}; give the path of .json or "
-                    ".json.gz files with one document a line."
-                )
-            found[split] += matches
+    found = documents.find_json_files(files)
     settings = {"source": "c4_jsonl", "files": json.dumps(found, sort_keys=True)}
     source = _generator_source(
-        {split: functools.partial(_json_lines, found[split]) for split in found}
+        {split: functools.partial(documents.json_lines, found[split]) for split in found}
     )
     return _task("c4_jsonl", source, vocabulary_path, protocol, settings)
+
+
+def text_files_task(
+    vocabulary_path: str,
+    files: documents.Files,
+    *,
+    protocol: str = "t5x",
+) -> Task:
+    """Documents from UTF-8 text files, each file one document.
+
+    Args:
+      vocabulary_path: see `load_vocabulary`.
+      files: for each split, a path, glob or folder or several; read in sorted order, `.gz`
+        unpacked. Of a folder, the files that end in .txt or .txt.gz, in folders below it too.
+      protocol: `t5x` or `paper`, see `span_corruption`.
+
+    Raises:
+      TokensError: unknown protocol, bad vocabulary, or a pattern without a file. A file that is
+        not UTF-8 raises when it is read.
+    """
+    found = documents.find_text_files(files)
+    settings = {"source": "text_files", "files": json.dumps(found, sort_keys=True)}
+    source = _generator_source(
+        {split: functools.partial(documents.text_files, found[split]) for split in found}
+    )
+    return _task("text_files", source, vocabulary_path, protocol, settings)
 
 
 def text_task(
@@ -163,7 +181,7 @@ def tokenize_task(
     task: Task,
     *,
     split: str,
-    num_examples: int,
+    num_examples: int | None,
     inputs_length: int,
     targets_length: int | None = None,
     seed: int = 0,
@@ -173,9 +191,9 @@ def tokenize_task(
     """The first examples of a task, unshuffled; equal arguments give equal tokens.
 
     Args:
-      task: of this module.
+      task: of this module, or any of seqio with `inputs` and `targets`.
       split: split of the task.
-      num_examples: how many examples.
+      num_examples: how many examples; all of the split where None.
       inputs_length: encoder tokens of an example.
       targets_length: decoder tokens; None is what the corruption of `inputs_length` gives.
       seed: seed of the corruption.
@@ -188,7 +206,10 @@ def tokenize_task(
     """
     import tensorflow as tf
 
-    if num_examples < 1:
+    with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow before
+        # TensorFlow reserves a whole GPU when it first looks at it; here it only reads text.
+        tf.config.set_visible_devices([], "GPU")
+    if num_examples is not None and num_examples < 1:
         raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
     if split not in task.splits:
         raise TokensError(f"{task.name} has no split {split!r}; it has {sorted(task.splits)}.")
@@ -199,7 +220,7 @@ def tokenize_task(
         split=split,
         shuffle=False,
         seed=seed,
-    ).take(num_examples)
+    ).take(-1 if num_examples is None else num_examples)
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     try:
@@ -209,10 +230,10 @@ def tokenize_task(
             targets.append(example["targets"])
     except tf.errors.OpError as error:
         raise TokensError(f"{task.name} cannot be read: {_cause(error.message)}") from error
-    if len(inputs) < num_examples:
+    if not inputs or len(inputs) < (num_examples or 1):
         raise TokensError(
-            f"{task.name} has {len(inputs)} examples in split {split!r}; {num_examples} were asked "
-            "for. Ask for fewer, or give more documents."
+            f"{task.name} has {len(inputs)} examples in split {split!r}; {num_examples or 'some'} "
+            "were asked for. Ask for fewer, or give more documents."
         )
     batch = tokens.from_sequences(
         inputs, targets, inputs_length=inputs_length, targets_length=targets_length
@@ -294,24 +315,6 @@ def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
         return texts.map(lambda text: {"text": text})
 
     return seqio.FunctionDataSource(dataset_fn, splits=tuple(splits))
-
-
-def _json_lines(paths: Sequence[str]) -> Iterator[str]:
-    import tensorflow as tf
-
-    for path in paths:
-        done = 0
-        try:
-            with tf.io.gfile.GFile(path, "rb") as raw:
-                lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-                for line in lines:
-                    if line.strip():
-                        yield json.loads(line)["text"]
-                    done += 1
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-            raise TokensError(
-                f'{path} line {done + 1}: {error!r}; needed is a JSON object with "text" a line.'
-            ) from error
 
 
 def _cause(message: str) -> str:

@@ -1,68 +1,264 @@
-"""Evaluation of a checkpoint on a token file, as the command and the demo run it."""
+"""Evaluation of one or several checkpoints on the same tokens, as the command runs it."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
-import time
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from qmoe_jax.calibration.tokens import TokenFile, read_tokens
-from qmoe_jax.evaluation.metrics import evaluate_loss
+import jax
+from tqdm import tqdm
+
+import qmoe_jax
+from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.errors import TokensError
+from qmoe_jax.evaluation.metrics import LossReport, evaluate_batch
+from qmoe_jax.evaluation.report import example_losses, model_report
+from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
+from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.run_folder import RunFolder, write_atomically
+
+PathLike = str | os.PathLike[str]
+# One; or several: paths, (name, path) pairs, or a mapping from name to path.
+Checkpoints = PathLike | Sequence[PathLike | tuple[str, PathLike]] | Mapping[str, PathLike]
 
 
 def evaluate(
-    checkpoint: str | os.PathLike[str],
-    tokens: str | os.PathLike[str] | TokenFile,
+    checkpoint: Checkpoints,
+    tokens: PathLike | TokenFile,
     *,
     num_examples: int | None = None,
     batch_size: int = 32,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: PathLike | None = None,
+    overwrite: bool = False,
+    tensorboard: bool | None = None,
+    batches_per_shard: int = 16,
     load: Callable[..., Any] = load_switch,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Loss per target token of a checkpoint.
+    """Loss per target token, accuracy, z-loss and router statistics of checkpoints.
+
+    With an `output` folder, what is finished is kept there every `batches_per_shard` batches, and
+    the same call goes on from it after a kill, with the same figures: to the bit where the device
+    repeats a sum to the bit, as CPUs do (GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 
     Args:
-      checkpoint: native T5X or compressed, local or gs://.
+      checkpoint: native T5X or compressed, local or gs://; or several: paths, (name, path) pairs,
+        or a mapping from name to path. Tables and folders have the names.
       tokens: examples, a token file of `qmoe_jax.prepare_tokens`.
       num_examples: use the first so many; all where None.
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
       expert_capacity_factor: None is dropless; a number is T5X's capacity factor.
-      output: JSON file for the metrics, written atomically; none where None.
+      output: local folder for `metrics.json` and, in a folder for each checkpoint, its shards and
+        TensorBoard events; none where None.
+      overwrite: throw away what `output` holds of a run with other settings.
+      tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
+      batches_per_shard: batches that are stored together.
       load: `load_switch`, or one with routing fields bound.
-      progress: show a progress bar.
+      progress: show progress bars.
 
     Returns:
-      `loss` in nats per target token, `accuracy`, `num_target_tokens`, `num_examples`, `seconds`.
+      A JSON object: `tokens` and `settings` describe the evaluation, `models` has for each
+      checkpoint
+
+      name, checkpoint.
+      loss: nats per target token; `loss_standard_error` over examples.
+      gap, gap_standard_error: loss above that of the first checkpoint on the same tokens, paired.
+      accuracy: share of target tokens that are the most probable one.
+      z_loss: mean over target tokens of the squared log-partition function.
+      bits_per_weight: stored bits per expert weight; None of a native checkpoint.
+      router: see `router.router_report`.
+      t5x: what T5X's `loss_fn` would log, means over whole batches: `loss` (with z-loss and
+        auxiliary loss), `cross_ent_loss`, `z_loss`, `accuracy`, `experts/...`.
+      seconds: of the model's runs, without loading; `target_tokens_per_second` without the batch
+        that compiles, None where that is the only one.
+
+    Raises:
+      CheckpointError: a checkpoint is unreadable, or `output` is of other settings or in use.
+      TokensError: unreadable tokens, or of a larger vocabulary than the model's.
+      ValueError: a setting out of its range.
     """
-    module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
-    if not isinstance(tokens, TokenFile):
-        tokens = read_tokens(tokens, num_embeddings=module.config.num_embeddings)
-    tokens = tokens[:num_examples]
-    started = time.monotonic()
-    report = evaluate_loss(
-        module,
-        variables,
-        [batch.arrays() for batch in tokens.batches(batch_size)],
-        progress="evaluate" if progress else None,
-    )
-    metrics = {
-        "checkpoint": os.fspath(checkpoint),
-        "loss": report.loss,
-        "accuracy": report.accuracy,
-        "num_target_tokens": int(report.num_target_tokens.sum()),
-        "num_examples": len(report.num_target_tokens),
-        "expert_capacity_factor": expert_capacity_factor,
-        "activation_dtype": activation_dtype,
-        "seconds": time.monotonic() - started,
+    checkpoints = name_checkpoints(checkpoint)
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples is {num_examples}; give 1 or more, or None for all")
+    if batches_per_shard < 1:
+        raise ValueError(f"batches_per_shard is {batches_per_shard}; give 1 or more")
+    if output is not None and "://" in os.fspath(output):
+        raise ValueError(f"output is {os.fspath(output)}; give a local folder, copy it afterwards")
+    if output is None:
+        tensorboard = False
+    elif tensorboard is None:
+        tensorboard = check_tensorboard(None)
+        if progress and not tensorboard:
+            print("No TensorBoard events: pip install 'qmoe-jax[tensorboard]'.", file=sys.stderr)
+    else:
+        tensorboard = check_tensorboard(tensorboard)
+    token_file = tokens if isinstance(tokens, TokenFile) else read_tokens(tokens)
+    if num_examples is not None and num_examples > len(token_file):
+        raise TokensError(
+            f"num_examples is {num_examples}, but there are {len(token_file)} examples; ask for "
+            "fewer, or make a larger token file"
+        )
+    token_file = token_file[:num_examples]
+    batches = list(token_file.batches(batch_size))
+    description = {
+        "num_examples": len(token_file),
+        "sha256": _digest(token_file),
+        **dataclasses.asdict(token_file.metadata),
     }
+    settings = {
+        "batch_size": batch_size,
+        "activation_dtype": activation_dtype,
+        "expert_capacity_factor": expert_capacity_factor,
+    }
+    # All are looked at before the first is evaluated.
+    identities = {name: _identify(path, token_file) for name, path in checkpoints.items()}
+    models: list[dict[str, Any]] = []
+    first: LossReport | None = None
+    for name, path in checkpoints.items():
+        module, variables = load(path, activation_dtype, expert_capacity_factor)
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if output is not None:
+                determining = {
+                    "checkpoint": identities[name],
+                    "config": module.config.to_json(),
+                    "tokens": description,
+                    "settings": settings | {"batches_per_shard": batches_per_shard},
+                    "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
+                    "device": jax.devices()[0].device_kind,
+                }
+                folder = RunFolder(Path(output, name), determining, discard=overwrite)
+                stack.enter_context(folder)
+            arrays = _run(module, variables, batches, folder, batches_per_shard, name, progress)
+        del variables  # before the next checkpoint is loaded
+        losses = example_losses(arrays)
+        first = losses if first is None else first
+        model = {"name": name, "checkpoint": os.fspath(path)} | model_report(arrays, losses, first)
+        model["bits_per_weight"] = _bits_per_weight(path)
+        models.append(model)
+        if output is not None and tensorboard:
+            step = identities[name].get("step") or 0
+            write_tensorboard(Path(output, name), model, step=step)
+    document = {"tokens": description, "settings": settings, "models": models}
     if output is not None:
-        partial = f"{os.fspath(output)}.partial"
-        with open(partial, "w") as file:
-            json.dump(metrics, file, indent=1)
-        os.replace(partial, output)
-    return metrics
+        content = json.dumps(document, indent=1) + "\n"
+        write_atomically(Path(output, "metrics.json"), content.encode())
+    return document
+
+
+def name_checkpoints(checkpoint: Checkpoints) -> dict[str, PathLike]:
+    """Names for checkpoints: those given, else the last component of each path.
+
+    Raises:
+      ValueError: none is given, two get the same name, or a name is no folder name.
+    """
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = [checkpoint]
+    items = checkpoint.items() if isinstance(checkpoint, Mapping) else checkpoint
+    named: dict[str, PathLike] = {}
+    for item in items:
+        if isinstance(item, tuple):
+            name, path = item
+        else:
+            name, path = os.fspath(item).rstrip("/").rpartition("/")[2], item
+        if name in named:
+            raise ValueError(
+                f"two checkpoints would be called {name!r}: {os.fspath(named[name])} and "
+                f"{os.fspath(path)}; give (name, path) pairs"
+            )
+        if not re.fullmatch(r"\w[\w .+:=-]*", name):
+            raise ValueError(
+                f"a checkpoint is called {name!r}; use letters, digits, spaces and _ . + : = -, as "
+                "the name is a folder's too"
+            )
+        named[name] = path
+    if not named:
+        raise ValueError("no checkpoint is given; pass a path, or several")
+    return named
+
+
+def _run(
+    module: SwitchTransformer,
+    variables: Mapping[str, Any],
+    batches: Sequence[TokenBatch],
+    folder: RunFolder | None,
+    batches_per_shard: int,
+    name: str,
+    progress: bool,
+) -> Arrays:
+    total = sum(batch.num_target_tokens for batch in batches)
+    with tqdm(
+        total=total, desc=name, unit=" target tokens", unit_scale=True, disable=not progress
+    ) as bar:
+
+        def on_batch(batch: TokenBatch, computed: bool) -> None:
+            if not (computed or bar.disable):
+                bar.initial += batch.num_target_tokens  # so that the rate counts what is computed
+            bar.update(batch.num_target_tokens)
+
+        return evaluate_shards(
+            batches,
+            lambda batch: evaluate_batch(module, variables, batch.arrays()),
+            folder,
+            batches_per_shard,
+            on_batch,
+        )
+
+
+def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
+    """Which checkpoint it is: of a compressed one its manifest tells all arrays.
+
+    Raises:
+      CheckpointError: it cannot be opened.
+      TokensError: the tokens are of a larger vocabulary than the model's.
+    """
+    identity: dict[str, Any] = {"path": os.fspath(path)}
+    if is_compressed_checkpoint(path):
+        config = open_compressed_checkpoint(path).config
+        manifest = Folder(kvstore_spec(path), make_context(cache_bytes=0)).read("manifest.json")
+        identity["manifest"] = hashlib.sha256(manifest or b"").hexdigest()
+    else:
+        native = open_t5x_checkpoint(path)
+        config = SwitchConfig.from_checkpoint(native)
+        identity["step"] = native.step
+    size = tokens.metadata.vocabulary_size
+    if size > config.num_embeddings:
+        raise TokensError(
+            f"the tokens were made with a vocabulary of {size} ids, but the model has "
+            f"{config.num_embeddings} embeddings; tokenise with the model's own vocabulary"
+        )
+    return identity
+
+
+def _bits_per_weight(path: PathLike) -> float | None:
+    """Stored bits per expert weight, everything counted; None of a native checkpoint."""
+    if not is_compressed_checkpoint(path):
+        return None
+    checkpoint = open_compressed_checkpoint(path)
+    weights = sum(
+        spec.num_experts * spec.out_features * spec.in_features
+        for spec in checkpoint.specs.values()
+    )
+    return 8 * checkpoint.num_bytes()["coded"] / weights
+
+
+def _digest(tokens: TokenFile) -> str:
+    digest = hashlib.sha256()
+    for array in tokens.tokens.arrays().values():
+        digest.update(array.tobytes())
+    return digest.hexdigest()

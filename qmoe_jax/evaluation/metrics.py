@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from qmoe_jax.evaluation.router import router_sums
 from qmoe_jax.models.switch import SwitchTransformer
 
 
@@ -79,18 +80,58 @@ def batch_sums(
     return losses.sum(axis=1), real.sum(axis=1), correct.sum(axis=1)
 
 
+class BatchSums(NamedTuple):
+    """What one batch adds to an evaluation.
+
+    Attributes:
+      cross_entropy: float32 [batch], the sum over each row's target tokens, in nats.
+      log_z_squared: float32 [batch], likewise of the squared log-partition function.
+      num_target_tokens: int32 [batch]; 0 in rows of padding.
+      num_correct: int32 [batch].
+      router: sums per sparse layer, see `router.router_sums`.
+    """
+
+    cross_entropy: Float[Array, "batch"]
+    log_z_squared: Float[Array, "batch"]
+    num_target_tokens: Int[Array, "batch"]
+    num_correct: Int[Array, "batch"]
+    router: dict[str, dict[str, Array]]
+
+
 @functools.partial(jax.jit, static_argnames="module")
-def _evaluate_batch(
+def evaluate_batch(
     module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
-) -> tuple[Array, Array, Array]:
-    logits: Any = module.apply(
+) -> BatchSums:
+    """Runs a model on a batch, teacher-forced.
+
+    Args:
+      module: the model.
+      variables: its parameters, dense or codes.
+      batch: `encoder_input_tokens`, `decoder_input_tokens`, `decoder_target_tokens` and
+        `decoder_loss_weights`, int32 [batch, length].
+    """
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    # Untyped: flax says that `apply` may return nearly anything.
+    result: Any = module.apply(
         variables,
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
-        batch["decoder_target_tokens"],
+        targets,
         enable_dropout=False,
+        mutable=["intermediates"],
     )
-    return batch_sums(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+    logits, state = result
+    losses, num_tokens, num_correct = batch_sums(logits, targets, weights)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return BatchSums(
+        cross_entropy=losses,
+        log_z_squared=jnp.where(weights > 0, log_z**2, 0.0).sum(axis=1),
+        num_target_tokens=num_tokens,
+        num_correct=num_correct,
+        router=router_sums(
+            state.get("intermediates", {}), batch["encoder_input_tokens"] > 0, targets > 0
+        ),
+    )
 
 
 def evaluate_loss(
@@ -110,15 +151,27 @@ def evaluate_loss(
         weights are all zero (padding of the last batch) are left out of the report.
       progress: label of a progress bar; None shows none.
     """
-    sums = []
+    parts: list[BatchSums] = []
     for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
-        sums.append(jax.device_get(_evaluate_batch(module, variables, dict(batch))))
-    if not sums:
+        parts.append(jax.device_get(evaluate_batch(module, variables, dict(batch))))
+    if not parts:
         raise ValueError("no batches to evaluate; pass at least one")
-    losses, tokens, correct = (np.concatenate(column) for column in zip(*sums, strict=True))
-    real = tokens > 0
+    return loss_report(
+        np.concatenate([part.cross_entropy for part in parts]),
+        np.concatenate([part.num_target_tokens for part in parts]),
+        np.concatenate([part.num_correct for part in parts]),
+    )
+
+
+def loss_report(
+    cross_entropy: Float[np.ndarray, "rows"],
+    num_target_tokens: Int[np.ndarray, "rows"],
+    num_correct: Int[np.ndarray, "rows"],
+) -> LossReport:
+    """The report of the rows that have target tokens."""
+    real = num_target_tokens > 0
     return LossReport(
-        losses[real].astype(np.float64),
-        tokens[real].astype(np.int64),
-        correct[real].astype(np.int64),
+        cross_entropy[real].astype(np.float64),
+        num_target_tokens[real].astype(np.int64),
+        num_correct[real].astype(np.int64),
     )

@@ -1,0 +1,101 @@
+"""Documents in files: which files there are, and the texts in them, one after the other.
+
+Files may be local or on gs:// (TensorFlow's file system reads both); `.gz` is unpacked.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from qmoe_jax.errors import TokensError
+
+# For each split a path, a glob, a folder, or several of these.
+Files = Mapping[str, str | Sequence[str]]
+
+
+def find_json_files(files: Files) -> dict[str, list[str]]:
+    """Files with a JSON object a line, sorted; of a folder those that end in .json[l][.gz].
+
+    Raises:
+      TokensError: a pattern without a file.
+    """
+    endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+    return _find_files(files, endings, ".json or .json.gz files with one document a line")
+
+
+def find_text_files(files: Files) -> dict[str, list[str]]:
+    """Text files, sorted; of a folder those that end in .txt[.gz], in folders below it too.
+
+    Raises:
+      TokensError: a pattern without a file.
+    """
+    return _find_files(files, (".txt", ".txt.gz"), "UTF-8 text files, or of a folder of .txt files")
+
+
+def text_files(paths: Sequence[str]) -> Iterator[str]:
+    """The text of each UTF-8 file.
+
+    Raises:
+      TokensError: a file that cannot be unpacked or is not UTF-8.
+    """
+    import tensorflow as tf
+
+    for path in paths:
+        try:
+            with tf.io.gfile.GFile(path, "rb") as raw:
+                content = raw.read()
+            if path.endswith(".gz"):
+                content = gzip.decompress(content)
+            yield content.decode()
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise TokensError(f"{path}: {error!r}; needed is UTF-8 text.") from error
+
+
+def json_lines(paths: Sequence[str]) -> Iterator[str]:
+    """The "text" of each line that is not blank.
+
+    Raises:
+      TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
+    """
+    import tensorflow as tf
+
+    for path in paths:
+        done = 0
+        try:
+            with tf.io.gfile.GFile(path, "rb") as raw:
+                lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)["text"]
+                    done += 1
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as error:
+            raise TokensError(
+                f'{path} line {done + 1}: {error!r}; needed is a JSON object with "text" a line.'
+            ) from error
+
+
+def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
+    """The files of each split, sorted within each pattern or folder."""
+    import tensorflow as tf
+
+    found: dict[str, list[str]] = {}
+    for split, patterns in files.items():
+        found[split] = []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if tf.io.gfile.isdir(pattern):
+                matches = sorted(
+                    os.path.join(folder, name)
+                    for folder, _, names in tf.io.gfile.walk(pattern)
+                    for name in names
+                    if name.endswith(endings)
+                )
+            else:
+                matches = sorted(tf.io.gfile.glob(pattern))
+            if not matches:
+                raise TokensError(
+                    f"No file matches {pattern!r} for split {split!r}; give the path of {needed}."
+                )
+            found[split] += matches
+    return found

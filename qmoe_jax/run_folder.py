@@ -1,0 +1,133 @@
+"""A folder that a resumable run works in: held by one process, for one set of settings.
+
+Files in it are written under a temporary name, synced and renamed: they are there whole or not at
+all.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from qmoe_jax.errors import CheckpointError
+
+_SETTINGS = "run.json"
+_MAX_NAMED = 8
+
+
+class RunFolder:
+    """Claims a folder for a run with these settings; a context manager that lets it go again."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, discard: bool = False
+    ):
+        """Makes the folder or goes on in it.
+
+        Args:
+          path: the folder.
+          settings: what determines the results, JSON; kept in `run.json`.
+          discard: where the folder belongs to other settings, throw its `.npz` files away.
+
+        Raises:
+          CheckpointError: another process holds the folder, it belongs to a run with other
+            settings, or it cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path} ({error}); choose another output"
+            ) from error
+        try:
+            self._claim(json.loads(json.dumps(settings)), discard)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, settings: dict[str, Any], discard: bool) -> None:
+        file = self.path / _SETTINGS
+        if file.exists():
+            try:
+                previous = json.loads(file.read_bytes())
+            except ValueError:
+                previous = {}
+            if previous == settings:
+                return
+            if not discard:
+                raise CheckpointError(
+                    f"{self.path} holds a run with other settings "
+                    f"({difference(previous, settings)}). Use the same settings, choose another "
+                    "output, or pass overwrite=True to throw it away."
+                )
+            for path in self.path.glob("*.npz"):
+                path.unlink()
+        write_atomically(file, json.dumps(settings, indent=1, sort_keys=True).encode())
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a local file: after a kill at any moment it is the old one or the new one, whole.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path} ({error}); free some space and run the same command again"
+        ) from error
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings: `tokens.seed: 0 became 1; ...`."""
+    old, new = _flat(before), _flat(now)
+    changed = [
+        f"{key}: {old.get(key)!r} became {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    more = len(changed) - _MAX_NAMED
+    return "; ".join(changed[:_MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 - held as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CheckpointError(
+            f"another process is working in {folder}; wait for it or choose another output"
+        ) from error
+    return file
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
