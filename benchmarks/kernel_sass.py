@@ -1,0 +1,273 @@
+"""Predicts the CUDA kernels' instruction counts from their machine code. Needs no GPU.
+
+Every coding's walk over a row is compiled with NVRTC for one number of tokens at a time and
+disassembled, and its loop over rounds is found. Printed are the warp instructions of a round that
+are always executed, those that hang on a branch (rare entries, escapes), and the former divided by
+the weights that a round decodes, at a zero share and row widths. Registers and spills are those of
+the shipped kernels.
+
+    python benchmarks/kernel_sass.py --json benchmarks/results/kernel_sass.json
+
+Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from qmoe_jax.codec.dictionary import dictionary
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.tunstall import ZERO_WEIGHTS, choose_dictionary, tunstall_family
+
+KERNEL_FOLDER = Path(__file__).resolve().parents[1] / "kernels_cuda"
+_SPEC = importlib.util.spec_from_file_location("nvrtc", KERNEL_FOLDER / "nvrtc.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+nvrtc = sys.modules.setdefault("nvrtc", importlib.util.module_from_spec(_SPEC))
+_SPEC.loader.exec_module(nvrtc)
+
+WIDTHS = (768, 3072, 6144)
+
+# A kernel of one number of tokens, so that its cubin has one loop over rounds.
+_PROBE = """
+#include "coding_{header}.cuh"
+#include "multiply.cuh"
+using namespace qmoe;
+extern "C" __global__ void __launch_bounds__(256)
+    probe({parameters}_PARAMETERS, TOKEN_PARAMETERS) {{
+  {type} coding;
+  {parameters}_ARRAYS(coding);
+  const Shape shape = {{num_experts, out_features, in_features}};
+  const Tokens tokens = {{x, token_order, token_experts, expert_starts, y, num_tokens,
+                         tile_tokens, y_is_float32}};
+  const int expert = token_experts[blockIdx.x], row = blockIdx.y * rows_per_block;
+  coding.open(shape, expert, shared_begin());
+  multiply_tile<{type}, {tokens}>(coding, shape, tokens, expert, blockIdx.x, num_tokens, row,
+                                  least(row + rows_per_block, out_features));
+}}
+"""
+
+
+class Walk(NamedTuple):
+    """A way to walk over rows."""
+
+    name: str
+    header: str
+    type: str
+    marker: str
+    """An instruction that only the loop over rounds has."""
+    lanes: int
+    per_lane: int
+
+
+WALKS = (
+    Walk("tunstall rows4", "tunstall", "TunstallCoding<8, 4, false>", "IDP", 8, 4),
+    Walk("tunstall rows1", "tunstall", "TunstallCoding<32, 4, false>", "IDP", 32, 4),
+    Walk("tunstall_2bit rows4", "tunstall", "TunstallCoding<8, 4, true>", "IDP", 8, 4),
+    Walk("tunstall_2bit rows1", "tunstall", "TunstallCoding<32, 4, true>", "IDP", 32, 4),
+    Walk("qmoe", "qmoe", "QmoeCoding", "SHFL.IDX", 32, 1),
+    Walk("packed2", "packed2", "Packed2Coding", "LDG.E.U8", 32, 4),
+)
+
+
+class Loop(NamedTuple):
+    """Instructions of a loop's body."""
+
+    always: int
+    branched: int
+    """Those that a branch may skip, without those of loops inside."""
+    inner: tuple[int, ...]
+    """Sizes of the loops inside."""
+
+
+def main() -> int:
+    """Prints the tables; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architectures", type=int, nargs="+", default=[75, 80, 90])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--zero-share", type=float, default=0.885, help="default 0.885")
+    parser.add_argument("--disassembler", help="path of nvdisasm; default: wheel, then PATH")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args()
+    if any(tokens not in (1, 2, 4, 8, 16) for tokens in options.tokens):
+        parser.error(f"--tokens is {options.tokens}; kernels exist for 1, 2, 4, 8 and 16.")
+    if not 0 < options.zero_share < 1:
+        parser.error(f"--zero-share is {options.zero_share}; it must be between 0 and 1.")
+    if nvrtc.find_library() is None:
+        parser.error("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    if missing := set(options.architectures) - set(nvrtc.architectures()):
+        parser.error(f"this NVRTC does not know the architectures {sorted(missing)}.")
+    disassembler = options.disassembler or find_disassembler()
+    if disassembler is None:
+        parser.error("there is no nvdisasm: pip install nvidia-cuda-nvdisasm, or --disassembler")
+
+    results: dict[str, Any] = {"zero_share": options.zero_share, "walks": [], "kernels": []}
+    print(f"Warp instructions by machine code, zero share {options.zero_share}; not run on a GPU.")
+    columns = f"{'walk':20} {'sm':>4} {'tokens':>6} {'round':>6} {'branch':>6} {'inner':>12}"
+    print(f"\n{columns}  a weight at width {' '.join(map(str, WIDTHS))}")
+    trips = _qmoe_trips(options.zero_share)
+    for walk in WALKS:
+        for architecture in options.architectures:
+            for tokens in options.tokens:
+                loop = measure(walk, tokens, architecture, disassembler)
+                rates = [
+                    _a_weight(walk, loop, width, options.zero_share, trips) for width in WIDTHS
+                ]
+                inner = "+".join(map(str, loop.inner)) if loop.inner else "-"
+                print(
+                    f"{walk.name:20} {architecture:4} {tokens:6} {loop.always:6} "
+                    f"{loop.branched:6} {inner:>12}  " + " ".join(f"{r:.3f}" for r in rates)
+                )
+                results["walks"].append(
+                    {
+                        "walk": walk.name,
+                        "architecture": architecture,
+                        "tokens": tokens,
+                        **loop._asdict(),
+                        "instructions_a_weight": dict(zip(map(str, WIDTHS), rates, strict=True)),
+                    }
+                )
+    print(f"\n{'kernel':32} {'sm':>4} {'registers':>9} {'spilled bytes':>13}")
+    for source in nvrtc.SOURCES:
+        for architecture in options.architectures:
+            for name, needs in nvrtc.compile_file(source, architecture).resources.items():
+                print(f"{name:32} {architecture:4} {needs.registers:9} {needs.spilled_bytes:13}")
+                results["kernels"].append(
+                    {"kernel": name, "architecture": architecture, **needs._asdict()}
+                )
+    if options.json:
+        temporary = options.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.replace(options.json)
+    return 0
+
+
+def find_disassembler() -> str | None:
+    """nvdisasm of the installed wheel, or on the PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*/bin/nvdisasm")):
+            return str(path)
+    return shutil.which("nvdisasm")
+
+
+def measure(walk: Walk, tokens: int, architecture: int, disassembler: str) -> Loop:
+    """Compiles a walk for one number of tokens and finds its loop over rounds."""
+    source = _PROBE.format(
+        header=walk.header, parameters=walk.header.upper(), type=walk.type, tokens=tokens
+    )
+    cubin = nvrtc.compile_source(source, architecture, "probe.cu")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin.data)
+        file.flush()
+        done = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{disassembler} failed: {done.stderr.strip()}")
+    return find_loop(done.stdout, walk.marker)
+
+
+def find_loop(text: str, marker: str) -> Loop:
+    """The outermost of the loops that have the marker and lie in no loop without a reduction.
+
+    A loop is the span of a branch backwards. The row loop has the loop over rounds inside and the
+    shuffles of the final reduction (SHFL.BFLY) besides.
+    """
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"(\.L\S+):", line):
+            labels[match[1]] = len(code)
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            code.append(match[1])
+    jumps = []
+    for at, instruction in enumerate(code):
+        match = re.search(r"\bBRA\b.*`\((\.L\S+)\)", instruction)
+        if match and "BRA.DIV" not in instruction:
+            jumps.append((at, labels[match[1]], instruction.startswith("@")))
+    spans = [(target, at + 1) for at, target, _ in jumps if target <= at]
+    fitting = [
+        (start, stop)
+        for start, stop in spans
+        if any(marker in i for i in code[start:stop])
+        and not any("SHFL.BFLY" in i for i in code[start:stop])
+    ]
+    if not fitting:
+        raise SystemExit(f"no loop with {marker} was found in the machine code.")
+    start, stop = max(fitting, key=lambda span: span[1] - span[0])
+    inner = [s for s in set(spans) if start <= s[0] and s[1] <= stop and s != (start, stop)]
+    outermost = [
+        span
+        for span in inner
+        if not any(o != span and o[0] <= span[0] and span[1] <= o[1] for o in inner)
+    ]
+    skipped = np.zeros(len(code), bool)
+    for at, target, conditional in jumps:
+        if conditional and start <= at < target < stop:  # not an exit
+            skipped[at + 1 : target] = True
+    nested = np.zeros(len(code), bool)
+    for first, last in outermost:
+        nested[first:last] = True
+    inside = np.zeros(len(code), bool)
+    inside[start:stop] = True
+    return Loop(
+        int((inside & ~skipped & ~nested).sum()),
+        int((inside & skipped & ~nested).sum()),
+        tuple(last - first for first, last in sorted(outermost)),
+    )
+
+
+def _a_weight(walk: Walk, loop: Loop, width: int, zero_share: float, trips: float) -> float:
+    """Instructions of the rounds of a row, divided by its weights."""
+    rows = 32 // walk.lanes
+    if walk.header == "packed2":
+        return loop.always * -(-width // 128) / width
+    if walk.header == "qmoe":
+        codewords = width / _QMOE_WEIGHTS[zero_share]
+        cost = loop.always + loop.branched + trips * sum(loop.inner)
+        return cost * -(-codewords // 32) / width
+    two_bit = "2bit" in walk.name
+    number = choose_dictionary(round(zero_share * 10**6), 10**6)
+    family = tunstall_family(8 if two_bit else 0)
+    lengths = family.lengths[number].astype(int)
+    ones = family.nonzeros[number].astype(int)
+    shares = np.where(lengths, zero_share ** (lengths - ones) * (1 - zero_share) ** ones, 0)
+    assert ZERO_WEIGHTS[number] > 800, "a dictionary with long entries only"
+    codewords = width / float(shares @ lengths)
+    rounds = -(-codewords // (walk.lanes * walk.per_lane))
+    return loop.always * rounds / (rows * width)
+
+
+_QMOE_WEIGHTS: dict[float, float] = {}
+
+
+def _qmoe_trips(zero_share: float) -> float:
+    """Turns of the loop over a table word's non-zero weights: the most of any lane, on average.
+
+    Also notes how many weights a codeword has, on random codes.
+    """
+    rng = np.random.default_rng(0)
+    codes = np.where(rng.random((1, 64, 6144)) < zero_share, 0, rng.integers(1, 3, (1, 64, 6144)))
+    levels = np.ones((1, 64, 2), np.float32)
+    coded = encode(codes.astype(np.uint8), levels.astype(ml_dtypes.bfloat16), "qmoe")
+    codewords = coded.arrays["codewords"]
+    _QMOE_WEIGHTS[zero_share] = codes.size / codewords.size
+    words = dictionary().table.reshape(-1, 2)[codewords] >> 4
+    ones = np.bitwise_count((words | words >> 1) & 0x5555555)
+    rounds = ones[: len(ones) // 32 * 32].reshape(-1, 32, 2)
+    return float(rounds.max(axis=1).mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+// Walk over rows of the codings "tunstall" and "tunstall_2bit" (qmoe_jax/codec/FORMAT.md).
+//
+// A row is walked by LANES neighbouring lanes, 32 / LANES rows by a warp at once. In a round each lane
+// takes PER_LANE codewords that follow one another, looks their entries up in shared memory, and a
+// scan over the lanes gives the column of its first entry (sum of lengths) and the rank of its first
+// non-zero weight (sum of ones). The rank tells where its sign bits lie. Only non-zero weights are
+// visited.
+#pragma once
+#include "common.cuh"
+
+namespace qmoe {
+
+// What a codeword stands for, as kept in shared memory:
+// places: byte j is 4 * position of the non-zero weight number j, j = 0..3, so that one dp4a adds it
+//         to 4 * column;
+// sizes:  bits 0-15 4 * length in weights, bits 16-31 number of non-zero weights. Sums of them are
+//         sums of both: 128 codewords stay below 2^16.
+typedef Pair32 Entry;
+constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);
+constexpr int NUM_DICTIONARIES = 10;
+constexpr u32 FIRST_ESCAPE = 248;
+
+QMOE_DEVICE u64 table_bits(const u32* table, u32 codeword) {
+  return table[2 * codeword] | static_cast<u64>(table[2 * codeword + 1]) << 32;
+}
+
+// Fills the dictionary at a shared address. All threads of the block; a barrier must follow.
+QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
+  for (u32 codeword = threadIdx.x; codeword < 256; codeword += blockDim.x) {
+    const u64 bits = table_bits(table, codeword);
+    u64 mask = bits >> 6;
+    const u32 ones = __popcll(mask);
+    u32 places = 0;
+    for (int j = 0; j < 4 && mask != 0; ++j, mask &= mask - 1)
+      places |= static_cast<u32>(4 * (__ffsll(mask) - 1)) << 8 * j;
+    const u32 length = static_cast<u32>(bits & 63);
+    shared_store<Entry>(dictionary + codeword * sizeof(Entry),
+                        Entry{places, 4 * length | ones << 16});
+  }
+}
+
+// The codes of one expert.
+struct TunstallExpert {
+  const u32* words;  // the expert's first
+  u32 num_words;     // below 2^26
+  const u32* table;  // the expert's dictionary
+
+  // 32 bits of the words `index` and `index` + 1, from bit `shift` mod 32 of the first. What lies
+  // outside of the expert is 0.
+  QMOE_DEVICE_MEMBER u32 window(int index, int shift) const {
+    const u32* const word = words + index;
+    const u32 low = static_cast<u32>(index) < num_words ? __ldg(word) : 0;
+    const u32 high = static_cast<u32>(index + 1) < num_words ? __ldg(word + 1) : 0;
+    return __funnelshift_r(low, high, shift);
+  }
+
+  QMOE_DEVICE_MEMBER u32 byte(int index) const {
+    return static_cast<u32>(index) < 4 * num_words
+               ? __ldg(reinterpret_cast<const u8*>(words) + index)
+               : 0;
+  }
+};
+
+// Pending escapes from codewords of earlier lanes, as a mask whose highest bit belongs to the next
+// entry's first non-zero weight. `pending` and `open` describe this lane: escapes behind its last
+// entry, and whether it has no entry at all, so that earlier ones are pending still. `carried` is
+// what is pending before the group's first lane, and becomes what is after its last.
+template <int LANES>
+QMOE_DEVICE u32 pending_before(u32 pending, bool open, u32* carried) {
+  const int lane = threadIdx.x & (LANES - 1);
+  u32 is_open = open;
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) {
+    const u32 other = __shfl_up_sync(ALL_LANES, pending, distance, LANES);
+    const u32 other_open = __shfl_up_sync(ALL_LANES, is_open, distance, LANES);
+    if (lane >= distance && is_open) {
+      pending |= other;
+      is_open = other_open;
+    }
+  }
+  if (is_open) pending |= *carried;
+  u32 before = __shfl_up_sync(ALL_LANES, pending, 1, LANES);
+  if (lane == 0) before = *carried;
+  *carried = __shfl_sync(ALL_LANES, pending, LANES - 1, LANES);
+  return before;
+}
+
+// Walks the row of bytes [begin, end) of the expert; all lanes of the warp call it. `values` are those
+// of symbols 1 to 3. The visitor's add(true, origin + 4 * column, value) is called once for each
+// non-zero weight, with columns below in_features + 58 whatever the bytes hold (and add(false, ...),
+// to be ignored, at times); its end_round(columns) by all lanes after each round, when all weights
+// before `columns` were visited.
+template <int LANES, int PER_LANE, bool ESCAPES, class Visitor>
+QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int begin, int end,
+                               u32 in_features, const float (&values)[3], Visitor& visitor) {
+  // 1, which the compiler does not know: selectors of dp4a then stay in registers.
+  const u32 select = gridDim.z;
+  static_assert(PER_LANE == 4 || PER_LANE == 1, "a word or a byte");
+  const int lane = threadIdx.x & (LANES - 1);
+  u32 column4 = visitor.origin, carried = 0;
+  u32 limit4 = begin < end ? column4 + 4 * in_features : 0;  // 0 at the row's end
+  u32 rank = 0;
+  // This lane's codewords lie at `at`, of words or bytes; at `stop` all of the group's are past the
+  // row. A row may begin inside a word.
+  const int inside = PER_LANE == 4 ? begin & 3 : 0;
+  int at = (begin - inside) / PER_LANE + lane;
+  const int stop = (end - inside + PER_LANE - 1) / PER_LANE + lane;
+  const auto load = [&]() -> u32 {
+    return PER_LANE == 4 ? expert.window(at, 8 * inside) : expert.byte(at);
+  };
+  u32 next = load();
+  while (__any_sync(ALL_LANES, column4 < limit4)) {
+    const u32 codewords = next;
+    at += LANES;
+    next = load();
+
+    Entry entries[PER_LANE];
+    u32 sum = 0;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k) {
+      entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
+      sum += entries[k].y;
+    }
+    const u32 through = running_sum<LANES>(sum);
+    const u32 round = __shfl_sync(ALL_LANES, through, LANES - 1, LANES);
+    const u32 first4 = column4 + (through - sum & 0xffff);
+    // Sign r of the row is bit 8 end - 1 - r.
+    const int first_bit = 8 * end - 32 - static_cast<int>(rank + (through - sum >> 16));
+    const u32 signs = expert.window(first_bit >> 5, first_bit);
+
+    u32 escapes = 0;
+    if (ESCAPES) {
+      // Bytes of 248 and more have their five highest bits set.
+      u32 flags = (codewords & 0x78787878u) + 0x08080808u & codewords & 0x80808080u;
+      if (PER_LANE == 1) flags &= 0x80;
+      if (__any_sync(ALL_LANES, (flags | carried) != 0)) {
+        u32 pending = 0, ones = 0;
+        bool open = true;  // no entry yet
+        u32 leading = 0;   // escapes before the first entry
+#pragma unroll
+        for (int k = 0; k < PER_LANE; ++k) {
+          if (flags >> (8 * k + 7) & 1) {
+            pending |= 0x80000000u >> ((codewords >> 8 * k & 255) - FIRST_ESCAPE);
+          } else {
+            if (open) leading = pending;
+            else escapes |= pending >> ones;
+            open = false;
+            pending = 0;
+            ones += entries[k].y >> 16;
+          }
+        }
+        escapes |= leading | pending_before<LANES>(pending, open, &carried);
+      }
+    }
+
+    // Visits a non-zero weight if `present`; bit 31 - number of the windows belongs to it.
+    const auto visit = [&](bool present, u32 here4, u32 own_signs, u32 own_escapes, int number) {
+      const u32 bit = 0x80000000u >> number;
+      float value = own_signs & bit ? values[1] : values[0];
+      if (ESCAPES && own_escapes & bit) value = values[2];
+      visitor.add(present, here4, value);
+    };
+    // The first three non-zero weights of each entry. Dictionaries 4 to 9 have no more.
+    u32 here4 = first4, number = 0, most = 0;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k) {
+      const u32 places = entries[k].x;
+      const u32 ones = here4 < limit4 ? entries[k].y >> 16 : 0;
+      const u32 own = signs << number, own_escapes = ESCAPES ? escapes << number : 0;
+      visit(ones > 0, __dp4a(places, select, here4), own, own_escapes, 0);
+      visit(ones > 1, __dp4a(places, select << 8, here4), own, own_escapes, 1);
+      visit(ones > 2, __dp4a(places, select << 16, here4), own, own_escapes, 2);
+      here4 += entries[k].y & 0xffff;
+      number += ones;
+      most |= ones;
+    }
+    if (most > 3) {  // 3 is the largest number without bits above the second
+      here4 = first4;
+      number = 0;
+#pragma unroll
+      for (int k = 0; k < PER_LANE; ++k) {
+        const u32 ones = here4 < limit4 ? entries[k].y >> 16 : 0;
+        visit(ones > 3, here4 + (entries[k].x >> 24), signs << number,
+              ESCAPES ? escapes << number : 0, 3);
+        here4 += entries[k].y & 0xffff;
+        number += ones;
+      }
+    }
+    if (most > 4) {  // the fifth and later: dictionaries 0 to 2, whose entries are found again
+      here4 = first4;
+      number = 0;
+#pragma unroll 1
+      for (u32 rest = codewords, k = 0; k < PER_LANE; ++k, rest >>= 8) {
+        const u64 bits = table_bits(expert.table, rest & 255);
+        u64 mask = bits >> 6;
+        const u32 ones = here4 < limit4 ? __popcll(mask) : 0;
+#pragma unroll 1
+        for (u32 j = 0; j < ones; ++j, ++number, mask &= mask - 1)
+          visit(j >= 4, here4 + 4 * (__ffsll(mask) - 1), signs << number,
+                ESCAPES ? escapes << number : 0, 0);
+        here4 += 4 * static_cast<u32>(bits & 63);
+      }
+    }
+    column4 += round & 0xffff;
+    rank += round >> 16;
+    if (at >= stop) limit4 = 0;
+    visitor.end_round((column4 - visitor.origin) / 4);
+  }
+}
+
+// --- Arrays of a tensor, and what the kernels ask of a coding ---
+
+template <int LANES_, int PER_LANE, bool ESCAPES>
+struct TunstallCoding {
+  static constexpr int LANES = LANES_;
+  static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;
+  // 2-bit codes: symbol 0 may have a weight, see base().
+  static constexpr bool HAS_BASE = ESCAPES;
+
+  const u32* words;
+  const int* expert_offsets;
+  const u8* dictionaries;
+  const int* shortest_rows;
+  const void* row_lengths;
+  int length_bytes;
+  const int* row_block_starts;
+  const u32* levels;
+  const u32* table;
+  u32 total_words;
+
+  TunstallExpert codes;
+  u32 shortest;
+  u32 dictionary;  // its address in shared memory
+  RowPlaces places;
+  float values[3], base;
+  int begin, end;
+
+  // Everything that is the same for the block; fills the shared dictionary. A barrier must follow.
+  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared) {
+    const u32 first = least(static_cast<u32>(expert_offsets[expert]), total_words);
+    const u32 last = least(static_cast<u32>(expert_offsets[expert + 1]), total_words);
+    const u32 number = least(static_cast<u32>(dictionaries[expert]), NUM_DICTIONARIES - 1u);
+    const int least_bytes = shortest_rows[expert];
+    codes = TunstallExpert{words + first, least(last > first ? last - first : 0, (1u << 26) - 1),
+                           table + 512 * number};
+    keep_in_register(codes.words);
+    shortest = least_bytes > 0 ? least_bytes : 0;
+    dictionary = shared;
+    stage_dictionary(codes.table, shared);
+  }
+
+  // Finds a row and its weights. All lanes.
+  QMOE_DEVICE_MEMBER void seek(const Shape& shape, int expert, int row) {
+    places.find(row_lengths, length_bytes, row_block_starts, shape, expert, shortest,
+                4 * codes.num_words, row, &begin, &end);
+    const int existing = least(row, shape.out_features - 1);
+    const u32 pair = levels[static_cast<u64>(expert) * shape.out_features + existing];
+    const float first = from_bf16(pair & 0xffff), second = from_bf16(pair >> 16);
+    if (ESCAPES) {
+      // Codes of symbols 0 to 3, two bits each, by the row's zero.
+      u32 order = 0b11100100;
+      if (second == 1) order = 0b11001001;
+      if (second == 2) order = 0b00110110;
+      if (second == 3) order = 0b00011011;
+      base = round_to_bf16(first * (static_cast<float>(order & 3) - second));
+#pragma unroll
+      for (int symbol = 1; symbol < 4; ++symbol)
+        values[symbol - 1] =
+            round_to_bf16(first * (static_cast<float>(order >> 2 * symbol & 3) - second));
+    } else {
+      base = 0;
+      values[0] = first;
+      values[1] = second;
+      values[2] = 0;
+    }
+  }
+
+  // Visits weights other than `base`; with RELATIVE, their differences from it.
+  template <bool RELATIVE, class Visitor>
+  QMOE_DEVICE_MEMBER void walk(const Shape& shape, Visitor& visitor) const {
+    const float offset = RELATIVE ? base : 0.0f;
+    const float weights[3] = {ESCAPES && RELATIVE ? values[0] - offset : values[0],
+                              ESCAPES && RELATIVE ? values[1] - offset : values[1],
+                              ESCAPES && RELATIVE ? values[2] - offset : values[2]};
+    walk_tunstall<LANES, PER_LANE, ESCAPES>(codes, dictionary, begin, end, shape.in_features,
+                                            weights, visitor);
+  }
+};
+
+}  // namespace qmoe
+
+// What a kernel of this coding is given first, and how it reaches the struct above.
+#define TUNSTALL_PARAMETERS                                                                       \
+  const u32 *words, const int *expert_offsets, const u8 *dictionaries, const int *shortest_rows,  \
+      const void *row_lengths, const int *row_block_starts, const u32 *levels, const u32 *table,  \
+      u32 num_words, int row_length_bytes
+#define TUNSTALL_ARRAYS(coding)                                                                   \
+  coding.words = words;                                                                           \
+  coding.expert_offsets = expert_offsets;                                                         \
+  coding.dictionaries = dictionaries;                                                             \
+  coding.shortest_rows = shortest_rows;                                                           \
+  coding.row_lengths = row_lengths;                                                               \
+  coding.length_bytes = row_length_bytes;                                                         \
+  coding.row_block_starts = row_block_starts;                                                     \
+  coding.levels = levels;                                                                         \
+  coding.table = table;                                                                           \
+  coding.total_words = num_words

@@ -1,0 +1,183 @@
+// Codes to stored rows, byte for byte as qmoe_jax.codec.encode, and the starting points of rows that the
+// decoders need. README.md in this folder has arguments, launch sizes and the order of calls.
+#include "common.cuh"
+
+using namespace qmoe;
+
+namespace qmoe {
+
+constexpr int TILE_COLUMNS = 64;
+// One word more than the columns, so that 32 rows lie in 32 banks.
+constexpr u32 TILE_STRIDE = TILE_COLUMNS + 4;
+constexpr int MAX_NODES = 255;
+constexpr u32 TRIE_BYTES = 1024;  // int16 [nodes, 2], rounded up
+
+// Parses one row at a time a thread; a block has blockDim.x rows of one expert and walks over their
+// columns tile by tile, which all threads load together.
+//
+// sink.codeword(u32) and sink.sign(u32 bit) are called in the order of the row; sink.end() at its end.
+template <class Sink>
+QMOE_DEVICE void parse_rows(const u8* codes, const u32* levels, const u8* dictionaries,
+                            const short* trie, int num_nodes, int escapes, const Shape& shape,
+                            Sink& sink) {
+  const u32 trie_at = shared_begin(), tile_at = trie_at + TRIE_BYTES;
+  const int expert = blockIdx.y;
+  const int first_row = blockIdx.x * blockDim.x;
+  const int row = first_row + threadIdx.x;
+  const u64 first = static_cast<u64>(expert) * shape.out_features + first_row;
+  const u32 number = least<u32>(dictionaries[expert], 9);
+  for (int i = threadIdx.x; i < 2 * num_nodes; i += blockDim.x)
+    shared_store<short>(trie_at + 2 * i, trie[2 * num_nodes * number + i]);
+
+  u32 symbols = 0b11100100;  // symbol of code c in bits 2c, 2c + 1
+  if (escapes && row < shape.out_features) {
+    const float zero = from_bf16(levels[first + threadIdx.x] >> 16);
+    if (zero == 1) symbols = 0b11010010;
+    if (zero == 2) symbols = 0b10000111;
+    if (zero == 3) symbols = 0b00011011;
+  }
+  int node = 0;
+  u32 ones = 0, escaped = 0;  // of the entry so far
+  for (int begin = 0; begin < shape.in_features; begin += TILE_COLUMNS) {
+    const int columns = least(TILE_COLUMNS, shape.in_features - begin);
+    __syncthreads();
+    for (int at = threadIdx.x; at < static_cast<int>(blockDim.x) * TILE_COLUMNS;
+         at += blockDim.x) {
+      const int tile_row = at / TILE_COLUMNS, column = at % TILE_COLUMNS;
+      if (first_row + tile_row < shape.out_features && column < columns)
+        shared_store<u8>(tile_at + tile_row * TILE_STRIDE + column,
+                         codes[(first + tile_row) * shape.in_features + begin + column]);
+    }
+    __syncthreads();
+    if (row >= shape.out_features) continue;
+    for (int column = 0; column < columns; ++column) {
+      const u32 code = shared_load<u8>(tile_at + threadIdx.x * TILE_STRIDE + column);
+      const u32 symbol = symbols >> 2 * (code & 3) & 3;
+      if (symbol != 0) {
+        sink.sign(symbol == 2);
+        if (symbol == 3) escaped |= 1u << ones;
+        ++ones;
+      }
+      node = shared_load<short>(trie_at + 2 * (2 * node + (symbol != 0)));
+      if (begin + column == shape.in_features - 1)
+        while (node > 0) node = shared_load<short>(trie_at + 2 * (2 * node));
+      if (node < 0) {
+        for (u32 place = 0; escaped >> place != 0; ++place)
+          if (escaped >> place & 1) sink.codeword(248 + place);
+        sink.codeword(-1 - node);
+        node = 0;
+        ones = escaped = 0;
+      }
+    }
+  }
+  if (row < shape.out_features) sink.end();
+}
+
+struct RowCounter {
+  int* num_bytes;
+  int* num_codewords;
+  int codewords, signs;
+  QMOE_DEVICE_MEMBER void codeword(u32) { ++codewords; }
+  QMOE_DEVICE_MEMBER void sign(u32) { ++signs; }
+  QMOE_DEVICE_MEMBER void end() {
+    *num_bytes = codewords + (signs + 7) / 8;
+    *num_codewords = codewords;
+  }
+};
+
+// Codewords go forwards from the row's begin, sign bytes backwards from its end.
+struct ByteWriter {
+  u8* front;
+  u8* back;
+  u8* limit;  // damaged bounds must not be left: both pointers stay within [front, limit)
+  u32 pending, signs;
+  QMOE_DEVICE_MEMBER void codeword(u32 value) {
+    if (front < limit) *front++ = static_cast<u8>(value);
+  }
+  QMOE_DEVICE_MEMBER void sign(u32 bit) {
+    pending |= bit << (7 - (signs & 7));
+    if ((++signs & 7) == 0) put();
+  }
+  QMOE_DEVICE_MEMBER void end() {
+    if (signs & 7) put();
+  }
+  QMOE_DEVICE_MEMBER void put() {
+    if (back > front) *--back = static_cast<u8>(pending);
+    pending = 0;
+  }
+};
+
+}  // namespace qmoe
+
+// Pass 1: bytes and codewords of each row, int32 [experts, out].
+extern "C" __global__ void __launch_bounds__(128)
+    encode_tunstall_sizes(const u8* codes, const u32* levels, const u8* dictionaries,
+                          const short* trie, int* num_bytes, int* num_codewords, int num_experts,
+                          int out_features, int in_features, int num_nodes, int escapes) {
+  const u64 row = static_cast<u64>(blockIdx.y) * out_features + blockIdx.x * blockDim.x +
+                  threadIdx.x;
+  RowCounter counter = {num_bytes + row, num_codewords + row, 0, 0};
+  parse_rows(codes, levels, dictionaries, trie, num_nodes, escapes,
+             Shape{num_experts, out_features, in_features}, counter);
+}
+
+// Pass 2: the rows' bytes, and zeros after an expert's last row to the end of its last word. row_ends are
+// inclusive running sums of num_bytes within each expert.
+extern "C" __global__ void __launch_bounds__(128)
+    encode_tunstall_rows(const u8* codes, const u32* levels, const u8* dictionaries,
+                         const short* trie, const int* expert_offsets, const int* row_ends,
+                         u8* bytes, int num_experts, int out_features, int in_features,
+                         int num_nodes, int escapes) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  ByteWriter writer = {nullptr, nullptr, nullptr, 0, 0};
+  if (row < out_features) {
+    const u64 index = static_cast<u64>(blockIdx.y) * out_features + row;
+    u8* const first = bytes + 4 * static_cast<u64>(expert_offsets[blockIdx.y]);
+    u8* const stop = bytes + 4 * static_cast<u64>(expert_offsets[blockIdx.y + 1]);
+    writer.front = first + (row > 0 ? row_ends[index - 1] : 0);
+    writer.back = writer.limit = first + row_ends[index];
+    if (row == out_features - 1)
+      for (u8* filler = writer.limit; filler < stop; ++filler) *filler = 0;
+  }
+  parse_rows(codes, levels, dictionaries, trie, num_nodes, escapes,
+             Shape{num_experts, out_features, in_features}, writer);
+}
+
+// Four 2-bit codes a byte: packed [experts, out, ceil(in / 4)]. One thread a byte.
+extern "C" __global__ void __launch_bounds__(256)
+    encode_packed2(const u8* codes, u8* packed, u64 num_rows, int in_features) {
+  const u64 row_bytes = (in_features + 3) / 4;
+  const u64 at = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= num_rows * row_bytes) return;
+  const u64 row = at / row_bytes;
+  const int first = static_cast<int>(at % row_bytes) * 4;
+  u32 value = 0;
+  for (int j = 0; j < 4 && first + j < in_features; ++j)
+    value |= (codes[row * in_features + first + j] & 3u) << 2 * j;
+  packed[at] = static_cast<u8>(value);
+}
+
+// Once after loading: where row 32 b of each expert begins, in units (bytes of tunstall, codewords of
+// qmoe) from the expert's first; int32 [experts, ceil(out / 32)]. A warp an expert. shortest_rows is
+// null for qmoe.
+extern "C" __global__ void __launch_bounds__(32)
+    find_row_block_starts(const void* row_lengths, const int* shortest_rows, int* row_block_starts,
+                          int out_features, int row_length_bytes) {
+  const int expert = blockIdx.x;
+  const int blocks = (out_features + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int least_length = shortest_rows ? shortest_rows[expert] : 0;
+  const u32 shortest = least_length > 0 ? least_length : 0;
+  u32 start = 0;
+  for (int block = 0; block < blocks; ++block) {
+    const int row = block * ROW_BLOCK + lane_of_warp();
+    if (lane_of_warp() == 0)
+      row_block_starts[static_cast<u64>(expert) * blocks + block] = static_cast<int>(start);
+    const u32 length =
+        row < out_features
+            ? row_length(row_lengths, row_length_bytes,
+                         static_cast<u64>(expert) * out_features + row, shortest)
+            : 0;
+    // Damaged lengths stop at 2^28, which no expert reaches (codewords: 2^31 - 1).
+    start = least(start + __shfl_sync(ALL_LANES, running_sum<32>(length), 31), 0x7fffffffu);
+  }
+}

@@ -1,0 +1,20 @@
+// Compressed experts times their tokens, coding "tunstall": one launch for all (expert, tokens) pairs of a
+// layer; one expert is the same with all tokens in it. README.md in this folder has arguments and launch
+// sizes.
+#include "coding_tunstall.cuh"
+#include "multiply.cuh"
+
+using namespace qmoe;
+
+#define TUNSTALL_KERNEL(name, max_tokens, lanes)                                                  \
+  extern "C" __global__ void __launch_bounds__(256)                                               \
+      name(TUNSTALL_PARAMETERS, TOKEN_PARAMETERS) {                                               \
+    TunstallCoding<lanes, 4, false> coding;                                                       \
+    TUNSTALL_ARRAYS(coding);                                                                      \
+    MULTIPLY(max_tokens, coding);                                                                 \
+  }
+
+TUNSTALL_KERNEL(fused_tunstall_t2_rows4, 2, 8)
+TUNSTALL_KERNEL(fused_tunstall_t2_rows1, 2, 32)
+TUNSTALL_KERNEL(fused_tunstall_t16_rows4, 16, 8)
+TUNSTALL_KERNEL(fused_tunstall_t16_rows1, 16, 32)

@@ -1,0 +1,60 @@
+"""The CUDA sources compile with NVRTC for every architecture that is supported. Needs no GPU."""
+
+import importlib.util
+import sys
+
+import pytest
+from cuda_emulation import emulator
+
+_SPEC = importlib.util.spec_from_file_location("nvrtc", emulator.KERNEL_FOLDER / "nvrtc.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+nvrtc = sys.modules.setdefault("nvrtc", importlib.util.module_from_spec(_SPEC))
+_SPEC.loader.exec_module(nvrtc)
+
+pytestmark = pytest.mark.skipif(
+    nvrtc.find_library() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc"
+)
+
+KERNELS = {
+    "fused_tunstall.cu": {
+        f"fused_tunstall_{t}_{r}" for t in ("t2", "t16") for r in ("rows1", "rows4")
+    },
+    "fused_tunstall_2bit.cu": {
+        f"fused_tunstall_2bit_{t}_{r}" for t in ("t2", "t16") for r in ("rows1", "rows4")
+    },
+    "fused_qmoe.cu": {"fused_qmoe_t2", "fused_qmoe_t16"},
+    "fused_packed2.cu": {"fused_packed2_t2", "fused_packed2_t16"},
+    "expand.cu": {f"expand_{c}" for c in ("tunstall", "tunstall_2bit", "qmoe", "packed2")},
+    "encode.cu": {
+        "encode_tunstall_sizes",
+        "encode_tunstall_rows",
+        "encode_packed2",
+        "find_row_block_starts",
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100])
+@pytest.mark.parametrize("source", nvrtc.SOURCES)
+def test_compiles(source, architecture):
+    if architecture not in nvrtc.architectures():
+        pytest.skip(f"this NVRTC does not know sm_{architecture}")
+    cubin = nvrtc.compile_file(source, architecture)
+    assert cubin.data[:4] == b"\x7fELF"
+    assert set(cubin.resources) == KERNELS[source]
+    for name, resources in cubin.resources.items():
+        assert name.encode() in cubin.data
+        # 256 threads must fit, two blocks of them: 65,536 registers a multiprocessor.
+        assert resources.registers <= 128
+        assert resources.spilled_bytes <= 64
+
+
+def test_every_source_is_compiled_and_emulated():
+    on_disk = {path.name for path in emulator.KERNEL_FOLDER.glob("*.cu")}
+    assert on_disk == set(nvrtc.SOURCES) == set(emulator.SOURCES) == set(KERNELS)
+
+
+def test_a_bad_source_is_refused_with_its_log():
+    with pytest.raises(nvrtc.CompileError, match=r"broken\.cu.*sm_80(.|\n)*undefined"):
+        nvrtc.compile_source("__global__ void f() { undefined_name(); }", 80, "broken.cu")

@@ -1,0 +1,496 @@
+"""The CUDA kernels, run on the CPU by `cuda_emulation`, against the reference decoder in float64.
+
+Nearly all runs are under AddressSanitizer and UBSan, with races on shared memory, divergent
+barriers and unwritten shared memory found by the emulation.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_emulation import emulator, launches
+
+from qmoe_jax.codec import reference
+from qmoe_jax.codec.codings import coding_names, get_coding
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.codec.tunstall import ZERO_WEIGHTS
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture(scope="session")
+def get():
+    """get_function of all kernels under the sanitizers."""
+    module = emulator.SanitizedModule(emulator.build(kind="sanitized"))
+    yield module.get_function
+    module.close()
+
+
+def random_codes(coding, shape, zero_share, seed, zeros=(0.0, 1.0, 2.0, 3.0)):
+    """Codes and levels; of a 2-bit coding, that share of the codes is the row's zero."""
+    rng = np.random.default_rng(seed)
+    symbols = np.where(rng.random(shape) < zero_share, 0, rng.integers(1, 4, shape))
+    levels = rng.normal(size=(*shape[:2], 2))
+    if get_coding(coding).num_symbols == 3:
+        return np.minimum(symbols, 2).astype(np.uint8), levels.astype(BF16)
+    levels[..., 1] = rng.choice(zeros, size=shape[:2])
+    is_code = np.isin(levels[..., 1], (1, 2, 3))
+    codes = (symbols + np.where(is_code, levels[..., 1], 0)[..., None].astype(int)) % 4
+    return codes.astype(np.uint8), levels.astype(BF16)
+
+
+def random_tensor(coding, shape, zero_share=0.85, seed=0, **options):
+    return encode(*random_codes(coding, shape, zero_share, seed, **options), coding)
+
+
+def reference_weights(coded: CodedTensor) -> np.ndarray:
+    """bfloat16 [experts, out, in] by the slow decoder."""
+    codes = get_coding(coded.spec.coding).decode_numpy_reference(coded)
+    return reference.dequantize(coded, codes).astype(BF16)
+
+
+def assert_products(y, coded, weights, x, experts):
+    """y against float64 products, within the rounding of float32 sums."""
+    terms = coded.spec.in_features / 8 + 16  # one lane's additions, and those over lanes
+    for token, expert in enumerate(experts):
+        if expert < 0:
+            np.testing.assert_array_equal(y[token], 0)
+            continue
+        w, column = weights[expert].astype(np.float64), x[token].astype(np.float64)
+        sizes = np.abs(w)
+        if coded.spec.coding == "tunstall_2bit":  # sums of all x times what symbol 0 weighs
+            sizes = sizes + 2 * np.abs(w).max(axis=1, keepdims=True)
+        error = np.abs(y[token] - w @ column)
+        assert (error <= terms * 2.0**-24 * (sizes @ np.abs(column)) + 1e-37).all(), error.max()
+
+
+def check_decoders(get, coded, seed=0, *, expert_ids=None, tile_tokens=(1, 16), tokens=5):
+    """Expansion bit for bit, and products for both ways to spread a row over lanes."""
+    spec = coded.spec
+    weights = reference_weights(coded)
+    ids = list(range(spec.num_experts)) if expert_ids is None else expert_ids
+    dense = launches.expand(get, coded, ids)
+    np.testing.assert_array_equal(dense.view(np.uint16), weights[ids].view(np.uint16))
+
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, spec.in_features)).astype(BF16)
+    experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
+    for tile in tile_tokens:
+        for rows in (1, 4) if "tunstall" in spec.coding else (4,):
+            y = launches.multiply(get, coded, x, experts, tile_tokens=tile, rows_per_warp=rows)
+            assert_products(y, coded, weights, x, experts)
+    # The tile makes no difference.
+    rounded = launches.multiply(get, coded, x, experts, tile_tokens=4, float32=False)
+    np.testing.assert_array_equal(rounded.view(np.uint16), y.astype(BF16).view(np.uint16))
+
+
+class TestDecoders:
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("width", [1, 2, 31, 33, 58, 59, 64, 769])
+    def test_widths(self, get, coding, width):
+        for out in (1, 3, 33) if width < 100 else (3,):
+            check_decoders(get, random_tensor(coding, (2, out, width), seed=width), seed=out)
+
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("symbol", [0, 1, 2])
+    def test_rows_of_one_symbol(self, get, coding, symbol):
+        codes = np.full((1, 5, 200), symbol, np.uint8)
+        levels = np.tile(np.array([-0.5, 0.0], BF16), (1, 5, 1))
+        check_decoders(get, encode(codes, levels, coding))
+
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+    @pytest.mark.parametrize("dictionary", range(10))
+    def test_each_dictionary(self, get, coding, dictionary):
+        coded = random_tensor(coding, (1, 4, 1200), ZERO_WEIGHTS[dictionary] / 1024, dictionary)
+        assert coded.arrays["dictionaries"][0] == dictionary
+        check_decoders(get, coded, tile_tokens=(2,), tokens=2)
+
+    @pytest.mark.parametrize("zero", [0.0, 1.0, 2.0, 3.0, 1.5, -7.0])
+    def test_2bit_zeros(self, get, zero):
+        """Also zeros that are no code: then every weight counts."""
+        for coding in ("tunstall_2bit", "packed2"):
+            check_decoders(get, random_tensor(coding, (2, 9, 130), 0.7, zeros=[zero]))
+
+    @pytest.mark.parametrize("share", [0.0, 0.6, 0.9])
+    def test_many_escapes(self, get, share):
+        """Only symbols 0 and 3: up to 8 escapes in a row, over lanes and rounds."""
+        rng = np.random.default_rng(4)
+        codes = np.where(rng.random((1, 6, 900)) < share, 0, 3).astype(np.uint8)
+        levels = np.tile(np.array([0.5, 0.0], BF16), (1, 6, 1))
+        check_decoders(get, encode(codes, levels, "tunstall_2bit"), tile_tokens=(1, 2))
+
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("width", [5000, 5003])
+    def test_long_sparse_rows(self, get, coding, width):
+        """Many rounds, each over many columns: the expansion's ring wraps."""
+        coded = random_tensor(coding, (1, 3, width), 0.99, seed=width)
+        check_decoders(get, coded, tile_tokens=(1,), tokens=2)
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_unlike_rows(self, get, coding):
+        """Rows of a warp that end in different rounds; 16-bit row lengths."""
+        codes, levels = random_codes(coding, (1, 7, 2400), 1.0, seed=2)
+        dense, _ = random_codes(coding, (1, 7, 2400), 0.0, seed=3)
+        codes[:, ::2] = dense[:, ::2]
+        coded = encode(codes, levels, coding)
+        if coding == "tunstall":
+            assert coded.arrays["row_lengths"].dtype == np.uint16
+        check_decoders(get, coded, tile_tokens=(2,))
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_skipped_slots(self, get, coding):
+        coded = random_tensor(coding, (3, 5, 40))
+        weights = reference_weights(coded)
+        dense = launches.expand(get, coded, [2, -1, 0, 3], zero_skipped=True)
+        np.testing.assert_array_equal(dense[[0, 2]], weights[[2, 0]])
+        np.testing.assert_array_equal(dense[[1, 3]], 0)
+        dense = launches.expand(get, coded, [2, -1], zero_skipped=False).view(np.uint16)
+        assert (dense[1] == launches.POISON).all()
+
+
+class TestTokens:
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("tile_tokens", [1, 2, 4, 8, 16])
+    def test_counts_of_tokens(self, get, coding, tile_tokens):
+        """An expert with n tokens for many n, one without any, tokens without an expert."""
+        coded = random_tensor(coding, (3, 6, 90), seed=tile_tokens)
+        weights = reference_weights(coded)
+        rng = np.random.default_rng(tile_tokens)
+        for count in (1, 2, 3, 5, 8, 9, 16, 17):
+            experts = rng.permutation([1] * count + [-1, 2, -1]).astype(np.int32)
+            x = rng.normal(size=(len(experts), 90)).astype(BF16)
+            y = launches.multiply(get, coded, x, experts, tile_tokens=tile_tokens)
+            assert_products(y, coded, weights, x, experts)
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_no_token_has_an_expert(self, get, coding):
+        coded = random_tensor(coding, (2, 37, 8))
+        x = np.ones((3, 8), BF16)
+        for float32 in (True, False):
+            y = launches.multiply(get, coded, x, np.full(3, -1), float32=float32)
+            np.testing.assert_array_equal(y.astype(np.float32), 0)
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_indices_out_of_range_touch_nothing(self, get, coding):
+        """Token orders and starts from outside are not followed out of bounds."""
+        coded = random_tensor(coding, (2, 5, 20))
+        x, y = np.ones((3, 20), BF16), np.full((3, 5), np.nan, np.float32)
+        front = launches.coding_arguments(get, coded)
+        numbers = [np.int32(n) for n in (2, 5, 20, 3, 2, 16, 1)]
+        order, experts = np.array([7, -3, 1], np.int32), np.array([1, 1, 1], np.int32)
+        for starts in ([0, 0, 99], [0, -5, 3], [0, 2, 1]):
+            arguments = [*front, x, order, experts, np.array(starts, np.int32), y, *numbers]
+            kernel = get(launches.fused_name(coding, 2))
+            kernel(
+                (3, 1), (64,), arguments, shared_mem=launches.fused_shared_bytes(coding, 20, 2, 64)
+            )
+        assert np.isnan(y[[0, 2]]).all()
+
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize(
+        ("threads", "rows_per_block"), [(32, 1), (32, 64), (256, 7), (128, 40)]
+    )
+    def test_launch_sizes(self, get, coding, threads, rows_per_block):
+        coded = random_tensor(coding, (2, 70, 45), seed=threads)
+        weights = reference_weights(coded)
+        x = np.random.default_rng(1).normal(size=(3, 45)).astype(BF16)
+        experts = np.array([1, 0, 1], np.int32)
+        sizes = {"threads": threads, "rows_per_block": rows_per_block}
+        for rows_per_warp in (4, 1):
+            y = launches.multiply(get, coded, x, experts, rows_per_warp=rows_per_warp, **sizes)
+            assert_products(y, coded, weights, x, experts)
+        dense = launches.expand(get, coded, [1, 0], **sizes)
+        np.testing.assert_array_equal(dense.view(np.uint16), weights[[1, 0]].view(np.uint16))
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_order_of_threads_does_not_matter(self, get, coding):
+        coded = random_tensor(coding, (2, 20, 300), 0.8, zeros=[1.0, 1.5])
+        x = np.random.default_rng(3).normal(size=(6, 300)).astype(BF16)
+        experts = np.array([0, 1, 0, 0, -1, 1], np.int32)
+        runs = [
+            (
+                launches.multiply(get, coded, x, experts, order=order).tobytes(),
+                launches.expand(get, coded, [1, 0], order=order).tobytes(),
+            )
+            for order in (0, 1, 2, 3)
+        ]
+        assert len(set(runs)) == 1
+
+
+class TestDamage:
+    """Whatever the bytes hold, kernels stay in bounds and write every output element."""
+
+    def run_all(self, get, coded):
+        spec = coded.spec
+        dense = launches.expand(get, coded, list(range(spec.num_experts)))
+        assert (dense.view(np.uint16) != launches.POISON).all()
+        experts = np.arange(spec.num_experts, dtype=np.int32)
+        x = np.ones((spec.num_experts, spec.in_features), BF16)
+        results = [dense]
+        for tile in (1, 8):
+            for rows_per_warp in (4, 1):
+                y = launches.multiply(
+                    get, coded, x, experts, tile_tokens=tile, rows_per_warp=rows_per_warp
+                )
+                results.append(y)
+                assert np.isfinite(y).all()
+        return results
+
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("seed", range(12))
+    def test_any_arrays(self, get, coding, seed):
+        rng = np.random.default_rng(seed)
+        coded = random_tensor(coding, (3, 40, int(rng.integers(1, 150))), rng.random(), seed)
+        arrays = {name: array.copy() for name, array in coded.arrays.items()}
+        for name in rng.choice(sorted(set(arrays) - {"levels"}), 2):
+            raw = arrays[name].reshape(-1).view(np.uint8)
+            some = rng.random(raw.size) < rng.choice([0.02, 1.0])
+            raw[some] = rng.integers(0, 256, int(some.sum()))
+        self.run_all(get, CodedTensor(coded.spec, arrays))
+
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe"])
+    def test_empty_codes(self, get, coding):
+        coded = random_tensor(coding, (2, 3, 20))
+        name = "codewords" if coding == "qmoe" else "words"
+        offsets = np.zeros(3, np.int32)
+        arrays = coded.arrays | {name: coded.arrays[name][:0], "expert_offsets": offsets}
+        for result in self.run_all(get, CodedTensor(coded.spec, arrays)):
+            if coding != "tunstall_2bit":
+                np.testing.assert_array_equal(result.astype(np.float32), 0)
+
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe"])
+    def test_a_damaged_expert_leaves_the_others(self, get, coding):
+        coded = random_tensor(coding, (3, 9, 80))
+        name = "codewords" if coding == "qmoe" else "words"
+        arrays = coded.arrays | {name: coded.arrays[name].copy()}
+        start, stop = arrays["expert_offsets"][1:3]
+        arrays[name][start:stop] = np.iinfo(arrays[name].dtype).max
+        for good, bad in zip(
+            self.run_all(get, coded),
+            self.run_all(get, CodedTensor(coded.spec, arrays)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(good[[0, 2]], bad[[0, 2]])
+
+
+class TestEncoders:
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+    @pytest.mark.parametrize(
+        ("shape", "zero_share"),
+        [((1, 1, 1), 0.5), ((2, 3, 59), 0.9), ((2, 70, 64), 0.5), ((3, 33, 131), 0.85)]
+        + [((1, 2, 700), share) for share in (0.0, 0.3, 0.75, 0.97, 1.0)],
+    )
+    def test_tunstall(self, get, coding, shape, zero_share):
+        codes, levels = random_codes(coding, shape, zero_share, seed=7)
+        coded = encode(codes, levels, coding)
+        arrays = coded.arrays
+        words, offsets, num_bytes, num_codewords = launches.encode_tunstall(
+            get, codes, levels, arrays["dictionaries"], coding, threads=32 * (1 + shape[1] % 3)
+        )
+        np.testing.assert_array_equal(words, arrays["words"])
+        np.testing.assert_array_equal(offsets, arrays["expert_offsets"])
+        shortest = arrays["shortest_rows"][:, None]
+        np.testing.assert_array_equal(num_bytes - shortest, arrays["row_lengths"])
+        bound = coded.spec.max_row_codewords
+        assert bound - 32 < num_codewords.max() <= bound
+
+    @pytest.mark.parametrize("width", [1, 3, 4, 5, 130])
+    def test_packed2(self, get, width):
+        codes, levels = random_codes("packed2", (2, 3, width), 0.5, seed=width)
+        packed = np.full((2, 3, -(-width // 4)), 0xEE, np.uint8)
+        arguments = [codes, packed, np.uint64(6), np.int32(width)]
+        get("encode_packed2")((-(-packed.size // 64),), (64,), arguments)
+        np.testing.assert_array_equal(packed, encode(codes, levels, "packed2").arrays["packed"])
+
+
+class TestRowBlockStarts:
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe"])
+    @pytest.mark.parametrize("out", [1, 31, 32, 33, 100])
+    def test_are_running_sums(self, get, coding, out):
+        coded = random_tensor(coding, (3, out, 25), seed=out)
+        lengths = coded.arrays["row_lengths"].astype(np.int64)
+        if coding != "qmoe":
+            lengths = lengths + coded.arrays["shortest_rows"][:, None]
+        starts = np.cumsum(lengths, axis=1) - lengths
+        np.testing.assert_array_equal(launches.row_block_starts(get, coded), starts[:, ::32])
+
+
+def without(text: str, barrier: str, occurrence: int) -> str:
+    """The text with one call of the barrier taken out."""
+    places = [match.span() for match in re.finditer(re.escape(barrier), text)]
+    start, stop = places[occurrence]
+    return text[:start] + "/* taken out */;" + text[stop:]
+
+
+def barriers():
+    """Every barrier of the kernels: file, call, which one."""
+    for path in sorted(emulator.KERNEL_FOLDER.glob("*.cu*")):
+        for barrier in ("__syncwarp();", "__syncthreads();"):
+            for occurrence in range(path.read_text().count(barrier)):
+                yield path.name, barrier, occurrence
+
+
+class TestEveryBarrierIsNeeded:
+    """A kernel that lacks one of its barriers is caught by the emulation."""
+
+    def run_file(self, get, name):
+        if name == "encode.cu":
+            codes, levels = random_codes("tunstall", (1, 40, 150), 0.8, seed=0)
+            numbers = np.zeros(1, np.uint8)
+            launches.encode_tunstall(get, codes, levels, numbers, "tunstall")
+            return
+        coded = random_tensor("tunstall_2bit", (1, 12, 400), 0.8, zeros=[1.0, 1.5, -2.0])
+        if name == "multiply.cuh":
+            x = np.ones((2, 400), BF16)
+            launches.multiply(get, coded, x, np.zeros(2, np.int32), tile_tokens=2)
+            return
+        launches.expand(get, coded, [0])
+        # Rows that end early: what they leave out is written after their last round.
+        lengths = coded.arrays["row_lengths"] // 4
+        shortest = coded.arrays["shortest_rows"] // 4
+        arrays = coded.arrays | {"row_lengths": lengths, "shortest_rows": shortest}
+        launches.expand(get, CodedTensor(coded.spec, arrays), [0])
+        # Rounds of so many columns that the next one's reach round the ring to those just cleared.
+        launches.expand(get, random_tensor("tunstall", (1, 2, 9000), 0.995), [0])
+
+    def module(self, folder, name):
+        needed = "fused_tunstall_2bit.cu" if name == "multiply.cuh" else name
+        sources = [needed] if needed == "encode.cu" else [needed, "encode.cu"]
+        return emulator.EmulatedModule(emulator.build(folder, "checked", sources)).get_function
+
+    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "encode.cu"])
+    def test_intact_sources_pass(self, name):
+        self.run_file(self.module(emulator.KERNEL_FOLDER, name), name)
+
+    @pytest.mark.parametrize(("name", "barrier", "occurrence"), list(barriers()))
+    def test_one_barrier_less(self, tmp_path, name, barrier, occurrence):
+        folder = Path(shutil.copytree(emulator.KERNEL_FOLDER, tmp_path / "kernels"))
+        text = (folder / name).read_text()
+        (folder / name).write_text(without(text, barrier, occurrence))
+        get = self.module(folder, name)
+        with pytest.raises(emulator.EmulationError, match="race|nobody has written"):
+            self.run_file(get, name)
+
+
+FAULTS = r"""
+#include "common.cuh"
+using namespace qmoe;
+extern "C" __global__ void ended_lane(int* out) {
+  if (threadIdx.x == 5) return;
+  __syncwarp();
+}
+extern "C" __global__ void ended_warp(int* out) {
+  if (threadIdx.x >= 32) return;
+  __syncthreads();
+}
+extern "C" __global__ void different_calls(int* out) {
+  if (threadIdx.x % 2) __shfl_sync(ALL_LANES, 1, 0);
+  else __syncwarp();
+}
+extern "C" __global__ void half_mask(int* out) {
+  if (threadIdx.x < 16) __syncwarp(0xffff);
+}
+extern "C" __global__ void race_in_warp(int* out) {
+  shared_store<int>(4 * threadIdx.x, 1);
+  __shfl_sync(ALL_LANES, 1, 0);  // orders nothing
+  out[threadIdx.x] = shared_load<int>(4 * (threadIdx.x ^ 1));
+}
+extern "C" __global__ void race_of_warps(int* out) {
+  shared_store<int>(4 * threadIdx.x, 1);
+  __syncwarp();
+  out[threadIdx.x] = shared_load<int>(4 * (threadIdx.x ^ 32));
+}
+extern "C" __global__ void write_after_read(int* out) {
+  shared_store<int>(4 * threadIdx.x, 1);
+  __syncthreads();
+  out[threadIdx.x] = shared_load<int>(0);
+  if (threadIdx.x == 40) shared_store<int>(0, 2);
+}
+extern "C" __global__ void unwritten(int* out) { out[threadIdx.x] = shared_load<int>(0); }
+extern "C" __global__ void outside_shared(int* out) { shared_store<int>(256 + 4 * threadIdx.x, 1); }
+extern "C" __global__ void misaligned(int* out) { shared_store<int>(2, 1); }
+extern "C" __global__ void outside_array(int* out) { out[threadIdx.x + 1] = 1; }
+extern "C" __global__ void overflow(int* out) { out[threadIdx.x] += 0x7fffffff; }
+extern "C" __global__ void fine(int* out) {
+  shared_store<int>(4 * threadIdx.x, threadIdx.x);
+  __syncwarp();
+  const int other = shared_load<int>(4 * (threadIdx.x ^ 1));
+  __syncwarp();
+  shared_store<int>(4 * threadIdx.x, other);
+  __syncthreads();
+  out[threadIdx.x] = shared_load<int>(4 * (63 - threadIdx.x)) + __shfl_up_sync(ALL_LANES, 1, 1, 8);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def fault_library(tmp_path_factory):
+    """Builds the kernels above."""
+    folder = tmp_path_factory.mktemp("faults")
+    shutil.copy(emulator.KERNEL_FOLDER / "common.cuh", folder)
+    (folder / "faults.cu").write_text(FAULTS)
+    return lambda kind: emulator.build(folder, kind, ("faults.cu",))
+
+
+class TestEmulation:
+    """The emulation finds what it says it finds."""
+
+    def launch(self, get, name):
+        out = np.ones(64, np.int32)
+        get(name)((1,), (64,), [out], shared_mem=256)
+        return out
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("ended_lane", r"divergent warp: .* but thread 5 has ended"),
+            ("ended_warp", r"divergent block: .* but thread 32 has ended"),
+            ("different_calls", r"divergent warp: .*__syncwarp.* but .*__shfl_sync"),
+            ("half_mask", r"mask 0xffff; only full masks"),
+            ("race_in_warp", r"race on shared offset \d+: read by thread \d+ after a write"),
+            ("race_of_warps", r"race on shared offset \d+: read by thread \d+ after a write"),
+            ("write_after_read", r"race on shared offset 0: write by thread 40 after reads"),
+            ("unwritten", r"shared offset 0, which nobody has written \(faults.cu:\d+\)"),
+            ("outside_shared", r"offset 256, but the launch has 256 bytes"),
+            ("misaligned", r"offset 2 is not aligned to 4"),
+        ],
+    )
+    def test_faults(self, fault_library, name, message):
+        module = emulator.EmulatedModule(fault_library("checked"))
+        with pytest.raises(emulator.EmulationError, match=message):
+            self.launch(module.get_function, name)
+        # It goes on after a fault.
+        fine = self.launch(module.get_function, "fine")
+        np.testing.assert_array_equal(fine, (63 - np.arange(64) ^ 1) + 1)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("outside_array", "heap-buffer-overflow"), ("overflow", "signed integer overflow")],
+    )
+    def test_faults_for_the_sanitizers(self, fault_library, name, message):
+        module = emulator.SanitizedModule(fault_library("sanitized"))
+        try:
+            with pytest.raises(emulator.EmulationError, match=message):
+                self.launch(module.get_function, name)
+        finally:
+            module.close()
+
+    def test_arguments_are_checked(self, fault_library):
+        kernel = emulator.EmulatedModule(fault_library("checked")).get_function("fine")
+        out = np.ones((64, 2), np.int32)
+        with pytest.raises(TypeError, match="takes 1 arguments, not 2"):
+            kernel((1,), (64,), [out, out])
+        with pytest.raises(TypeError, match="not C-contiguous"):
+            kernel((1,), (64,), [out[:, 0]])
+        with pytest.raises(TypeError, match="must be a pointer"):
+            kernel((1,), (64,), [np.float32(1)])
+        with pytest.raises(emulator.EmulationError, match="multiple of 32 threads"):
+            kernel((1,), (33,), [out])
+        with pytest.raises(KeyError, match="no kernel 'other'"):
+            emulator.EmulatedModule(fault_library("checked")).get_function("other")
