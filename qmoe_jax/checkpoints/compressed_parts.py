@@ -1,0 +1,132 @@
+"""Parts of a compressed checkpoint: the shapes of its arrays, and some experts of a kernel."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from qmoe_jax.checkpoints.compressed import CompressedCheckpoint
+from qmoe_jax.checkpoints.stored_arrays import finish_read, start_read, verify_part
+from qmoe_jax.codec import codings
+from qmoe_jax.codec.outline import CodedOutline
+from qmoe_jax.codec.tensor import CodedTensor, check_array, check_offsets
+from qmoe_jax.errors import CheckpointError
+
+
+def variable_shapes(checkpoint: CompressedCheckpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array that the model holds as a parameter, by '/'-joined name.
+
+    They are those of the variables that `models.load.load_switch` returns. Only the manifest is
+    used.
+    """
+    manifest = checkpoint._manifest
+    entries = dict(manifest["dense"])
+    for kernel, tensor in manifest["coded"].items():
+        entries |= {f"{kernel}/{key}": entry for key, entry in tensor["arrays"].items()}
+    return {
+        name: jax.ShapeDtypeStruct(tuple(entry["shape"]), jax.numpy.dtype(entry["dtype"]))
+        for name, entry in sorted(entries.items())
+    }
+
+
+def step_of_name(url: str) -> int | None:
+    """The training step in a folder's name, `checkpoint_<step>` as T5X names them, or None."""
+    match = re.search(r"(?:^|/)checkpoint_(\d+)/?$", url)
+    return int(match[1]) if match else None
+
+
+class CodedExperts:
+    """A coded kernel of a compressed checkpoint, read a few experts at a time.
+
+    Attributes:
+      spec: of the whole kernel.
+      outline: sizes of its arrays.
+    """
+
+    def __init__(self, checkpoint: CompressedCheckpoint, kernel: str):
+        """Reads where each expert's codes begin, and nothing else.
+
+        Args:
+          checkpoint: opened.
+          kernel: module path, as `encoder/layers_1/mlp/expert/wi`.
+
+        Raises:
+          CheckpointError: that array is missing, truncated or altered.
+          CodecError: it contradicts the kernel's spec.
+        """
+        self._folder, self._kernel = checkpoint._folder, kernel
+        self._entries = checkpoint._manifest["coded"][kernel]["arrays"]
+        self.spec = checkpoint.specs[kernel]
+        coding = codings.get_coding(self.spec.coding)
+        if self._entries.keys() != set(coding.array_names):
+            raise CheckpointError(
+                f"the manifest of {checkpoint.url} gives {kernel} the arrays "
+                f"{sorted(self._entries)}; {self.spec.coding!r} requires "
+                f"{sorted(coding.array_names)}. It is damaged, compress again."
+            )
+        sizes = np.zeros(0, np.int64)
+        if coding.code_array is not None:
+            entry = self._entries["expert_offsets"]
+            opening = start_read(self._folder, entry)
+            offsets = finish_read(self._folder, f"{kernel}/expert_offsets", entry, opening)
+            check_array(
+                {"expert_offsets": offsets},
+                "expert_offsets",
+                np.int32,
+                (self.spec.num_experts + 1,),
+            )
+            total = self._entries[coding.code_array]["shape"][0]
+            check_offsets("expert_offsets", offsets, total, coding.code_array)
+            sizes = np.diff(offsets.astype(np.int64))
+        self.outline = CodedOutline(
+            self.spec,
+            tuple(sizes.tolist()),
+            {key: entry["dtype"] for key, entry in self._entries.items()},
+            {key: tuple(entry["shape"][1:]) for key, entry in self._entries.items()},
+        )
+
+    def verify(self) -> None:
+        """Reads all arrays once, a chunk at a time, and checks them against their checksums.
+
+        Raises:
+          CheckpointError: one is missing, truncated or altered.
+        """
+        for key, entry in self._entries.items():
+            start = 0
+            for stop, checksum in entry["checksums"]:
+                what = f"{self._kernel}/{key}"
+                verify_part(self._folder, what, entry, start, stop, checksum)
+                start = stop
+
+    def read(self, start: int, stop: int) -> CodedTensor:
+        """Reads the experts start to stop - 1; checks the structure of their codes.
+
+        Raises:
+          CheckpointError: an array is missing or truncated.
+          CodecError: the arrays do not form a valid coded tensor.
+        """
+        parts = {
+            key: slice(self.outline.start(key, start), self.outline.start(key, stop))
+            for key in self._entries
+            if key != "expert_offsets"
+        }
+        reads = {key: start_read(self._folder, self._entries[key]) for key in parts}
+        arrays = {
+            key: finish_read(
+                self._folder, f"{self._kernel}/{key}", self._entries[key], reads[key], part
+            )
+            for key, part in parts.items()
+        }
+        if "expert_offsets" in self._entries:
+            offsets = self.outline.expert_offsets()[start : stop + 1]
+            arrays["expert_offsets"] = offsets - offsets[0]
+        coded = CodedTensor(dataclasses.replace(self.spec, num_experts=stop - start), arrays)
+        codings.validate(coded)
+        return coded
+
+    def each(self, batch: int) -> Iterator[tuple[int, CodedTensor]]:
+        """Reads all experts in order, at most `batch` at a time: (first expert, their codes)."""
+        for start in range(0, self.spec.num_experts, batch):
+            yield start, self.read(start, min(start + batch, self.spec.num_experts))
