@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "qmoe_jax"
 
 # In the order of the data flow; a module imports only from its own layer and those before it.
 LAYERS = (
-    ("errors",),
+    ("errors", "run_folder"),
     ("codec",),
     ("checkpoints",),
     ("quantization",),
@@ -20,7 +20,7 @@ LAYERS = (
     ("calibration",),
     ("evaluation",),
     ("pipeline",),
-    ("gin_flags", "demo_report"),
+    ("gin_flags", "demo_report", "infer_report", "prompt_files"),
     (
         "compress",
         "evaluate",
@@ -28,11 +28,23 @@ LAYERS = (
         "prepare_tokens",
         "demo",
         "inspect",
+        "plan",
         "convert_published",
+        "dequantize",
+        "t5x_plugin",
     ),
 )
 # What a GPU machine runs: it has no TensorFlow.
-FREE_OF_TENSORFLOW = ("errors", "codec", "checkpoints", "quantization", "ops", "models")
+FREE_OF_TENSORFLOW = (
+    "errors",
+    "run_folder",
+    "codec",
+    "checkpoints",
+    "quantization",
+    "ops",
+    "models",
+    "evaluation",
+)
 
 
 def module_name(path):

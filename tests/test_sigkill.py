@@ -11,7 +11,7 @@ import golden_data
 import pytest
 from test_compress import same_tree
 
-from qmoe_jax.calibration.tokens import read_tokens, write_tokens
+from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens, write_tokens
 
 NUM_KILLS = 50
 SETTINGS = {"progress": False, "batch_size": 16, "expert_batch": 2, "token_chunk": 64}
@@ -28,7 +28,9 @@ print(report.num_replayed)
 def test_killed_runs_end_with_the_same_bytes(tmp_path):
     """The demo's model, experts two by two; some runs end before they are killed."""
     tokens = tmp_path / "tokens.npz"
-    examples = read_tokens(golden_data.DEMO / "validation_tokens.npz")[:48]
+    metadata = TokenMetadata("demo", "validation", 4068, 3968, 100, 1, 0, "")
+    path = golden_data.DEMO / "validation_tokens.npz"
+    examples = read_plain_tokens(path, metadata)[:48]
     write_tokens(tokens, examples.tokens, examples.metadata)
     program = _PROGRAM.format(settings=SETTINGS)
     checkpoint = golden_data.DEMO / "checkpoint_4200"

@@ -8,15 +8,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed import (
+    CompressedCheckpoint,
+    is_compressed_checkpoint,
+    open_compressed_checkpoint,
+)
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.cuda_kernels import check_coded
+from qmoe_jax.ops.cuda_launcher import CudaError, cuda_is_available, current_launcher
+from qmoe_jax.ops.expert_parallel import (
+    check_split,
+    expert_mesh,
+    replicate,
+    split_coded,
+    split_dense,
+)
+from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
 
 
 def load_switch(
@@ -24,9 +41,11 @@ def load_switch(
     activation_dtype: DTypeLike = "float32",
     expert_capacity_factor: float | None = None,
     *,
+    num_devices: int = 1,
     max_group_size: int | None = None,
     train_capacity_factor: float | None = None,
     min_expert_capacity: int | None = None,
+    implementation: str = "xla",
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Loads a Switch Transformer from a native T5X or a compressed checkpoint.
 
@@ -35,21 +54,36 @@ def load_switch(
 
     Args:
       path: folder of the checkpoint, local or gs://.
-      activation_dtype: "float32" or "bfloat16".
+      activation_dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
       expert_capacity_factor: capacity factor of the experts with `enable_dropout=False`, as T5X's
         `EVAL_EXPERT_CAPACITY_FACTOR` (2.0 for the public base, large and C models); None is
         dropless: every token reaches its expert, as QMoE evaluates.
+      num_devices: devices of this process to split each layer's experts over; all else is on every
+        one of them.
       max_group_size: T5X's `GROUP_SIZE`; that of the public model of this geometry where None, as
         for the next two (`checkpoints.geometry.infer_config` has the rule).
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: least capacity of an expert in a token group.
+      implementation: of products with codes: "xla"; "cuda", the kernels in `kernels_cuda/`, on a
+        GPU with CuPy installed; or "auto", "cuda" where that can be and "xla" elsewhere.
 
     Returns:
-      The module, and `{"params": ...}` for `module.apply`.
+      The module, and `{"params": ...}` for `module.apply`; with "cuda" also `"derived"`, which
+      saves the kernels work and may be left out.
 
     Raises:
       CheckpointError: nothing readable at `path`, or it is damaged.
+      CudaError: "cuda" without a GPU, without CuPy, without codes, or with codes that its kernels
+        do not take.
     """
+    if implementation not in ("xla", "cuda", "auto"):
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be 'xla', 'cuda' or 'auto'"
+        )
+    if implementation == "cuda":
+        current_launcher()  # refuses before anything is read
+    if isinstance(activation_dtype, str) and activation_dtype == "auto":
+        activation_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(activation_dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"activation_dtype is {dtype.name}; the model runs in float32 or bfloat16")
@@ -65,21 +99,83 @@ def load_switch(
     }
     overrides: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     overrides["eval_capacity_factor"] = expert_capacity_factor
+    mesh = None if num_devices == 1 else expert_mesh(num_devices)
     if is_compressed_checkpoint(path):
         compressed = open_compressed_checkpoint(path)
         config = dataclasses.replace(compressed.config, **overrides)
-        flat: dict[str, Any] = {
-            name: jnp.asarray(array) for name, array in compressed.read_dense().items()
-        }
-        for kernel in compressed.specs:
-            for key, array in device_arrays(compressed.read_coded(kernel)).items():
-                flat[f"{kernel}/{key}"] = array
-        module = SwitchTransformer(config, dtype, tuple(sorted(compressed.specs.items())))
-        return module, {"params": names.unflatten(flat)}
-    native = open_t5x_checkpoint(path)
+        coded = tuple(sorted(compressed.specs.items()))
+        implementation = _choose_implementation(implementation, config, coded)
+        flat = _compressed_params(compressed, config, mesh)
+        variables: dict[str, Any] = {"params": names.unflatten(flat)}
+        if implementation == "cuda" and mesh is None and (derived := _derive(coded, flat)):
+            variables[DERIVED] = names.unflatten(derived)
+        return SwitchTransformer(config, dtype, coded, implementation, mesh), variables
+    if implementation == "cuda":
+        raise CudaError(
+            f"{path} is a native checkpoint; implementation='cuda' multiplies with codes and "
+            "requires a compressed one. Compress it, or use implementation='xla' or 'auto'."
+        )
+    native = open_t5x_checkpoint(path, cache_bytes=0)
     config = SwitchConfig.from_checkpoint(native, **overrides)
-    params = jax.tree.map(jnp.asarray, native.params())
-    return SwitchTransformer(config, dtype), {"params": params}
+    if mesh is not None:
+        check_split(config.num_experts, mesh)
+    flat = {name: _on_device(name, native.read(name), mesh) for name in native.names}
+    return SwitchTransformer(config, dtype, mesh=mesh), {"params": names.unflatten(flat)}
+
+
+def _compressed_params(
+    compressed: CompressedCheckpoint, config: SwitchConfig, mesh: Mesh | None
+) -> dict[str, Any]:
+    """Array by array, so that the host holds one beside what is on the devices."""
+    if mesh is not None:
+        check_split(config.num_experts, mesh)
+    flat: dict[str, Any] = {
+        name: _on_device(name, compressed.read_dense([name])[name], mesh)
+        for name in compressed.dense_names
+    }
+    for kernel in compressed.specs:
+        coded = compressed.read_coded(kernel)
+        arrays = device_arrays(coded) if mesh is None else split_coded(coded, mesh)
+        flat |= {f"{kernel}/{key}": array for key, array in arrays.items()}
+    return flat
+
+
+def _on_device(name: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jnp.asarray(array)
+    if names.is_expert_kernel(name):
+        return split_dense(array, mesh)
+    return replicate(array, mesh)
+
+
+def _choose_implementation(implementation: str, config: SwitchConfig, coded: CodedKernels) -> str:
+    if implementation == "xla" or (implementation == "auto" and not cuda_is_available()):
+        return "xla"
+    try:
+        for name, spec in coded:
+            fan_in = _fan_in(config, name)
+            check_coded(CodedExperts(spec, {}, fan_in))
+    except CudaError:
+        if implementation == "auto":
+            return "xla"
+        raise
+    return "cuda"
+
+
+def _fan_in(config: SwitchConfig, kernel: str) -> int:
+    return config.expert_mlp_dim if kernel.endswith("/wo") else config.embed_dim
+
+
+def _derive(coded: CodedKernels, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Where rows begin, by the path of the kernel: once, for it takes a pass over all lengths."""
+    derived = {}
+    for kernel, spec in coded:
+        names_here = ("row_lengths", "shortest_rows")
+        arrays = {n: flat[f"{kernel}/{n}"] for n in names_here if f"{kernel}/{n}" in flat}
+        starts = jax.jit(functools.partial(find_row_block_starts, spec))(arrays)
+        if starts is not None:
+            derived[f"{kernel}/row_block_starts"] = starts
+    return derived
 
 
 def dequantized(
@@ -92,6 +188,8 @@ def dequantized(
     Raises:
       CheckpointError: the model has no codes.
     """
+    if module.mesh is not None:
+        raise CheckpointError("the model's experts are split; load it on one device to expand it")
     if not module.coded:
         raise CheckpointError("the model has no codes to expand; load a compressed checkpoint")
     flat = names.flatten(variables["params"])
@@ -101,8 +199,7 @@ def dequantized(
             for key in [key for key in flat if key.startswith(kernel + "/")]
         }
         decode = jax.jit(functools.partial(decode_expert_weights, spec, dtype=jnp.dtype(dtype)))
-        config = module.config
-        num_in = config.expert_mlp_dim if kernel.endswith("/wo") else config.embed_dim
+        num_in = _fan_in(module.config, kernel)
         flat[f"{kernel}/kernel"] = jnp.stack(
             [decode(arrays, e).reshape(-1, num_in).T for e in range(spec.num_experts)]
         )

@@ -4,17 +4,18 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.codec.codings import get_coding
-from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.models import routing
 from qmoe_jax.models.layers import StackedKernel, gated_activation
-from qmoe_jax.ops.grouped_mlp import KernelFetch, grouped_mlp
+from qmoe_jax.ops.compressed_product import expert_mlp
+from qmoe_jax.ops.expert_parallel import split_expert_mlp
+from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
 
 # Which expert kernels are stored as codes: name relative to the holding module -> its spec.
 # Pairs instead of a dict, so that modules that hold it stay hashable.
@@ -27,14 +28,20 @@ def coded_below(coded: CodedKernels, name: str) -> CodedKernels:
     return tuple((k.removeprefix(prefix), spec) for k, spec in coded if k.startswith(prefix))
 
 
+# Collection beside `params` of what CUDA kernels need and the checkpoint does not store. Only
+# `load_switch(implementation="cuda")` fills it; without it, each call computes it again.
+DERIVED = "derived"
+
+
 class CodedKernel(nn.Module):
     """The kernels of all experts as codes: the arrays of one coded tensor, read as parameters."""
 
     spec: TensorSpec
+    fan_in: int
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        """Returns the stored arrays by name.
+    def __call__(self) -> CodedExperts:
+        """Returns the stored arrays, and from the collection `derived` where rows begin, if there.
 
         Raises:
           ValueError: an array is not among the parameters (codes have no initialiser).
@@ -47,7 +54,8 @@ class CodedKernel(nn.Module):
                     f"{name!r}; load the variables with qmoe_jax.load_switch"
                 )
             arrays[name] = self.get_variable("params", name)
-        return arrays
+        starts = self.get_variable(DERIVED, "row_block_starts")
+        return CodedExperts(self.spec, arrays, self.fan_in, starts)
 
 
 class Expert(nn.Module):
@@ -55,42 +63,22 @@ class Expert(nn.Module):
 
     config: SwitchConfig
     coded: CodedKernels = ()
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self) -> dict[str, KernelFetch]:
-        """A fetch per kernel name: a traced expert index to that expert's [in, out] kernel."""
+    def __call__(self) -> dict[str, Experts]:
+        """The kernels of all experts, by name."""
         config = self.config
         shapes = {name: (config.embed_dim, config.expert_mlp_dim) for name in config.wi_names}
         shapes["wo"] = (config.expert_mlp_dim, config.embed_dim)
         specs = dict(self.coded)
-        fetches: dict[str, KernelFetch] = {}
+        kernels: dict[str, Experts] = {}
         for name, (fan_in, fan_out) in shapes.items():
             if name in specs:
-                arrays = CodedKernel(specs[name], name=name)()
-                fetches[name] = functools.partial(
-                    _fetch_coded, spec=specs[name], arrays=arrays, fan_in=fan_in, dtype=self.dtype
-                )
+                kernels[name] = CodedKernel(specs[name], fan_in, name=name)()
             else:
                 kernel = StackedKernel(config.num_experts, fan_in, fan_out, name=name)()
-                fetches[name] = functools.partial(_fetch_dense, kernel=kernel, dtype=self.dtype)
-        return fetches
-
-
-def _fetch_dense(expert: Int[Array, ""], *, kernel: Array, dtype: DTypeLike) -> Array:
-    return lax.dynamic_index_in_dim(kernel, expert, keepdims=False).astype(dtype)
-
-
-def _fetch_coded(
-    expert: Int[Array, ""],
-    *,
-    spec: TensorSpec,
-    arrays: dict[str, Array],
-    fan_in: int,
-    dtype: DTypeLike,
-) -> Array:
-    # A row of codes may be a group of an output feature's weights: its groups lie side by side.
-    return decode_expert_weights(spec, arrays, expert, dtype).reshape(-1, fan_in).T
+                kernels[name] = DenseExperts(kernel)
+        return kernels
 
 
 class MoeLayer(nn.Module):
@@ -109,11 +97,15 @@ class MoeLayer(nn.Module):
       coded: expert kernels that are stored as codes.
       dtype: activation dtype of the experts; the result is float32 (the combine
         weights are float32 and promote it).
+      implementation: of the experts' products, "xla" or "cuda" (`ops.compressed_product`).
+      mesh: over which experts are split (`ops.expert_parallel`); None: they are not.
     """
 
     config: SwitchConfig
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -156,14 +148,18 @@ class MoeLayer(nn.Module):
         # A zero vector gives exactly zero through experts without biases: padding is not sent.
         is_token = jnp.any(grouped != 0, axis=-1)
         dispatched = jnp.where(kept & is_token, expert_index, -1)
-        fetches = Expert(config, coded_below(self.coded, "expert"), self.dtype, name="expert")()
-        outputs = grouped_mlp(
+        kernels = Expert(config, coded_below(self.coded, "expert"), name="expert")()
+        run = expert_mlp
+        if self.mesh is not None:
+            run = functools.partial(split_expert_mlp, mesh=self.mesh)
+        outputs = run(
             grouped.reshape(-1, embed).astype(self.dtype),
             dispatched.reshape(-1),
             num_experts=config.num_experts,
-            fetch_wi=[fetches[name] for name in config.wi_names],
-            fetch_wo=fetches["wo"],
+            wi=[kernels[name] for name in config.wi_names],
+            wo=kernels["wo"],
             activation=lambda hidden: gated_activation(hidden, config.mlp_activations),
+            implementation=self.implementation,
         )
         combined = outputs.astype(jnp.float32) * gate.reshape(-1, 1)
         return combined.reshape(x.shape)[:batch, :length]

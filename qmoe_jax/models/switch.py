@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.models.attention import MultiHeadAttention
+from qmoe_jax.models.cross_attention import CrossAttention
 from qmoe_jax.models.layers import (
     Dense,
     DenseMlp,
@@ -34,6 +36,8 @@ class EncoderLayer(nn.Module):
     sparse: bool
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares parameters and submodules."""
@@ -67,6 +71,8 @@ class DecoderLayer(nn.Module):
     sparse: bool
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares parameters and submodules."""
@@ -74,7 +80,7 @@ class DecoderLayer(nn.Module):
         self.pre_self_attention_layer_norm = T5LayerNorm(self.dtype)
         self.self_attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
         self.pre_cross_attention_layer_norm = T5LayerNorm(self.dtype)
-        self.encoder_decoder_attention = MultiHeadAttention(
+        self.encoder_decoder_attention = CrossAttention(
             config.num_heads, config.head_dim, self.dtype
         )
         self.pre_mlp_layer_norm = T5LayerNorm(self.dtype)
@@ -122,7 +128,8 @@ class DecoderLayer(nn.Module):
 def _make_mlp(layer: EncoderLayer | DecoderLayer) -> MoeLayer | DenseMlp:
     config = layer.config
     if layer.sparse:
-        return MoeLayer(config, coded_below(layer.coded, "mlp"), layer.dtype)
+        coded = coded_below(layer.coded, "mlp")
+        return MoeLayer(config, coded, layer.dtype, layer.implementation, layer.mesh)
     return DenseMlp(config.wi_names, config.mlp_activations, config.mlp_dim, layer.dtype)
 
 
@@ -137,6 +144,8 @@ class Encoder(nn.Module):
     config: SwitchConfig
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares parameters and submodules."""
@@ -154,6 +163,8 @@ class Encoder(nn.Module):
                 i in config.encoder_sparse_layers,
                 coded_below(self.coded, f"layers_{i}"),
                 self.dtype,
+                self.implementation,
+                self.mesh,
             )
             for i in range(config.num_encoder_layers)
         ]
@@ -181,6 +192,8 @@ class Decoder(nn.Module):
     config: SwitchConfig
     coded: CodedKernels = ()
     dtype: DTypeLike = jnp.float32
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares parameters and submodules."""
@@ -198,6 +211,8 @@ class Decoder(nn.Module):
                 i in config.decoder_sparse_layers,
                 coded_below(self.coded, f"layers_{i}"),
                 self.dtype,
+                self.implementation,
+                self.mesh,
             )
             for i in range(config.num_decoder_layers)
         ]
@@ -253,18 +268,24 @@ class SwitchTransformer(nn.Module):
         expert outputs' weights and logits are float32 in every case.
       coded: the expert kernels that are stored as codes, by module path
         (`encoder/layers_1/mlp/expert/wi`).
+      implementation: of products with codes, "xla" or "cuda" (`ops.compressed_product`).
+      mesh: over which each layer's experts are split (`ops.expert_parallel`); None: they are not.
     """
 
     config: SwitchConfig
     dtype: DTypeLike = jnp.float32
     coded: CodedKernels = ()
+    implementation: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declares parameters and submodules."""
         config = self.config
         self.token_embedder = Embed(config.num_embeddings, config.embed_dim, self.dtype)
-        self.encoder = Encoder(config, coded_below(self.coded, "encoder"), self.dtype)
-        self.decoder = Decoder(config, coded_below(self.coded, "decoder"), self.dtype)
+        encoder_coded, decoder_coded = (coded_below(self.coded, n) for n in ("encoder", "decoder"))
+        placement = (self.dtype, self.implementation, self.mesh)
+        self.encoder = Encoder(config, encoder_coded, *placement)
+        self.decoder = Decoder(config, decoder_coded, *placement)
 
     def __call__(
         self,

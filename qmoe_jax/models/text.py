@@ -1,30 +1,42 @@
-"""Text in, text out: prompts with blanks, filled by greedy generation."""
+"""Text in, text out: prompts with blanks, and the spans that are generated for them."""
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
+from collections.abc import Sequence
 
 from qmoe_jax.errors import TokensError
-from qmoe_jax.models.generation import greedy_generate
-from qmoe_jax.models.load import load_switch
+from qmoe_jax.models.generation import Variables
+from qmoe_jax.models.generation_settings import GenerationSettings
+from qmoe_jax.models.prompts import Answer, generate_batches
 from qmoe_jax.models.switch import SwitchTransformer
 
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
 _WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
+# T5X rounds the number of embeddings up to a multiple of 128; others round more generously. Beyond
+# this the vocabulary is another model's.
+_MOST_UNUSED_EMBEDDINGS = 1024
+
+
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A prompt, what the model generated for its blanks, and the two put together."""
+    """A prompt, what the model generated for its blanks, and the two put together.
+
+    Attributes:
+      prompt: text with blanks.
+      generated: sentinels, each followed by its span.
+      text: the prompt with its blanks filled.
+      tokens: ids of `generated`, with eos if the model ended.
+      score: as in `prompts.Answer`.
+    """
 
     prompt: str
     generated: str
     text: str
+    tokens: tuple[int, ...] = ()
+    score: float = 0.0
 
 
 class Vocabulary:
@@ -97,70 +109,101 @@ class Vocabulary:
         return " ".join(word for word in words if word)
 
 
-def fill_blanks(prompt: str, generated: str) -> str:
-    """Puts generated spans into the blanks of a prompt; a blank without a span stays."""
+def fill_blanks(prompt: str, generated: str, *, before: str = "", after: str = "") -> str:
+    """Puts generated spans into the blanks of a prompt; a blank without a span stays.
+
+    Args:
+      prompt: text with blanks `<extra_id_0>`, `<extra_id_1>`, ...
+      generated: sentinels, each followed by its span; the first span of a sentinel counts.
+      before: put in front of each span, to make it stand out.
+      after: put behind each span.
+    """
     parts = _SENTINEL.split(generated)
-    spans = {parts[i]: parts[i + 1].strip() for i in range(1, len(parts) - 1, 2)}
-    return _SENTINEL.sub(lambda match: spans.get(match[1]) or match[1], prompt)
+    spans: dict[str, str] = {}
+    for i in range(1, len(parts) - 1, 2):
+        spans.setdefault(parts[i], parts[i + 1].strip())
+
+    def fill(match: re.Match[str]) -> str:
+        span = spans.get(match[1])
+        return f"{before}{span}{after}" if span else match[1]
+
+    return _SENTINEL.sub(fill, prompt)
+
+
+def filled(prompt: str, answer: Answer, vocabulary: Vocabulary) -> Filled:
+    """An answer as text."""
+    generated = vocabulary.decode(answer.tokens)
+    text = fill_blanks(prompt, generated)
+    return Filled(prompt, generated, text, answer.tokens, answer.score)
+
+
+def check_vocabulary(vocabulary: Vocabulary, num_embeddings: int) -> None:
+    """Refuses a vocabulary that cannot be the model's.
+
+    Raises:
+      TokensError: more pieces than embeddings, or far fewer.
+    """
+    if not 0 <= num_embeddings - len(vocabulary) < _MOST_UNUSED_EMBEDDINGS:
+        raise TokensError(
+            f"the vocabulary has {len(vocabulary)} pieces, but the model {num_embeddings} "
+            "embeddings; give the vocabulary that the checkpoint was trained with"
+        )
+
+
+def encode_prompts(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of prompts, each with its eos.
+
+    Raises:
+      TokensError: a prompt is empty, or has a sentinel that the vocabulary does not have.
+    """
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = vocabulary.encode(prompt)
+        if not ids:
+            raise TokensError(f"prompt {number} is empty ({prompt!r}); write a text with blanks")
+        encoded.append([*ids, vocabulary.eos_id])
+    return encoded
 
 
 def fill_prompts(
     module: SwitchTransformer,
-    variables: Any,
+    variables: Variables,
     vocabulary: Vocabulary,
     prompts: Sequence[str],
     *,
     max_decode_length: int = 32,
 ) -> list[Filled]:
-    """Fills the blanks of prompts with a loaded model, all in one batch."""
-    if not prompts:
-        return []
-    ids = [[*vocabulary.encode(prompt), vocabulary.eos_id] for prompt in prompts]
-    # Few lengths, few compilations.
-    length = -(-max(map(len, ids)) // 32) * 32
-    inputs = np.zeros((len(ids), length), np.int32)
-    for row, prompt_ids in zip(inputs, ids, strict=True):
-        row[: len(prompt_ids)] = prompt_ids
-    outputs = greedy_generate(
-        module,
-        variables,
-        jnp.asarray(inputs),
-        max_decode_length=max_decode_length,
-        eos_id=vocabulary.eos_id,
+    """Fills the blanks of prompts greedily, all in one batch."""
+    settings = GenerationSettings(
+        max_decode_length=max_decode_length, batch_size=max(len(prompts), 1)
     )
-    generated = [vocabulary.decode(row.tolist()) for row in np.asarray(outputs)]
-    return [
-        Filled(prompt, answer, fill_blanks(prompt, answer))
-        for prompt, answer in zip(prompts, generated, strict=True)
-    ]
+    answers = fill_all(module, variables, vocabulary, prompts, settings)
+    return [best_first[0] for best_first in answers]
 
 
-def infer(
-    checkpoint: str | os.PathLike[str],
-    vocabulary: str | os.PathLike[str],
+def fill_all(
+    module: SwitchTransformer,
+    variables: Variables,
+    vocabulary: Vocabulary,
     prompts: Sequence[str],
-    *,
-    max_decode_length: int = 32,
-    activation_dtype: str = "float32",
-    expert_capacity_factor: float | None = None,
-    load: Callable[..., Any] = load_switch,
-) -> list[Filled]:
-    """Fills the blanks (`<extra_id_0>`, `<extra_id_1>`, ...) of prompts greedily.
+    settings: GenerationSettings,
+) -> list[list[Filled]]:
+    """Fills the blanks of prompts: every answer to each, the best first.
 
     Args:
-      checkpoint: native T5X or compressed, local or gs://.
-      vocabulary: sentencepiece model file of the checkpoint, local.
+      module: the model.
+      variables: its parameters, dense or codes.
+      vocabulary: the model's.
       prompts: texts with blanks.
-      max_decode_length: tokens to generate at most.
-      activation_dtype: "float32" or "bfloat16".
-      expert_capacity_factor: None is dropless; a number is T5X's capacity factor.
-      load: `load_switch`, or one with routing fields bound.
+      settings: how to generate.
+
+    Raises:
+      TokensError: another model's vocabulary, or a prompt that is empty or too long.
     """
-    words = Vocabulary(vocabulary)
-    module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
-    if len(words) > module.config.num_embeddings:
-        raise TokensError(
-            f"the vocabulary has {len(words)} pieces, but the model {module.config.num_embeddings} "
-            "embeddings; give the vocabulary that the checkpoint was trained with"
-        )
-    return fill_prompts(module, variables, words, prompts, max_decode_length=max_decode_length)
+    check_vocabulary(vocabulary, module.config.num_embeddings)
+    ids = encode_prompts(vocabulary, prompts)
+    answers: list[list[Filled]] = [[] for _ in prompts]
+    for batch in generate_batches(module, variables, ids, settings, eos_id=vocabulary.eos_id):
+        for i, best_first in zip(batch.indices, batch.answers, strict=True):
+            answers[i] = [filled(prompts[i], answer, vocabulary) for answer in best_first]
+    return answers

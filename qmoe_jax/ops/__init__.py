@@ -1,1 +1,1 @@
-"""Ops: matrix products with compressed weights, one function with `xla` and `cuda` behind it."""
+"""Ops: the experts' products with tokens, with `xla` and `cuda` behind one function each."""

@@ -5,6 +5,7 @@ reached: an expert without tokens is neither read nor expanded.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,60 @@ def grouped_mlp(
     Returns:
       Outputs in the order and dtype of `x`.
     """
-    num_tokens, embed = x.shape
+    precision = dot_precision(x)
+
+    def fetch(expert: Array) -> tuple[list[Array], Array]:
+        return [fetch(expert) for fetch in fetch_wi], fetch_wo(expert)
+
+    def run(tokens: Array, kernels: tuple[list[Array], Array]) -> Array:
+        wi, wo = kernels
+        hidden = activation([jnp.dot(tokens, w, precision=precision) for w in wi])
+        return jnp.dot(hidden, wo, precision=precision)
+
+    return grouped_apply(
+        x,
+        expert_index,
+        num_experts=num_experts,
+        out_features=x.shape[1],
+        fetch=fetch,
+        run=run,
+        block_size=block_size,
+    )
+
+
+def dot_precision(x: Array) -> lax.Precision | None:
+    """float32 products in float32, where a device would take fewer bits."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def grouped_apply(
+    x: Float[Array, "tokens in"],
+    expert_index: Int[Array, "tokens"],
+    *,
+    num_experts: int,
+    out_features: int,
+    fetch: Callable[[Int[Array, ""]], Any],
+    run: Callable[[Float[Array, "block in"], Any], Float[Array, "block out"]],
+    block_size: int = 128,
+) -> Float[Array, "tokens out"]:
+    """run(tokens, fetch(expert)) for every expert that has tokens.
+
+    Args:
+      x: tokens.
+      expert_index: expert of each token in [0, num_experts); a negative index yields zeros.
+      num_experts: number of experts.
+      out_features: width of what `run` returns.
+      fetch: an expert's kernels, for a traced scalar index; called once an expert.
+      run: a block of tokens through an expert; each row of its own.
+      block_size: tokens that are run at a time.
+
+    Returns:
+      Outputs in the order and dtype of `x`.
+    """
+    num_tokens, in_features = x.shape
     if num_tokens == 0:
-        return x
+        return jnp.zeros((0, out_features), x.dtype)
     block = min(block_size, num_tokens)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     # Tokens without an expert sort behind all others, and are never reached.
     key = jnp.where(expert_index < 0, num_experts, expert_index)
@@ -52,29 +102,28 @@ def grouped_mlp(
     starts = jnp.cumsum(counts) - counts
     busy = jnp.argsort(counts == 0, stable=True)
     num_busy = jnp.sum(counts > 0)
-    sorted_x = jnp.concatenate([x[order], jnp.zeros((block, embed), x.dtype)])
+    sorted_x = jnp.concatenate([x[order], jnp.zeros((block, in_features), x.dtype)])
     rows = jnp.arange(block)
 
     def run_expert(i: Array, outputs: Array) -> Array:
         expert = busy[i]
-        wi = [fetch(expert) for fetch in fetch_wi]
-        wo = fetch_wo(expert)
+        kernels = fetch(expert)
         count, start = counts[expert], starts[expert]
 
         def run_block(j: Array, outputs: Array) -> Array:
             at = (start + j * block, 0)
-            tokens = lax.dynamic_slice(sorted_x, at, (block, embed))
-            hidden = activation([jnp.dot(tokens, w, precision=precision) for w in wi])
-            result = jnp.dot(hidden, wo, precision=precision)
+            tokens = lax.dynamic_slice(sorted_x, at, (block, in_features))
+            result = run(tokens, kernels)
             # Rows past this expert's tokens belong to the next one.
             mine = (rows < count - j * block)[:, None]
-            old = lax.dynamic_slice(outputs, at, (block, embed))
+            old = lax.dynamic_slice(outputs, at, (block, out_features))
             return lax.dynamic_update_slice(outputs, jnp.where(mine, result, old), at)
 
         return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
 
-    outputs = lax.fori_loop(0, num_busy, run_expert, jnp.zeros_like(sorted_x))
-    return jnp.zeros_like(x).at[order].set(outputs[:num_tokens], unique_indices=True)
+    outputs = jnp.zeros((num_tokens + block, out_features), x.dtype)
+    outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
+    return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
 
 
 def grouped_mlp_reference(

@@ -1,0 +1,148 @@
+"""The expert MLP with the experts of a layer split over devices, along one mesh axis.
+
+Each device holds and runs its own experts on the tokens that are routed to them; a sum over devices
+puts the outputs together, since a token has an output on one device only. All else is replicated.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qmoe_jax.codec import codings
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.ops.compressed_product import expert_mlp
+from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+
+AXIS = "experts"
+
+
+def expert_mesh(num_devices: int) -> Mesh:
+    """A mesh over the first so many devices of this process.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    available = jax.local_devices()
+    if not 1 <= num_devices <= len(available):
+        raise ValueError(
+            f"num_devices is {num_devices}; this process has {len(available)} "
+            f"({available[0].platform}), so give 1 to {len(available)}"
+        )
+    return Mesh(np.array(available[:num_devices]), (AXIS,))
+
+
+def check_split(num_experts: int, mesh: Mesh) -> None:
+    """Raises ValueError unless every device gets as many experts as the others."""
+    if num_experts % mesh.size:
+        raise ValueError(
+            f"{num_experts} experts cannot be split evenly over {mesh.size} devices; choose a "
+            "num_devices that divides them"
+        )
+
+
+def split_dense(kernel: np.ndarray, mesh: Mesh) -> Array:
+    """[experts, in, out] on the devices, each with its own experts."""
+    check_split(kernel.shape[0], mesh)
+    return jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def split_coded(coded: CodedTensor, mesh: Mesh) -> dict[str, Array]:
+    """The arrays of a coded tensor, [devices, ...]: a device has those of its own experts.
+
+    Codes of a device are padded with zeros to the longest; nothing reads there.
+    """
+    count = coded.spec.num_experts // mesh.size
+    check_split(coded.spec.num_experts, mesh)
+    parts = [
+        codings.slice_experts(coded, at * count, (at + 1) * count).arrays for at in range(mesh.size)
+    ]
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    arrays = {}
+    for name in parts[0]:
+        longest = max(part[name].shape[0] for part in parts)
+        shape = (mesh.size, longest, *parts[0][name].shape[1:])
+
+        # Device by device: the host never holds a second copy of the whole.
+        shards = []
+        for part, device in zip(parts, mesh.devices.flat, strict=True):
+            missing = [(0, longest - part[name].shape[0])] + [(0, 0)] * (len(shape) - 2)
+            shards.append(jax.device_put(np.pad(part[name], missing)[None], device))
+        arrays[name] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    return arrays
+
+
+def split_spec(spec: TensorSpec, mesh: Mesh) -> TensorSpec:
+    """The spec of a device's part."""
+    return dataclasses.replace(spec, num_experts=spec.num_experts // mesh.size)
+
+
+def replicate(array: np.ndarray | Array, mesh: Mesh) -> Array:
+    """An array on every device, whole."""
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_expert_mlp(
+    x: Float[Array, "tokens embed"],
+    expert_index: Int[Array, "tokens"],
+    *,
+    mesh: Mesh,
+    num_experts: int,
+    wi: Sequence[Experts],
+    wo: Experts,
+    activation: Callable[[list[Array]], Array],
+    implementation: str = "xla",
+) -> Float[Array, "tokens embed"]:
+    """`expert_mlp` with experts as `split_dense` and `split_coded` place them; same arguments."""
+    count = num_experts // mesh.size
+    kernels = [*wi, wo]
+    whole, mine = PartitionSpec(), PartitionSpec(AXIS)
+
+    def local(x: Array, expert_index: Array, arrays: list[Mapping[str, Array]]) -> Array:
+        first = lax.axis_index(AXIS) * count
+        is_mine = (expert_index >= first) & (expert_index < first + count)
+        own = [
+            _own_experts(kernel, held, mesh) for kernel, held in zip(kernels, arrays, strict=True)
+        ]
+        outputs = expert_mlp(
+            x,
+            jnp.where(is_mine, expert_index - first, -1),
+            num_experts=count,
+            wi=own[:-1],
+            wo=own[-1],
+            activation=activation,
+            implementation=implementation,
+        )
+        return lax.psum(outputs, AXIS)
+
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(whole, whole, mine),
+        out_specs=whole,
+        check_vma=False,  # loops begin with constants that do not vary over devices yet
+    )
+    return split(x, expert_index, [_arrays(kernel) for kernel in kernels])
+
+
+def _arrays(kernel: Experts) -> Mapping[str, Array]:
+    if isinstance(kernel, DenseExperts):
+        return {"kernel": kernel.kernel}
+    arrays = dict(kernel.arrays)
+    if kernel.row_block_starts is not None:
+        arrays["row_block_starts"] = kernel.row_block_starts
+    return arrays
+
+
+def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
+    """What a device holds: a dense kernel's own experts, or codes under a leading axis of 1."""
+    if isinstance(kernel, DenseExperts):
+        return DenseExperts(held["kernel"])
+    arrays = {name: array[0] for name, array in held.items()}
+    starts = arrays.pop("row_block_starts", None)
+    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.fan_in, starts)

@@ -1,0 +1,82 @@
+"""The kernels of all experts of one layer: dense, or codes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32
+
+from qmoe_jax.codec.decode import decode_expert_weights
+from qmoe_jax.codec.tensor import TensorSpec
+
+ROWS_OF_A_BLOCK = 32
+"""Rows whose lengths a warp of the CUDA kernels adds up itself."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseExperts:
+    """Kernels as an array.
+
+    Attributes:
+      kernel: float [experts, in, out].
+    """
+
+    kernel: Array
+
+    def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
+        """One expert's kernel in the activation dtype."""
+        return lax.dynamic_index_in_dim(self.kernel, expert, keepdims=False).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodedExperts:
+    """Kernels as codes.
+
+    Attributes:
+      spec: static facts; rows are output features, or groups of their weights.
+      arrays: the stored arrays by name.
+      fan_in: input features. Where `spec.in_features` is less, each output feature has several
+        rows, which lie side by side.
+      row_block_starts: int32 [experts, ceil(rows / 32)] of `find_row_block_starts`; None: found
+        anew at every call of a CUDA kernel.
+    """
+
+    spec: TensorSpec
+    arrays: Mapping[str, Array]
+    fan_in: int
+    row_block_starts: Array | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Output features."""
+        return self.spec.out_features * self.spec.in_features // self.fan_in
+
+    def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
+        """One expert's kernel in the activation dtype, decoded with XLA."""
+        rows = decode_expert_weights(self.spec, self.arrays, expert, dtype)
+        return rows.reshape(-1, self.fan_in).T
+
+
+Experts = DenseExperts | CodedExperts
+
+
+def find_row_block_starts(
+    spec: TensorSpec, arrays: Mapping[str, Array | np.ndarray]
+) -> Int32[Array, "experts blocks"] | None:
+    """Where every 32nd row of codes begins in its expert, in bytes (`qmoe`: codewords).
+
+    None for codings whose rows all have one size. The CUDA kernels need it; it is not stored,
+    since it follows from the lengths.
+    """
+    if "row_lengths" not in arrays:
+        return None
+    lengths = jnp.asarray(arrays["row_lengths"]).astype(jnp.int32)
+    if "shortest_rows" in arrays:
+        lengths = lengths + jnp.asarray(arrays["shortest_rows"])[:, None]
+    missing = -spec.out_features % ROWS_OF_A_BLOCK
+    blocks = jnp.pad(lengths, ((0, 0), (0, missing))).reshape(spec.num_experts, -1, ROWS_OF_A_BLOCK)
+    sums = blocks.sum(axis=2)
+    return jnp.cumsum(sums, axis=1) - sums

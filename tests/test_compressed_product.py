@@ -1,0 +1,499 @@
+"""Experts' products: "cuda" beside "xla", with the kernels run on the CPU by `cuda_emulation`.
+
+Only CuPy's compiling and launching is replaced: arguments, sizes, JAX's callback and DLPack are
+those that run on a GPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden_data import load_golden
+
+import qmoe_jax
+from qmoe_jax.codec import reference
+from qmoe_jax.codec.codings import coding_names, get_coding
+from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.models import load
+from qmoe_jax.models.moe import DERIVED
+from qmoe_jax.models.sampling import greedy_generate
+from qmoe_jax.ops import cuda_kernels, cuda_launcher, launch_settings
+from qmoe_jax.ops.compressed_product import (
+    compressed_product,
+    expert_mlp,
+    kernel_fetch,
+    split_float32,
+)
+from qmoe_jax.ops.cuda_launcher import CudaError
+from qmoe_jax.ops.experts import CodedExperts, DenseExperts, find_row_block_starts
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    from cuda_emulation.launcher import EmulatedLauncher
+
+    return EmulatedLauncher()
+
+
+@pytest.fixture
+def launcher(emulated):
+    """The emulator, in CuPy's place for the length of a test."""
+    emulated.calls.clear()
+    with cuda_launcher.use_launcher(emulated):
+        yield emulated
+
+
+def make_experts(coding, num_experts, out, width, seed=0) -> CodedExperts:
+    """Codes whose levels make products of order 1; the zero of 2-bit rows is any code."""
+    rng = np.random.default_rng(seed)
+    shape = (num_experts, out, width)
+    codes = np.where(rng.random(shape) < 0.8, 0, rng.integers(1, 3, shape)).astype(np.uint8)
+    levels = rng.normal(size=(num_experts, out, 2)).astype(ml_dtypes.bfloat16)
+    if coding in ("packed2", "tunstall_2bit"):
+        levels[..., 1] = rng.choice([0.0, 1.0, 2.0, 3.0], size=(num_experts, out))
+    coded = encode(codes, levels, coding)
+    return CodedExperts(coded.spec, device_arrays(coded), width)
+
+
+def reference_weights(experts) -> np.ndarray:
+    """float64 [experts, out, in] by the slow decoder."""
+    arrays = {name: np.asarray(array) for name, array in experts.arrays.items()}
+    coded = CodedTensor(experts.spec, arrays)
+    codes = get_coding(experts.spec.coding).decode_numpy_reference(coded)
+    return reference.dequantize(coded, codes).astype(np.float64)
+
+
+def product(experts, implementation):
+    """The product as a function of tokens and their experts."""
+    return functools.partial(
+        compressed_product,
+        experts=experts,
+        num_experts=experts.spec.num_experts,
+        out_features=experts.out_features,
+        implementation=implementation,
+    )
+
+
+def assert_close(actual, expected, experts, x):
+    """Within the rounding of float32 sums, bfloat16 results, and 2-bit weights to bfloat16."""
+    scale = 2.0**-8 if x.dtype == jnp.bfloat16 else 2.0**-20
+    if experts.spec.coding in ("packed2", "tunstall_2bit"):
+        scale = 2.0**-8
+    size = np.abs(np.asarray(x, np.float32)).sum(axis=1, keepdims=True) if x.size else 0
+    difference = np.abs(np.asarray(actual, np.float32) - np.asarray(expected, np.float32))
+    assert (difference <= scale * (np.abs(np.asarray(expected, np.float32)) + size)).all()
+
+
+@needs_compiler
+class TestProduct:
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("tokens", "num_experts", "out", "width"),
+        [(1, 1, 1, 1), (5, 3, 33, 31), (3, 40, 7, 70), (17, 2, 5, 65)],
+    )
+    def test_in_and_out_of_jit(self, launcher, coding, dtype, tokens, num_experts, out, width):
+        """Beside float64 products with the weights of the slow decoder."""
+        experts = make_experts(coding, num_experts, out, width, seed=tokens)
+        rng = np.random.default_rng(width)
+        x = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
+        index = jnp.asarray(rng.integers(-1, num_experts, tokens), jnp.int32)
+        weights = np.concatenate([reference_weights(experts), np.zeros((1, out, width))])
+        expected = np.einsum("toi,ti->to", weights[index], np.asarray(x, np.float64))
+        outside = product(experts, "cuda")(x, index)
+        assert [in_jit for _, in_jit in launcher.calls] == [False]
+        inside = jax.jit(product(experts, "cuda"))(x, index)
+        assert [in_jit for _, in_jit in launcher.calls] == [False, True]
+        np.testing.assert_array_equal(inside, outside)
+        assert inside.dtype == dtype
+        assert_close(inside, expected, experts, x)
+        assert not np.any(np.asarray(inside, np.float32)[np.asarray(index) < 0])
+
+    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_equals_xla(self, launcher, coding, dtype):
+        experts = make_experts(coding, 3, 33, 31)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 31)), dtype)
+        index = jnp.asarray([2, -1, 0, 2, 2], jnp.int32)
+        expected = jax.jit(product(experts, "xla"))(x, index)
+        actual = jax.jit(product(experts, "cuda"))(x, index)
+        assert actual.dtype == expected.dtype
+        assert_close(actual, expected, experts, x)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_many_tokens_expand(self, launcher, monkeypatch, dtype):
+        """Over the limit, each expert with tokens is expanded once, in a loop on the device."""
+        settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
+        monkeypatch.setattr(cuda_kernels, "launch_settings", lambda *_: settings)
+        experts = make_experts("tunstall", 4, 9, 50)
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(7, 50)), dtype)
+        index = jnp.asarray([3, 3, 0, -1, 3, 0, 3], jnp.int32)
+        inside = jax.jit(product(experts, "cuda"))(x, index)
+        assert launcher.calls == [("expand_tunstall", True)] * 2
+        np.testing.assert_array_equal(inside, jax.jit(product(experts, "xla"))(x, index))
+
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_expansion_equals_xla(self, launcher, coding):
+        experts = make_experts(coding, 3, 37, 45)
+        ids = jnp.asarray([2, 0], jnp.int32)
+        weights = decode_expert_weights(experts.spec, experts.arrays, 2)
+        expected = [weights, reference_weights(experts)[0].astype(ml_dtypes.bfloat16)]
+        expand = functools.partial(cuda_kernels.expand_experts, launcher, experts)
+        for dense in (expand(ids), jax.jit(expand)(ids)):
+            np.testing.assert_array_equal(dense, np.stack(expected))
+        fetched = kernel_fetch(experts, jnp.float32, "cuda")(jnp.int32(2))
+        np.testing.assert_array_equal(fetched, weights.astype(jnp.float32).T)
+
+    def test_inside_a_loop_on_the_device(self, launcher):
+        """As in generation: the loop's carry goes through the kernel at every turn."""
+        experts = make_experts("tunstall", 2, 40, 40)
+
+        def loop(implementation):
+            def step(i, x):
+                y = product(experts, implementation)(x, (jnp.arange(3) + i) % 2)
+                return y / (1 + jnp.abs(y).max())
+
+            return jax.jit(lambda x: jax.lax.fori_loop(0, 4, step, x))
+
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
+        np.testing.assert_allclose(loop("cuda")(x), loop("xla")(x), atol=1e-6)
+        assert launcher.calls == [("fused_tunstall_t16_rows4", True)] * 4
+
+    def test_no_tokens_and_no_experts_for_any(self, launcher):
+        experts = make_experts("tunstall", 2, 3, 8)
+        y = product(experts, "cuda")(jnp.zeros((0, 8)), jnp.zeros(0, jnp.int32))
+        assert y.shape == (0, 3)
+        assert not launcher.calls
+        y = product(experts, "cuda")(jnp.ones((2, 8), jnp.bfloat16), jnp.full(2, -1))
+        np.testing.assert_array_equal(y.astype(jnp.float32), np.zeros((2, 3)))
+
+    def test_stored_starts_make_no_difference(self, launcher):
+        experts = make_experts("tunstall_2bit", 2, 70, 20)
+        starts = find_row_block_starts(experts.spec, experts.arrays)
+        given = dataclasses.replace(experts, row_block_starts=starts)
+        x, index = jnp.ones((2, 20), jnp.bfloat16), jnp.arange(2)
+        np.testing.assert_array_equal(
+            product(given, "cuda")(x, index), product(experts, "cuda")(x, index)
+        )
+
+    @pytest.mark.parametrize("tokens", [1, 2, 5, 64])
+    def test_tiles_fit_the_tokens(self, launcher, tokens):
+        """Sizes follow from shapes; results do not depend on them."""
+        experts = make_experts("tunstall", 2, 4, 16)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(tokens, 16)), jnp.bfloat16)
+        index = jnp.arange(tokens) % 2
+        weights = reference_weights(experts)[index]
+        expected = np.einsum("toi,ti->to", weights, np.asarray(x, np.float64))
+        assert_close(product(experts, "cuda")(x, index), expected, experts, x)
+        kernel = "t2" if tokens <= 2 else "t16"
+        rows = "rows1" if tokens <= 4 else "rows4"
+        assert launcher.calls == [(f"fused_tunstall_{kernel}_{rows}", False)]
+
+
+class TestRowBlockStarts:
+    @needs_compiler
+    @pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
+    @pytest.mark.parametrize("out", [1, 32, 33, 100])
+    def test_equal_the_kernels(self, emulated, coding, out):
+        from cuda_emulation import launches
+
+        experts = make_experts(coding, 2, out, 20)
+        arrays = {name: np.asarray(array) for name, array in experts.arrays.items()}
+        coded = CodedTensor(experts.spec, arrays)
+        expected = launches.row_block_starts(emulated._module.get_function, coded)
+        np.testing.assert_array_equal(find_row_block_starts(experts.spec, experts.arrays), expected)
+
+    def test_packed_codes_have_none(self):
+        experts = make_experts("packed2", 2, 3, 4)
+        assert find_row_block_starts(experts.spec, experts.arrays) is None
+
+
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_a_float32_token_is_three_bfloat16_ones(under_jit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=1000) * 10.0 ** rng.integers(-20, 20, 1000)
+    x = np.concatenate([x, [0.0, -0.0, 1.0, 2.0**-100]]).astype(np.float32)
+    parts = (jax.jit(split_float32) if under_jit else split_float32)(jnp.asarray(x))
+    assert {part.dtype for part in parts} == {jnp.dtype(jnp.bfloat16)}
+    total = sum(np.asarray(part, np.float64) for part in parts)
+    np.testing.assert_array_equal(total, x)
+
+
+@needs_compiler
+class TestMlp:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_equals_xla(self, launcher, dtype, gated):
+        num_experts, embed, mlp = 3, 24, 40
+        coding = "tunstall"
+        wi = [make_experts(coding, num_experts, mlp, embed, seed=s) for s in range(1 + gated)]
+        wo = make_experts(coding, num_experts, embed, mlp, seed=9)
+        rng = np.random.default_rng(3)
+        x = jnp.asarray(rng.normal(size=(6, embed)) / 5, dtype)
+        index = jnp.asarray(rng.integers(-1, num_experts, 6), jnp.int32)
+
+        def activation(hidden):
+            return (
+                jax.nn.relu(hidden[0]) if len(hidden) == 1 else jax.nn.relu(hidden[0]) * hidden[1]
+            )
+
+        def run(implementation):
+            return jax.jit(
+                lambda x, index: expert_mlp(
+                    x,
+                    index,
+                    num_experts=num_experts,
+                    wi=wi,
+                    wo=wo,
+                    activation=activation,
+                    implementation=implementation,
+                )
+            )(x, index)
+
+        expected, actual = run("xla"), run("cuda")
+        assert len(launcher.calls) == len(wi) + 1
+        assert actual.dtype == expected.dtype == dtype
+        scale = float(jnp.abs(expected).max())
+        tolerance = (0.02 if dtype == jnp.bfloat16 else 1e-5) * scale
+        np.testing.assert_allclose(
+            actual.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance
+        )
+
+    def test_dense_kernels_beside_codes(self, launcher):
+        """Such a layer runs in the loop over experts; only the codes are expanded by a kernel."""
+        wi = make_experts("tunstall", 2, 6, 8)
+        rng = np.random.default_rng(0)
+        wo = DenseExperts(jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32))
+        x, index = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32), jnp.asarray([1, 1, 1])
+        # The loop over experts is a program of its own for each, also outside of jit.
+        results = [
+            expert_mlp(
+                x,
+                index,
+                num_experts=2,
+                wi=[wi],
+                wo=wo,
+                activation=lambda h: jax.nn.relu(h[0]),
+                implementation=implementation,
+            )
+            for implementation in ("xla", "cuda")
+        ]
+        assert launcher.calls == [("expand_tunstall", True)]
+        np.testing.assert_array_equal(*results)
+
+
+class TestUnsupported:
+    def test_unknown_implementation(self):
+        experts = make_experts("tunstall", 1, 2, 3)
+        with pytest.raises(
+            ValueError, match="implementation is 'gpu'; it must be one of xla, cuda"
+        ):
+            product(experts, "gpu")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
+
+    def test_no_gpu_or_no_cupy(self):
+        if jax.default_backend() == "gpu":
+            pytest.skip("there is a GPU")
+        experts = make_experts("tunstall", 1, 2, 3)
+        with pytest.raises(CudaError, match="JAX runs on 'cpu'; implementation='cuda' requires"):
+            product(experts, "cuda")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
+        assert not cuda_launcher.cuda_is_available()
+
+    def test_no_cupy(self, monkeypatch):
+        if importlib.util.find_spec("cupy") is not None:
+            pytest.skip("CuPy is installed")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        with pytest.raises(CudaError, match="CuPy is not installed.*pip install cupy-cuda13x"):
+            cuda_launcher.CupyLauncher()
+
+    @needs_compiler
+    def test_groups_of_columns(self, launcher):
+        experts = make_experts("tunstall", 2, 6, 8)
+        grouped = CodedExperts(experts.spec, experts.arrays, fan_in=16)
+        for implementation in ("xla", "cuda"):
+            run = product(grouped, implementation)
+            x, index = jnp.ones((1, 16), jnp.float32), jnp.zeros(1, jnp.int32)
+            if implementation == "xla":
+                assert run(x, index).shape == (1, 3)
+            else:
+                with pytest.raises(CudaError, match="has 8 of the 16 weights.*group_size"):
+                    run(x, index)
+
+    @needs_compiler
+    def test_rows_beyond_shared_memory(self):
+        """The fused product refuses them; the dispatch expands instead."""
+        from cuda_emulation.launcher import EmulatedLauncher
+
+        small = EmulatedLauncher(max_shared_bytes=36 << 10)
+        experts = make_experts("tunstall", 1, 3, 9000)
+        x = jnp.ones((1, 9000), jnp.bfloat16)
+        index = jnp.zeros(1, jnp.int32)
+        order = cuda_kernels.sort_tokens(index, 1)
+        with pytest.raises(CudaError, match="9000 features do not fit.*36864 bytes"):
+            cuda_kernels.fused_product(
+                small, experts, x, order, expected_tokens=1.0, dtype=jnp.bfloat16
+            )
+        with cuda_launcher.use_launcher(small):
+            y = product(experts, "cuda")(x, index)
+        assert [name for name, _ in small.calls] == ["expand_tunstall"]
+        np.testing.assert_array_equal(y, product(experts, "xla")(x, index))
+
+
+class TestLaunchSettings:
+    def test_the_shipped_file_is_read(self):
+        content = json.loads(launch_settings.PATH.read_text())
+        for codings in content["devices"].values():
+            for fields in codings.values():
+                launch_settings.settings_from_json(fields)
+
+    def test_which_entry_counts(self, tmp_path, monkeypatch):
+        path = tmp_path / "kernel_launch.json"
+        monkeypatch.setattr(launch_settings, "PATH", path)
+        assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
+        for place, name in enumerate(("default", "compute capability 9.0", "a")):
+            chosen = launch_settings.LaunchSettings(few_tokens=10 + place)
+            launch_settings.write_settings(name, {"tunstall": chosen}, path)
+            assert launch_settings.launch_settings("a", "9.0", "tunstall") == chosen
+        assert launch_settings.launch_settings("b", "9.0", "tunstall").few_tokens == 11
+        assert launch_settings.launch_settings("b", "8.0", "tunstall").few_tokens == 10
+        assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
+        assert not list(tmp_path.glob("*.tmp"))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[]",
+            "{",
+            '{"devices": {"a": {"qmoe": {"other": 1}}}}',
+            '{"devices": {"a": {"qmoe": {"few": {"threads": 33, "rows_per_block": 1}}}}}',
+        ],
+    )
+    def test_damage_is_named(self, tmp_path, monkeypatch, text):
+        path = tmp_path / "kernel_launch.json"
+        path.write_text(text)
+        monkeypatch.setattr(launch_settings, "PATH", path)
+        with pytest.raises(ValueError, match="kernel_launch.json is not as it should be"):
+            launch_settings.launch_settings("a", "9.0", "qmoe")
+        launch_settings._read.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compressed(golden_checkpoint, tmp_path_factory):
+    """The smallest golden model, rounded to nearest."""
+    output = tmp_path_factory.mktemp("compressed") / "base"
+    qmoe_jax.compress(golden_checkpoint("base", "t5x_bfloat16"), output, method="rtn")
+    return output
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Tokens of the encoder, of the decoder, and targets."""
+    golden = load_golden("base")
+    names = ("encoder_input", "decoder_input", "decoder_target")
+    return [jnp.asarray(golden[f"batch/{name}_tokens"][:2, :6]) for name in names]
+
+
+@pytest.fixture(scope="module")
+def logits_of(emulated, compressed, inputs):
+    """`logits_of(implementation, dtype, in_jit)`: the model's, run once for all tests."""
+
+    @functools.cache
+    def run(implementation, dtype, in_jit=True):
+        with cuda_launcher.use_launcher(emulated):
+            module, variables = qmoe_jax.load_switch(
+                compressed, dtype, implementation=implementation
+            )
+            apply = functools.partial(module.apply, enable_dropout=False)
+            emulated.calls.clear()
+            logits = np.asarray((jax.jit(apply) if in_jit else apply)(variables, *inputs))
+        config = module.config
+        layers = len(config.encoder_sparse_layers + config.decoder_sparse_layers)
+        if implementation == "cuda":  # wi and wo of every sparse layer, in the fused kernel
+            assert [name.split("_")[0] for name, _ in emulated.calls] == ["fused"] * 2 * layers
+            assert {inside for _, inside in emulated.calls} == {in_jit}
+        else:
+            assert not emulated.calls
+        return logits
+
+    return run
+
+
+@needs_compiler
+class TestModel:
+    def test_same_parameters(self, launcher, compressed):
+        xla_module, xla = qmoe_jax.load_switch(compressed)
+        module, variables = qmoe_jax.load_switch(compressed, implementation="cuda")
+        assert module == dataclasses.replace(xla_module, implementation="cuda")
+        assert set(variables) == {"params", DERIVED}
+        jax.tree.map(np.testing.assert_array_equal, variables["params"], xla["params"])
+        automatic, _ = qmoe_jax.load_switch(compressed, implementation="auto")
+        assert automatic == module
+
+    def test_native_checkpoints_have_no_codes(self, launcher, golden_checkpoint):
+        path = golden_checkpoint("base", "t5x_bfloat16")
+        with pytest.raises(CudaError, match="is a native checkpoint.*Compress it"):
+            qmoe_jax.load_switch(path, implementation="cuda")
+        module, _ = qmoe_jax.load_switch(path, implementation="auto")
+        assert module.implementation == "xla"
+
+    def test_without_a_gpu(self, compressed):
+        if jax.default_backend() == "gpu":
+            pytest.skip("there is a GPU")
+        assert qmoe_jax.load_switch(compressed, implementation="auto")[0].implementation == "xla"
+        with pytest.raises(CudaError, match="requires a CUDA device"):
+            qmoe_jax.load_switch("nowhere", implementation="cuda")
+        with pytest.raises(ValueError, match="it must be 'xla', 'cuda' or 'auto'"):
+            qmoe_jax.load_switch(compressed, implementation="gpu")
+
+    @pytest.mark.parametrize("in_jit", [True, False])
+    def test_float32_logits(self, logits_of, in_jit):
+        """Ternary codes: three bfloat16 products are a float32 one, so the bound is tight."""
+        logits = logits_of("cuda", "float32", in_jit)
+        np.testing.assert_allclose(logits, logits_of("xla", "float32"), atol=2e-5)
+
+    def test_bfloat16_logits(self, logits_of):
+        """Rounding to bfloat16 differs in a last place here and there, as between XLA programs."""
+        logits, expected = logits_of("cuda", "bfloat16"), logits_of("xla", "bfloat16")
+        exact = logits_of("xla", "float32")
+        rounding = np.abs(expected - exact).mean()
+        assert np.abs(logits - expected).mean() <= rounding
+        assert np.abs(logits - exact).mean() <= 1.5 * rounding
+
+    def test_without_derived_variables(self, launcher, compressed, inputs, logits_of):
+        module, variables = qmoe_jax.load_switch(compressed, implementation="cuda")
+        apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
+        logits = apply({"params": variables["params"]}, *inputs)
+        np.testing.assert_array_equal(logits, logits_of("cuda", "float32"))
+
+    def test_greedy_tokens(self, launcher, compressed, inputs):
+        generated = {}
+        for implementation in ("xla", "cuda"):
+            module, variables = qmoe_jax.load_switch(compressed, implementation=implementation)
+            generate = jax.jit(
+                functools.partial(greedy_generate, module, max_decode_length=4, eos_id=-1)
+            )
+            generated[implementation] = np.asarray(generate(variables, inputs[0]))
+        np.testing.assert_array_equal(generated["cuda"], generated["xla"])
+        assert generated["xla"].shape == (2, 4)
+        assert {inside for _, inside in launcher.calls} == {True}
+
+    def test_groups_of_columns_stay_with_xla(self, launcher, compressed):
+        config = qmoe_jax.load_switch(compressed)[0].config
+        half = TensorSpec("tunstall", config.num_experts, 256, config.embed_dim // 2)
+        coded = (("encoder/layers_1/mlp/expert/wi", half),)
+        assert load._choose_implementation("auto", config, coded) == "xla"
+        with pytest.raises(CudaError, match="group_size"):
+            load._choose_implementation("cuda", config, coded)

@@ -1,0 +1,94 @@
+"""Experts split over devices give what they give on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import qmoe_jax
+
+_PROGRAM = """
+import json, sys
+job = json.loads(sys.argv[1])
+import jax, numpy as np
+import qmoe_jax
+from qmoe_jax.models.sampling import greedy_generate
+batch = np.load(job["batch"])
+out = {}
+for name, path in job["paths"].items():
+    for factor in (1.0, None) if name == "ternary" else (None,):
+        one = qmoe_jax.load_switch(path, "float32", factor)
+        split = qmoe_jax.load_switch(path, "float32", factor, num_devices=4)
+        results = [
+            jax.jit(lambda v, *b, module=module: module.apply(v, *b, enable_dropout=False))(
+                variables, batch["e"], batch["i"], batch["t"])
+            for module, variables in (one, split)
+        ]
+        out[f"{name} {factor}"] = float(abs(results[0] - results[1]).max())
+    experts = split[1]["params"]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
+    out[f"{name} shards"] = {
+        key: [list(array.shape), list(array.addressable_shards[0].data.shape)]
+        for key, array in experts.items()
+    }
+    if name != "ternary":
+        continue
+    tokens = [
+        np.asarray(greedy_generate(module, variables, batch["e"], max_decode_length=5))
+        for module, variables in (one, split)
+    ]
+    out[f"{name} tokens"] = bool((tokens[0] == tokens[1]).all())
+try:
+    qmoe_jax.load_switch(path, num_devices=3)
+except ValueError as error:
+    out["refusal"] = str(error)
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(golden_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    native = golden_checkpoint("base", "t5x_float32_inference")
+    paths = {"native": str(native)}
+    for grid in ("ternary", "2bit"):
+        paths[grid] = str(folder / grid)
+        qmoe_jax.compress(native, paths[grid], method="rtn", grid=grid, progress=False)
+    rng = np.random.default_rng(0)
+    encoder = rng.integers(3, 500, (3, 12))
+    target = rng.integers(3, 500, (3, 7))
+    np.savez(folder / "batch.npz", e=encoder, i=np.pad(target[:, :-1], ((0, 0), (1, 0))), t=target)
+    job = {"paths": paths, "batch": str(folder / "batch.npz")}
+    process = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, json.dumps(job)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("model", ["native", "ternary", "2bit"])
+class TestSplitExperts:
+    def test_logits_are_the_same(self, results, model):
+        assert results[f"{model} None"] < 1e-5
+
+    def test_a_device_holds_its_own_experts_only(self, results, model):
+        for name, (whole, own) in results[f"{model} shards"].items():
+            assert own[0] == whole[0] // 4, name
+            assert own[1:] == whole[1:], name
+
+
+def test_logits_with_capacity_are_the_same(results):
+    assert results["ternary 1.0"] < 1e-5
+
+
+def test_generated_tokens_are_the_same(results):
+    assert results["ternary tokens"]
+
+
+def test_experts_that_do_not_divide_are_refused(results):
+    assert "8 experts cannot be split evenly over 3 devices" in results["refusal"]

@@ -1,0 +1,255 @@
+"""The command `infer`: prompts in, answers out, and what bad input gets."""
+
+import json
+import os
+import shutil
+
+import golden_data
+import pytest
+
+import qmoe_jax
+from qmoe_jax import infer, infer_report, prompt_files
+from qmoe_jax.errors import TokensError
+from qmoe_jax.models.text import Vocabulary, encode_prompts, fill_blanks
+
+pytest.importorskip("gin")
+pytest.importorskip("sentencepiece")
+
+CHECKPOINT = golden_data.DEMO / "checkpoint_4200"
+VOCABULARY = golden_data.DEMO / "sentencepiece.model"
+PROMPTS = ("Return the <extra_id_0> of the array.", "Raises an <extra_id_0>.")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Runs the command in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, checkpoint=CHECKPOINT, vocabulary=VOCABULARY):
+        code = 0
+        try:
+            infer.main(
+                [
+                    f"--gin.CHECKPOINT='{checkpoint}'",
+                    f"--gin.VOCABULARY='{vocabulary}'",
+                    "--gin.MAX_DECODE_LENGTH=6",
+                    *arguments,
+                ]
+            )
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("infer") / "compressed"
+    qmoe_jax.compress(CHECKPOINT, path, method="rtn", progress=False)
+    return path
+
+
+class TestAnswers:
+    def test_prompts_as_arguments_list_or_file(self, command, tmp_path):
+        code, printed, progress = command(*PROMPTS)
+        assert code == 0, progress
+        lines = printed.splitlines()
+        assert lines[0::3] == list(PROMPTS)
+        for filled, generated in zip(lines[2::3], lines[1::3], strict=True):
+            assert generated.startswith("  -> <extra_id_0> ")
+            assert filled.startswith("  => R")
+            assert "<extra_id_0>" not in filled
+            assert "\x1b" not in filled
+        assert "2/2" in progress
+        assert "tokens/s" in progress
+        assert "MiB on the host" in progress
+        assert command(f"--gin.PROMPTS={list(PROMPTS)!r}")[1] == printed
+        (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+        assert command("--gin.PROMPTS_FILE='prompts.txt'")[1] == printed
+        # One at a time, as tokens come: the same text.
+        assert command("--gin.STREAM=True", *PROMPTS)[1] == printed
+
+    def test_output(self, command, tmp_path):
+        arguments = ("--gin.METHOD='beam'", "--gin.NUM_DECODES=2", "--gin.OUTPUT='out.jsonl'")
+        code, printed, progress = command(*arguments, *PROMPTS)
+        assert code == 0, progress
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [line["inputs"] for line in lines] == list(PROMPTS)
+        for line in lines:
+            # Beams that have not ended by then are no answers.
+            best, *others = line["decodes"]
+            assert all(best["score"] >= other["score"] for other in others)
+            assert (
+                f"  -> [{best['score']:.3f}] {best['prediction']}\n  => {best['text']}" in printed
+            )
+            assert len(best["tokens"]) <= 6
+        assert sorted(len(line["decodes"]) for line in lines) == [1, 2]
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "out.jsonl",
+            "out.jsonl.operative_config.gin",
+        }
+
+    def test_samples_are_reproduced_by_their_seed(self, command):
+        arguments = ("--gin.METHOD='sample'", "--gin.TOP_P=0.95", PROMPTS[0])
+        first = command(*arguments, "--gin.SEED=1")
+        assert first[0] == 0
+        assert command(*arguments, "--gin.SEED=1")[1] == first[1]
+        assert command(*arguments, "--gin.SEED=2")[1] != first[1]
+        # Streaming is another way to print, not another sample.
+        streamed = command(*arguments, "--gin.SEED=1", "--gin.STREAM=True")
+        assert streamed[1] == first[1]
+
+    def test_codes_and_their_expansion_answer_alike(self, command, compressed):
+        code, printed, progress = command(*PROMPTS, checkpoint=compressed)
+        assert code == 0, progress
+        expanded = command(*PROMPTS, "--gin.DEQUANTIZE=True", checkpoint=compressed)
+        assert expanded[1] == printed
+
+    def test_a_stopped_run_goes_on(self, command, tmp_path, monkeypatch):
+        prompts = (*PROMPTS, "Compute the <extra_id_0>.")
+        arguments = ("--gin.BATCH_SIZE=1", "--gin.OUTPUT='out.jsonl'", *prompts)
+        assert command(*arguments)[0] == 0
+        undisturbed = (tmp_path / "out.jsonl").read_bytes()
+        (tmp_path / "out.jsonl").unlink()
+
+        generate, calls = qmoe_jax.models.prompts._generate, []
+
+        def counting(stop_at):
+            def stopped(*args):
+                if len(calls) == stop_at:
+                    raise KeyboardInterrupt
+                calls.append(args)
+                return generate(*args)
+
+            return stopped
+
+        monkeypatch.setattr("qmoe_jax.models.prompts._generate", counting(2))
+        with pytest.raises(KeyboardInterrupt):
+            command(*arguments)
+        assert not (tmp_path / "out.jsonl").exists()
+        with open(tmp_path / "out.jsonl.partial", "a") as file:
+            file.write('{"batch": 2, "li')  # killed while it wrote
+        calls.clear()
+        monkeypatch.setattr("qmoe_jax.models.prompts._generate", counting(99))
+        code, printed, _ = command(*arguments)
+        assert code == 0
+        assert len(calls) == 1
+        assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
+        assert printed.splitlines()[0::3] == list(prompts)
+        assert not (tmp_path / "out.jsonl.partial").exists()
+
+    def test_other_settings_begin_anew(self, tmp_path):
+        first = prompt_files.AnswerFile(tmp_path / "out", {"seed": 1})
+        first.add(0, {0: {"inputs": "a"}})
+        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 1}).finished == {
+            0: {0: {"inputs": "a"}}
+        }
+        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 2}).finished == {}
+
+
+class TestBadInput:
+    """Each is one line on stderr that names the value, and exit code 2."""
+
+    def refused(self, result, *parts):
+        code, printed, errors = result
+        assert code == 2
+        assert printed == ""
+        (line,) = errors.strip().splitlines()
+        assert line.startswith("qmoe_jax.infer: ")
+        for part in parts:
+            assert part in line
+
+    def test_files(self, command, tmp_path):
+        self.refused(command("a", checkpoint="nothing"), "nothing")
+        self.refused(command("a", vocabulary="nothing.model"), "nothing.model")
+        self.refused(command("--gin.PROMPTS_FILE='none.txt'"), "none.txt", "No such file")
+        (tmp_path / "empty.txt").write_text("\n \n")
+        self.refused(command("--gin.PROMPTS_FILE='empty.txt'"), "holds no prompt")
+        self.refused(command("--gin.OUTPUT='no/folder.jsonl'", "a"), "no/folder.jsonl")
+        assert {path.name for path in tmp_path.iterdir()} == {"empty.txt"}
+
+    def test_prompts(self, command):
+        self.refused(command(), "PROMPTS")
+        self.refused(command("a", "--gin.PROMPTS_FILE='x'"), "in one way")
+        self.refused(command("--gin.PROMPTS='a'"), "give a list of texts")
+        self.refused(command("a", ""), "prompt 2 is empty")
+        self.refused(command("A <extra_id_100>."), "<extra_id_100>")
+        long = "word " * 40
+        self.refused(
+            command("short", long, "--gin.MAX_INPUT_LENGTH=32"),
+            "prompt 2 has",
+            "max_input_length is 32",
+        )
+
+    def test_settings(self, command):
+        self.refused(command("a", "--gin.METHOD='beem'"), "'beem'", "greedy, beam, sample")
+        self.refused(command("a", "--gin.TOP_P=2"), "top_p is 2")
+        self.refused(command("a", "--gin.STREAM=True", "--gin.METHOD='beam'"), "streamed")
+        self.refused(command("a", "--gin.GenerationSettings.temperatur=1"), "temperatur")
+        self.refused(command("a", "--gin.TEMPERATUR=1"), "TEMPERATUR")
+        self.refused(command("a", "--gin.DEQUANTIZE=True"), "no codes to expand")
+
+    def test_another_model_s_vocabulary(self, command, golden_checkpoint):
+        other = golden_checkpoint("base", "t5x_bfloat16")
+        self.refused(command("a", checkpoint=other), "4068 pieces", "512 embeddings")
+
+    def test_a_truncated_compressed_checkpoint(self, command, compressed, tmp_path):
+        copy = shutil.copytree(compressed, tmp_path / "copy")
+        largest = max((p for p in copy.rglob("*") if p.is_file()), key=os.path.getsize)
+        os.truncate(largest, os.path.getsize(largest) // 2)
+        self.refused(command("a", checkpoint=copy), largest.name)
+
+
+class TestPromptFiles:
+    def test_json_lines(self, tmp_path):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text('{"inputs": "a", "text": "b"}\n\n{"text": "c\\u2028d", "inputs": 3}\n')
+        assert prompt_files.read_prompts(path) == ["a", "c\u2028d"]
+        path.write_text('{"text": "a"}\nplain\n')
+        with pytest.raises(TokensError, match="line 2 of .*'plain'"):
+            prompt_files.read_prompts(path)
+
+    def test_stdin(self, monkeypatch):
+        import io
+
+        monkeypatch.setattr("sys.stdin", io.StringIO('one\n{two}\n{"text": "three"}\n'))
+        assert prompt_files.read_prompts("-") == ["one", "{two}", "three"]
+
+    def test_not_text(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(TokensError, match="UTF-8"):
+            prompt_files.read_prompts(tmp_path / "x")
+
+    def test_flags_and_prompts(self):
+        assert infer.split_prompts(["a", "--gin.X=1", "--gin_file", "f.gin", "b"]) == (
+            ["--gin.X=1", "--gin_file", "f.gin"],
+            ["a", "b"],
+        )
+        assert infer.split_prompts(["--", "-x", "--y"]) == ([], ["-x", "--y"])
+
+
+class TestText:
+    def test_fill_blanks(self):
+        generated = "<extra_id_0> red <extra_id_1> <extra_id_2> c <extra_id_0> blue"
+        prompt = "A <extra_id_0> <extra_id_1>, <extra_id_2>, <extra_id_7>."
+        assert fill_blanks(prompt, generated) == "A red <extra_id_1>, c, <extra_id_7>."
+        marked = fill_blanks(prompt, generated, before="[", after="]")
+        assert marked == "A [red] <extra_id_1>, [c], <extra_id_7>."
+        assert fill_blanks("no blank", "") == "no blank"
+
+    def test_spans_stand_out_on_a_terminal(self, monkeypatch):
+        answer = qmoe_jax.models.text.Filled("A <extra_id_0>.", "<extra_id_0> cat", "A cat.")
+        assert infer_report.marked(answer) == "A cat."
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert infer_report.marked(answer) == "A \x1b[1;32mcat\x1b[0m."
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert infer_report.marked(answer) == "A [cat]."
+
+    def test_sentinels_survive_a_round_trip(self):
+        vocabulary = Vocabulary(VOCABULARY)
+        (ids,) = encode_prompts(vocabulary, ["Return <extra_id_0> and <extra_id_99>."])
+        assert ids[-1] == vocabulary.eos_id
+        assert {4067, 3968} <= set(ids)
+        assert vocabulary.decode(ids).startswith("Return <extra_id_0> and <extra_id_99>")
