@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq fuzz clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation fuzz gpu-check clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,7 +39,7 @@ format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: bench-codec bench-gptq ## all benchmarks; results in benchmarks/results/
+bench: bench-codec bench-gptq bench-engine bench-generation ## all benchmarks; results in benchmarks/results/
 
 # Real codes for the benchmark: those of the demo model.
 demo_out/gptq_2bit/manifest.json:
@@ -54,6 +54,16 @@ fuzz: $(VENV)/.installed-dev ## a million mutated tensors through the codec
 
 bench-gptq: $(VENV)/.installed-dev ## GPTQ over batches of experts
 	$(BIN)/python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json
+
+bench-engine: $(VENV)/.installed-dev ## memory and speed of whole runs; 5 GB of disk
+	$(BIN)/python benchmarks/bench_engine.py --json benchmarks/results/engine.json
+
+bench-generation: $(VENV)/.installed-dev ## tokens per second with and without the KV cache
+	$(BIN)/python benchmarks/bench_generation.py --json benchmarks/results/generation.json
+
+# With the Python that has the GPU packages; nothing is installed. PEER=FILE: the paper's kernel too.
+gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels
+	$(PYTHON) benchmarks/gpu_check.py $(if $(PEER),--peer $(PEER))
 
 clean: ## remove the virtual environment and the demo's output
 	rm -rf $(VENV) demo_out

@@ -1,0 +1,275 @@
+"""What the GPU scripts share: data, timing with cold weights, the device's ceilings, cuBLAS.
+
+Times are of CUDA graphs: one graph holds many launches that go round over more memory than the L2
+cache holds several times over, so each launch finds its weights in device memory. The figure is the
+median over replays of a replay's time by its number of launches; the spread is that of the middle
+half of the replays.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a bare checkout will do
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import ml_dtypes  # noqa: E402
+
+from qmoe_jax.codec.encode import encode  # noqa: E402
+from qmoe_jax.codec.tensor import TensorSpec  # noqa: E402
+from qmoe_jax.ops import cuda_kernels  # noqa: E402
+from qmoe_jax.ops.cuda_launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.experts import find_row_block_starts  # noqa: E402
+from qmoe_jax.ops.launch_settings import Launch  # noqa: E402
+
+SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
+"""(out, in) of the QMoE paper's kernels."""
+NUM_EXPERTS = 64
+UNIQUE_EXPERTS = 4
+"""Experts that are encoded; the others are copies of them elsewhere in memory."""
+CODINGS = ("tunstall", "tunstall_2bit", "qmoe", "packed2")
+
+
+class Timing(NamedTuple):
+    """Seconds of a launch: median over replays, and half the range of the middle half."""
+
+    seconds: float
+    spread: float
+
+
+def open_gpu(program: str) -> CupyLauncher:
+    """The GPU, or a clear line and the end of the program."""
+    try:
+        return CupyLauncher()
+    except (CudaError, RuntimeError) as error:
+        fail(program, f"needs a CUDA device. {error}")
+
+
+def fail(program: str, message: str) -> NoReturn:
+    """One line, exit code 2."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Gpu:
+    """CuPy, a stream of its own, and the device's measured ceilings."""
+
+    def __init__(self, launcher: CupyLauncher, replays: int = 15):
+        self.launcher = launcher
+        self.cupy = launcher.array_module
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.replays = replays
+        attributes = self.cupy.cuda.Device().attributes
+        self.l2_bytes = int(attributes["L2CacheSize"])
+        self.cold_bytes = max(4 * self.l2_bytes, 64 << 20)
+
+    def upload(self, array: np.ndarray) -> Any:
+        """An array on the device; bfloat16 as uint16."""
+        plain = array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+        return self.cupy.asarray(np.ascontiguousarray(plain))
+
+    def time(self, launches: Sequence[Callable[[], None]]) -> Timing:
+        """Seconds of one of the launches, which are captured in this order into a graph."""
+        self.cupy.cuda.Device().synchronize()  # uploads went over another stream
+        with self.stream:
+            for launch in launches[:2]:  # loads modules, makes handles and workspaces
+                launch()
+            self.stream.synchronize()
+            self.stream.begin_capture()
+            for launch in launches:
+                launch()
+            graph = self.stream.end_capture()
+            for _ in range(2):
+                graph.launch(self.stream)
+            times = []
+            for _ in range(self.replays):
+                start, stop = self.cupy.cuda.Event(), self.cupy.cuda.Event()
+                start.record(self.stream)
+                graph.launch(self.stream)
+                stop.record(self.stream)
+                stop.synchronize()
+                milliseconds = self.cupy.cuda.get_elapsed_time(start, stop)
+                times.append(milliseconds / 1e3 / len(launches))
+        low, middle, high = np.quantile(times, (0.25, 0.5, 0.75))
+        return Timing(float(middle), float(high - low) / 2)
+
+    def run(self, call: KernelCall, pointers: Sequence[int]) -> Callable[[], None]:
+        """A launch, prepared."""
+        self.launcher.prepare(call)
+        return lambda: self.launcher.launch(call, pointers, None)
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written a second by a copy on the device."""
+        source = self.cupy.ones(1 << 28, np.uint8)
+        target = self.cupy.empty_like(source)
+        copy = self.cupy.cuda.runtime.memcpyAsync
+        kind = self.cupy.cuda.runtime.memcpyDeviceToDevice
+
+        def launch() -> None:
+            copy(target.data.ptr, source.data.ptr, source.nbytes, kind, self.stream.ptr)
+
+        return 2 * source.nbytes / self.time([launch] * 4).seconds
+
+    def write_bandwidth(self) -> float:
+        """Bytes written a second by a fill."""
+        target = self.cupy.empty(1 << 29, np.uint8)
+        fill = self.cupy.cuda.runtime.memsetAsync
+
+        def launch() -> None:
+            fill(target.data.ptr, 7, target.nbytes, self.stream.ptr)
+
+        return target.nbytes / self.time([launch] * 4).seconds
+
+    def facts(self) -> dict[str, Any]:
+        """The device, the software, and the commit."""
+        runtime = self.cupy.cuda.runtime
+        git = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return {
+            "device": self.launcher.device.name,
+            "compute_capability": self.launcher.device.compute_capability,
+            "l2_bytes": self.l2_bytes,
+            "driver": runtime.driverGetVersion(),
+            "cuda": runtime.runtimeGetVersion(),
+            "cupy": self.cupy.__version__,
+            "commit": git.stdout.strip() or os.environ.get("QMOE_COMMIT", "unknown"),
+        }
+
+
+class Codes(NamedTuple):
+    """A tensor of NUM_EXPERTS experts on the device, in several copies."""
+
+    spec: TensorSpec
+    front: tuple[int | np.generic, ...]
+    copies: list[list[Any]]
+    """Arrays of `cuda_kernels.array_names`, once a copy."""
+    stored_bytes: int
+    """Of all experts: what a product of all of them must read."""
+
+
+def random_codes(coding: str, shape: tuple[int, int, int], seed: int = 0) -> tuple[Any, Any]:
+    """Codes [experts, out, in] with the paper's zero share, 0.885 of ternary codes, and levels."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, shape, np.uint8)
+    levels = (rng.random((*shape[:2], 2), np.float32) + 0.5) / np.sqrt(shape[2])
+    if coding in ("tunstall", "qmoe"):
+        levels[..., 0] *= -1
+        codes = np.where(noise < 227, 0, 1 + (noise & 1)).astype(np.uint8)
+    else:  # as GPTQ leaves 2-bit codes: 0.65 at the row's zero, its neighbours, then the fourth
+        levels[..., 1] = 1 + rng.integers(0, 2, shape[:2])
+        offsets = np.array([0, 1, 3, 2], np.uint8)[np.digitize(noise, (166, 214, 254))]
+        codes = (offsets + levels[..., 1:].astype(np.uint8)) % 4
+    return codes, levels.astype(ml_dtypes.bfloat16)
+
+
+def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
+    """Random codes of NUM_EXPERTS experts; copies until they are several times the L2 cache."""
+    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
+    times = NUM_EXPERTS // UNIQUE_EXPERTS
+    arrays = {
+        name: np.concatenate([array] * times)
+        for name, array in coded.arrays.items()
+        if name != "expert_offsets"
+    }
+    if "expert_offsets" in coded.arrays:
+        sizes = np.tile(np.diff(coded.arrays["expert_offsets"]), times)
+        arrays["expert_offsets"] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    spec = TensorSpec(coding, NUM_EXPERTS, out, width, coded.spec.max_row_codewords)
+    stored_bytes = sum(array.nbytes for array in arrays.values())
+    starts = find_row_block_starts(spec, arrays)
+    if starts is not None:
+        arrays["row_block_starts"] = np.asarray(starts)
+    arrays["table"] = cuda_kernels.table(coding) if coding != "packed2" else np.zeros(1)
+    count = -(-gpu.cold_bytes // stored_bytes)
+    names = cuda_kernels.array_names(coding)
+    copies = [[gpu.upload(arrays[name]) for name in names] for _ in range(count)]
+    return Codes(spec, cuda_kernels.front_arguments(spec, arrays), copies, stored_bytes)
+
+
+class Tokens(NamedTuple):
+    """Tokens on the device, sorted by expert, with room for outputs."""
+
+    x: Any
+    order: Any
+    experts: Any
+    starts: Any
+    y: Any
+
+
+def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -> Tokens:
+    """`each` tokens for each of the experts, bfloat16; y is bfloat16 and full of NaNs."""
+    rng = np.random.default_rng(len(experts) + each)
+    count = len(experts) * each
+    x = rng.normal(size=(count, spec.in_features)).astype(ml_dtypes.bfloat16)
+    ids = np.repeat(np.sort(experts), each).astype(np.int32)
+    starts = np.searchsorted(ids, np.arange(spec.num_experts + 1)).astype(np.int32)
+    y = np.full((count, spec.out_features), 0x7FFF, np.uint16)
+    order = np.arange(count, dtype=np.int32)
+    return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)))
+
+
+def product_launches(
+    gpu: Gpu, codes: Codes, tokens: Sequence[Tokens], launch: Launch, tile_tokens: int
+) -> list[Callable[[], None]]:
+    """The fused product of each of `tokens` with each copy of the codes, in turn over memory."""
+    call = cuda_kernels.fused_call(
+        codes.spec,
+        launch,
+        num_tokens=len(tokens[0].x),
+        tile_tokens=tile_tokens,
+        is_float32=False,
+        front=codes.front,
+    )
+    return [
+        gpu.run(call, [array.data.ptr for array in (*copy, *own)])
+        for copy in codes.copies
+        for own in tokens
+    ]
+
+
+class Cublas:
+    """Dense bfloat16 kernels of NUM_EXPERTS experts, [out, in], multiplied by cuBLAS."""
+
+    def __init__(self, gpu: Gpu, dense: Any):
+        from cupy.cuda import device
+        from cupy_backends.cuda.libs import cublas
+
+        self._gpu, self._cublas, self.dense = gpu, cublas, dense
+        self._handle = device.get_cublas_handle()
+        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+    def one(self, expert: int, x: Any, y: Any) -> None:
+        """y [n, out] of one expert: cublasGemmEx, bfloat16 with float32 sums."""
+        _, out, width = self.dense.shape
+        at = self.dense.data.ptr + 2 * out * width * expert
+        self._cublas.gemmEx(
+            self._handle, 1, 0, out, len(x), width, self._one.ctypes.data,
+            at, 14, width, x.data.ptr, 14, width, self._zero.ctypes.data,
+            y.data.ptr, 14, out, self._cublas.CUBLAS_COMPUTE_32F, -1,
+        )  # fmt: skip
+
+    def all(self, x: Any, y: Any) -> None:
+        """y of all experts, as many tokens each: cublasGemmStridedBatchedEx."""
+        experts, out, width = self.dense.shape
+        each = len(x) // experts
+        self._cublas.gemmStridedBatchedEx(
+            self._handle, 1, 0, out, each, width, self._one.ctypes.data,
+            self.dense.data.ptr, 14, width, out * width, x.data.ptr, 14, width, each * width,
+            self._zero.ctypes.data, y.data.ptr, 14, out, each * out, experts,
+            self._cublas.CUBLAS_COMPUTE_32F, -1,
+        )  # fmt: skip
+
+
+def as_floats(gpu: Gpu, bits: Any) -> Any:
+    """bfloat16, held as uint16 on the device, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

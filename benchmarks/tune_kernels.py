@@ -1,0 +1,111 @@
+"""Finds launch settings for this GPU and writes them into configs/kernel_launch.json.
+
+    python benchmarks/tune_kernels.py [--codings tunstall ...]
+
+Needs a CUDA device, CuPy and JAX; a bare checkout will do; some minutes. For each coding the sizes
+of the launches are those with the least time, as a geometric mean over the shapes of the QMoE
+paper: `few` for one token at one expert, `many` for one and for eight tokens at each of 64 experts,
+`expand` for all 64. Then the number of tokens of an expert is sought up to which decoding in the
+product beats expansion and cuBLAS.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import gpu_bench
+import numpy as np
+from bench_kernels import token_sets
+from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu
+
+from qmoe_jax.ops import cuda_kernels, launch_settings
+from qmoe_jax.ops.launch_settings import Launch, LaunchSettings
+
+PROGRAM = "tune_kernels"
+THREADS = (64, 128, 256)
+ROWS = (4, 8, 16, 32, 64, 128)
+CROSSOVER = (16, 32, 64, 128, 256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--codings", nargs="+", default=gpu_bench.CODINGS, choices=gpu_bench.CODINGS
+    )
+    options = parser.parse_args()
+    gpu = Gpu(gpu_bench.open_gpu(PROGRAM), replays=7)
+    found = {}
+    for coding in options.codings:
+        found[coding] = tune(gpu, coding)
+        print(f"{coding}: {found[coding]}", flush=True)
+    launch_settings.write_settings(gpu.launcher.device.name, found)
+    print(f"written to {launch_settings.PATH} as {gpu.launcher.device.name!r}")
+
+
+def tune(gpu: Gpu, coding: str) -> LaunchSettings:
+    """The settings of a coding: a pass over the shapes, one shape's data at a time."""
+    warps = (1, 4) if coding.startswith("tunstall") else (1,)
+    launches = [Launch(t, r, w) for t, r, w in itertools.product(THREADS, ROWS, warps)]
+    expansions = [Launch(t, r) for t, r in itertools.product(THREADS, ROWS)]
+    few, many = (dict.fromkeys(launches, 0.0) for _ in range(2))
+    expand = dict.fromkeys(expansions, 0.0)
+    gains = dict.fromkeys(CROSSOVER, 0.0)
+    for shape in gpu_bench.SHAPES:
+        codes = gpu_bench.make_codes(gpu, coding, *shape)
+        for launch in launches:
+            few[launch] += np.log(product_seconds(gpu, codes, launch, 1, 1))
+            for tokens in (1, 8):
+                many[launch] += np.log(product_seconds(gpu, codes, launch, NUM_EXPERTS, tokens))
+        dense = gpu.cupy.empty((NUM_EXPERTS, *shape), np.uint16)
+        for launch in expansions:
+            expand[launch] += np.log(expand_seconds(gpu, codes, dense, launch))
+        cublas = Cublas(gpu, dense)
+        best, best_expand = (min(d, key=d.__getitem__) for d in (many, expand))
+        expanding = expand_seconds(gpu, codes, dense, best_expand)
+        for tokens in CROSSOVER:
+            own = token_sets(gpu, codes, NUM_EXPERTS, tokens)[0]
+            run: list[Callable[[], None]] = [
+                lambda own=own, cublas=cublas: cublas.all(own.x, own.y)
+            ]
+            multiplying = gpu.time(run * 2).seconds
+            fused = product_seconds(gpu, codes, best, NUM_EXPERTS, tokens)
+            gains[tokens] += np.log((expanding + multiplying) / fused)
+    settings = LaunchSettings(
+        few=min(few, key=few.__getitem__),
+        many=min(many, key=many.__getitem__),
+        expand=min(expand, key=expand.__getitem__),
+    )
+    worth = [tokens for tokens in CROSSOVER if gains[tokens] > 0]
+    return dataclasses.replace(settings, fused_tokens_per_expert=max(worth, default=8))
+
+
+def product_seconds(gpu: Gpu, codes: Codes, launch: Launch, experts: int, tokens: int) -> float:
+    """The fused product; infinite where its tokens do not fit shared memory."""
+    own = token_sets(gpu, codes, experts, tokens)
+    spec, limit = codes.spec, gpu.launcher.device.max_shared_bytes
+    fitting = [
+        tile
+        for tile in cuda_kernels.TILES
+        if cuda_kernels.fused_shared_bytes(spec.coding, spec.in_features, tile, launch.threads)
+        <= limit
+    ]
+    if not fitting:
+        return float("inf")
+    tile = min([t for t in fitting if t >= tokens], default=fitting[-1])
+    return gpu.time(gpu_bench.product_launches(gpu, codes, own, launch, tile)).seconds
+
+
+def expand_seconds(gpu: Gpu, codes: Codes, dense: object, launch: Launch) -> float:
+    """Expansion of all experts."""
+    ids = gpu.upload(np.arange(NUM_EXPERTS, dtype=np.int32))
+    call = cuda_kernels.expand_call(codes.spec, launch, count=NUM_EXPERTS, front=codes.front)
+    arrays: list[Sequence[object]] = [(*copy, ids, dense) for copy in codes.copies]
+    launches = [gpu.run(call, [a.data.ptr for a in some]) for some in arrays]  # type: ignore
+    return gpu.time((launches * 3)[:3]).seconds
+
+
+if __name__ == "__main__":
+    main()

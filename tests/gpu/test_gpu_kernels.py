@@ -1,0 +1,300 @@
+"""The CUDA kernels on a GPU: launched by CuPy, and through JAX, beside float64 references.
+
+    python -m pytest --confcutdir tests/gpu tests/gpu
+
+Inputs are random and new at every run unless QMOE_SEED is set; it is printed. Outputs are full of
+NaNs before each launch. Needs neither the repository installed nor beartype.
+"""
+
+import functools
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, ROOT / "tests"):  # a bare checkout will do
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import ml_dtypes  # noqa: E402
+from cuda_emulation import launches  # noqa: E402
+
+from qmoe_jax.codec import reference  # noqa: E402
+from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
+from qmoe_jax.codec.decode import device_arrays  # noqa: E402
+from qmoe_jax.codec.encode import encode  # noqa: E402
+from qmoe_jax.ops import cuda_kernels, cuda_launcher, launch_settings  # noqa: E402
+from qmoe_jax.ops.compressed_product import compressed_product, expert_mlp  # noqa: E402
+from qmoe_jax.ops.cuda_launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
+
+SEED = int(os.environ.get("QMOE_SEED") or secrets.randbits(30))
+BF16 = ml_dtypes.bfloat16
+
+
+def _open() -> tuple[CupyLauncher | None, str]:
+    try:
+        return CupyLauncher(), ""
+    except (CudaError, RuntimeError) as error:
+        return None, str(error)
+
+
+LAUNCHER, WHY = _open()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(LAUNCHER is None, reason=f"needs a CUDA device: {WHY}"),
+]
+
+
+@pytest.fixture
+def rng(request):
+    """New numbers for each test and each run."""
+    print(f"QMOE_SEED={SEED}")
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+class GpuKernels:
+    """`get(name)` with the call shape of the emulator: NumPy arrays in, written ones come back."""
+
+    def __init__(self, launcher):
+        self.launcher = launcher
+        self.cupy = launcher.array_module
+
+    def __call__(self, name):
+        source = {"expand": "expand.cu", "encode": "encode.cu", "find": "encode.cu"}.get(
+            name.split("_")[0], "fused_" + "_".join(name.split("_")[1:-1]) + ".cu"
+        )
+        source = source.replace("_t2.cu", ".cu").replace("_t16.cu", ".cu")
+
+        def launch(grid, block, args, *, shared_mem=0):
+            arrays = [a for a in args if isinstance(a, np.ndarray)]
+            on_device = [self.cupy.asarray(_plain(a)) for a in arrays]
+            places = iter(range(len(arrays)))
+            arguments = tuple(
+                next(places) if isinstance(a, np.ndarray) else np.uintp(0) if a is None else a
+                for a in args
+            )
+            call = KernelCall(source, name, (*grid, 1)[:2], block[0], shared_mem, arguments)
+            self.launcher.prepare(call)
+            self.launcher.launch(call, [a.data.ptr for a in on_device], None)
+            for host, device in zip(arrays, on_device, strict=True):
+                if host.flags.writeable:
+                    _plain(host)[...] = self.cupy.asnumpy(device)
+
+        return launch
+
+
+def _plain(array):
+    return array.view(np.uint16) if array.dtype == BF16 else array
+
+
+@pytest.fixture(scope="module")
+def get():
+    return GpuKernels(LAUNCHER)
+
+
+def random_tensor(rng, coding, shape, zero_share):
+    symbols = np.where(rng.random(shape) < zero_share, 0, rng.integers(1, 4, shape))
+    levels = rng.normal(size=(*shape[:2], 2))
+    if get_coding(coding).num_symbols == 3:
+        return encode(np.minimum(symbols, 2).astype(np.uint8), levels.astype(BF16), coding)
+    levels[..., 1] = rng.choice([0.0, 1.0, 2.0, 3.0, 1.5], size=shape[:2])
+    base = np.where(levels[..., 1] == 1.5, 0, levels[..., 1]).astype(int)[..., None]
+    return encode(((symbols + base) % 4).astype(np.uint8), levels.astype(BF16), coding)
+
+
+def reference_weights(coded):
+    codes = get_coding(coded.spec.coding).decode_numpy_reference(coded)
+    return reference.dequantize(coded, codes).astype(BF16)
+
+
+def assert_products(y, coded, weights, x, experts):
+    """Within the rounding of float32 sums of float64 products."""
+    terms = coded.spec.in_features / 8 + 16
+    assert np.isfinite(y).all()
+    for token, expert in enumerate(experts):
+        if expert < 0:
+            np.testing.assert_array_equal(y[token], 0)
+            continue
+        w, column = weights[expert].astype(np.float64), x[token].astype(np.float64)
+        sizes = np.abs(w)
+        if coded.spec.coding == "tunstall_2bit":
+            sizes = sizes + 2 * np.abs(w).max(axis=1, keepdims=True)
+        error = np.abs(y[token] - w @ column)
+        assert (error <= terms * 2.0**-24 * (sizes @ np.abs(column)) + 1e-37).all(), error.max()
+
+
+@pytest.mark.parametrize("coding", coding_names())
+@pytest.mark.parametrize(
+    ("experts", "out", "width"),
+    [(1, 1, 1), (2, 33, 31), (3, 5, 769), (4, 100, 1500), (1, 3, 6144), (2, 2080, 96)],
+)
+def test_kernels(get, rng, coding, experts, out, width):
+    """Expansion bit for bit; products of every kernel and tile; where rows begin."""
+    coded = random_tensor(rng, coding, (experts, out, width), rng.choice([0.3, 0.8, 0.885, 0.97]))
+    weights = reference_weights(coded)
+    ids = [*range(experts), -1]
+    dense = launches.expand(get, coded, ids)
+    expected = np.concatenate([weights, np.zeros((1, out, width), BF16)])
+    np.testing.assert_array_equal(dense.view(np.uint16), expected.view(np.uint16))
+    if coding != "packed2":
+        starts = find_row_block_starts(coded.spec, device_arrays(coded))
+        np.testing.assert_array_equal(launches.row_block_starts(get, coded), starts)
+    x = rng.normal(size=(19, width)).astype(BF16)
+    index = rng.integers(-1, experts, 19).astype(np.int32)
+    for tile in (1, 2, 4, 8, 16):
+        for rows in (1, 4):
+            for threads, rows_per_block in ((32, 3), (256, 64)):
+                options = {"threads": threads, "rows_per_block": rows_per_block}
+                if launches.fused_shared_bytes(coding, width, tile, threads) > 48 << 10:
+                    limit = LAUNCHER.device.max_shared_bytes
+                    if launches.fused_shared_bytes(coding, width, tile, threads) > limit:
+                        continue
+                y = launches.multiply(
+                    get, coded, x, index, tile_tokens=tile, rows_per_warp=rows, **options
+                )
+                assert_products(y, coded, weights, x, index)
+
+
+@pytest.mark.parametrize("coding", coding_names())
+def test_damaged_codes_stay_in_bounds(get, rng, coding):
+    """For the memory checker too: any bytes, and every output element is written."""
+    coded = random_tensor(rng, coding, (3, 40, 130), 0.8)
+    arrays = {name: array.copy() for name, array in coded.arrays.items()}
+    for name in set(arrays) - {"levels"}:
+        raw = arrays[name].reshape(-1).view(np.uint8)
+        raw[rng.random(raw.size) < 0.1] = rng.integers(0, 256)
+    damaged = type(coded)(coded.spec, arrays)
+    dense = launches.expand(get, damaged, [0, 1, 2])
+    assert (dense.view(np.uint16) != launches.POISON).all()
+    x = np.ones((3, 130), BF16)
+    y = launches.multiply(get, damaged, x, np.arange(3, dtype=np.int32), tile_tokens=1)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+@pytest.mark.parametrize("zero_share", [0.2, 0.885])
+def test_encoder_writes_the_hosts_bytes(get, rng, coding, zero_share):
+    coded = random_tensor(rng, coding, (2, 70, 700), zero_share)
+    codes = get_coding(coding).decode_numpy_reference(coded)
+    arrays = coded.arrays
+    words, offsets, num_bytes, _ = launches.encode_tunstall(
+        get, codes, arrays["levels"], arrays["dictionaries"], coding
+    )
+    np.testing.assert_array_equal(words, arrays["words"])
+    np.testing.assert_array_equal(offsets, arrays["expert_offsets"])
+    shortest = arrays["shortest_rows"][:, None]
+    np.testing.assert_array_equal(num_bytes - shortest, arrays["row_lengths"])
+
+
+def make_experts(rng, coding, experts, out, width):
+    coded = random_tensor(rng, coding, (experts, out, width), 0.85)
+    return CodedExperts(coded.spec, device_arrays(coded), width), reference_weights(coded)
+
+
+@pytest.mark.parametrize("coding", coding_names())
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_products_through_jax(rng, coding, dtype, tokens):
+    """In jit and out of it: the same bits, near float64; and again, as a replayed graph."""
+    experts, weights = make_experts(rng, coding, 3, 96, 200)
+    weights = np.concatenate([weights.astype(np.float64), np.zeros((1, 96, 200))])
+    run = functools.partial(
+        compressed_product,
+        experts=experts,
+        num_experts=3,
+        out_features=96,
+        implementation="cuda",
+    )
+    jitted = jax.jit(run)
+    for _ in range(4):
+        x = jnp.asarray(rng.normal(size=(tokens, 200)), dtype)
+        index = jnp.asarray(rng.integers(-1, 3, tokens), jnp.int32)
+        inside, outside = jitted(x, index), run(x, index)
+        np.testing.assert_array_equal(inside, outside)
+        exact = np.asarray(x, np.float64)
+        expected = np.einsum("toi,ti->to", weights[np.asarray(index)], exact)
+        scale = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-18
+        bound = scale * (np.abs(expected) + np.abs(exact).sum(axis=1, keepdims=True))
+        assert (np.abs(np.asarray(inside, np.float64) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens):
+    """As in generation, and with many tokens: expansion inside XLA's loop over experts."""
+    if tokens > 100:
+        settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
+        monkeypatch.setattr(cuda_kernels, "launch_settings", lambda *_: settings)
+    wi, _ = make_experts(rng, "tunstall", 5, 96, 64)
+    wo, _ = make_experts(rng, "tunstall", 5, 64, 96)
+    index = jnp.asarray(rng.integers(0, 5, tokens), jnp.int32)
+
+    def loop(implementation):
+        def step(i, x):
+            y = expert_mlp(
+                x,
+                (index + i) % 5,
+                num_experts=5,
+                wi=[wi],
+                wo=wo,
+                activation=lambda hidden: jax.nn.relu(hidden[0]),
+                implementation=implementation,
+            )
+            return (y / (1 + jnp.abs(y).max())).astype(dtype)
+
+        return jax.jit(lambda x: jax.lax.fori_loop(0, 5, step, x))
+
+    x = jnp.asarray(rng.normal(size=(tokens, 64)), dtype)
+    actual, expected = (np.asarray(loop(i)(x), np.float32) for i in ("cuda", "xla"))
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.05
+    np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_automatic_choice():
+    assert cuda_launcher.cuda_is_available()
+    assert isinstance(cuda_launcher.current_launcher(), CupyLauncher)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The smallest golden model, rounded to nearest."""
+    import golden_data
+
+    import qmoe_jax
+
+    folder = tmp_path_factory.mktemp("gpu")
+    path = golden_data.checkpoint_folder("base", "t5x_bfloat16", folder)
+    qmoe_jax.compress(path, folder / "compressed", method="rtn", progress=False)
+    return folder / "compressed"
+
+
+def test_model_logits_and_greedy_tokens(compressed):
+    """The whole Flax module, in and out of jit, and generation; float32 as the bound is tight."""
+    import golden_data
+
+    import qmoe_jax
+    from qmoe_jax.models.sampling import greedy_generate
+
+    golden = golden_data.load_golden("base")
+    names = ("encoder_input", "decoder_input", "decoder_target")
+    inputs = [jnp.asarray(golden[f"batch/{name}_tokens"]) for name in names]
+    logits, tokens = {}, {}
+    for implementation in ("xla", "cuda"):
+        module, variables = qmoe_jax.load_switch(compressed, implementation=implementation)
+        apply = functools.partial(module.apply, enable_dropout=False)
+        logits[implementation] = np.asarray(jax.jit(apply)(variables, *inputs))
+        if implementation == "cuda":
+            outside = np.asarray(apply(variables, *inputs))
+        generate = functools.partial(greedy_generate, module, max_decode_length=8, eos_id=-1)
+        tokens[implementation] = np.asarray(jax.jit(generate)(variables, inputs[0]))
+    np.testing.assert_allclose(logits["cuda"], logits["xla"], atol=2e-3)
+    np.testing.assert_allclose(outside, logits["cuda"], atol=2e-3)
+    np.testing.assert_array_equal(tokens["cuda"], tokens["xla"])
