@@ -69,13 +69,14 @@ def write_checkpoint(folder: pathlib.Path, config: SwitchConfig) -> pathlib.Path
         router = "/router/" in name
         dtype = "float32" if router else "bfloat16"
         writer.create(name, shape, dtype)
-        step = 8 if names.is_expert_kernel(name) else shape[0]
-        for start in range(0, shape[0], step):
-            part = (min(step, shape[0] - start), *shape[1:])
+        length = shape[:1][0]
+        step = 8 if names.is_expert_kernel(name) else length
+        for start in range(0, length, step):
+            part = (min(step, length - start), *shape[1:])
             if name.endswith("/scale"):
                 values = np.ones(part, np.float32)
             else:
-                fan_in = shape[-2] if len(shape) > 1 else 1
+                fan_in = int(np.prod(shape[-2:-1], dtype=np.int64))
                 values = rng.standard_normal(part, np.float32) * fan_in**-0.5
             writer.write(name, values.astype(dtype if router else ml_dtypes.bfloat16), start)
     return writer.finish()

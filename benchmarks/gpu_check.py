@@ -106,7 +106,9 @@ def _run(command: list[str], limit: int) -> tuple[int, str]:
     finally:
         process.stdout.close()
     counted = [
-        line for line in lines if re.search(r"(ERROR|RACECHECK) SUMMARY|passed|failed", line)
+        line
+        for line in lines
+        if re.search(r"(ERROR|RACECHECK) SUMMARY|passed|failed|skipped in", line)
     ]
     if code == 0 and any("skipped" in line and "passed" not in line for line in counted):
         return 1, "every test was skipped"

@@ -99,7 +99,7 @@ def test_the_manifest_is_complete_and_portable(gptq):
     path, report = gptq
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["format"] == "qmoe_jax"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["compression"]["settings"]["grid"] == "ternary"
     assert str(path.parent) not in json.dumps(manifest)
     stored = open_compressed_checkpoint(path).num_bytes()

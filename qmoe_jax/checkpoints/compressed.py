@@ -26,7 +26,7 @@ from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CheckpointError
 
 FORMAT = "qmoe_jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
