@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation fuzz gpu-check clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation fuzz gpu-check notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -65,5 +65,15 @@ bench-generation: $(VENV)/.installed-dev ## tokens per second with and without t
 gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PEER),--peer $(PEER))
 
-clean: ## remove the virtual environment and the demo's output
-	rm -rf $(VENV) demo_out
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP) --editable ".[dev,docs]"
+	@touch $@
+
+notebook: $(VENV)/.installed-docs ## run the notebook on the demo and render notebooks/*.html
+	$(BIN)/python notebooks/render.py
+
+docs: $(VENV)/.installed-docs ## the API reference from the docstrings, in build/api
+	$(BIN)/python docs/build_api.py build/api
+
+clean: ## remove the virtual environment and the output of demo and notebook
+	rm -rf $(VENV) demo_out notebook_out build/api

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _DEFAULT_MODEL = _CHECKOUT / "tests" / "golden" / "switch_demo"
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             loss, filled, _ = measure(variant.name, path, validation)
             rows.append(demo_report.variant_row(variant.name, report, loss, baseline, filled))
     except (CheckpointError, CodecError, TokensError) as error:
-        raise SystemExit(f"demo: {error}") from error
+        _fail(str(error))
     document = demo_report.document(
         rows,
         checkpoint=os.path.relpath(checkpoint),
@@ -127,12 +127,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fail(message: str) -> NoReturn:
+    print(f"demo: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _demo_file(model: Path, name: str) -> Path:
     path = model / name
     if not path.exists():
-        raise SystemExit(
-            f"demo: {path} does not exist; run from a checkout of the repository, or pass --model"
-        )
+        _fail(f"{path} does not exist; run from a checkout of the repository, or pass --model")
     return path
 
 

@@ -7,9 +7,11 @@ import argparse
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -218,13 +220,23 @@ def _split_bindings(name: str, argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
+def _about(gin_file: str) -> str:
+    """What a gin file says of itself: the comment that it begins with."""
+    path = _CHECKOUT / gin_file
+    if not path.is_file():
+        return ""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+    return f"\n{gin_file}:\n" + textwrap.indent(text, "  ") + "\n"
+
+
 def _parser(
     name: str, description: str, default_gin_file: str, distributed: bool
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m qmoe_jax.{name}",
         description=description,
-        epilog=_FLAGS + (_DISTRIBUTED_FLAGS if distributed else ""),
+        epilog=_FLAGS + _about(default_gin_file) + (_DISTRIBUTED_FLAGS if distributed else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--gin_search_paths=DIRS]",
     )

@@ -100,6 +100,13 @@ def load_switch(
     overrides: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     overrides["eval_capacity_factor"] = expert_capacity_factor
     mesh = None if num_devices == 1 else expert_mesh(num_devices)
+    if mesh is not None:
+        if implementation == "cuda":
+            raise CudaError(
+                f"num_devices is {num_devices}, but the CUDA kernels run on one device; use "
+                "implementation='xla', or num_devices=1"
+            )
+        implementation = "xla"
     if is_compressed_checkpoint(path):
         compressed = open_compressed_checkpoint(path)
         config = dataclasses.replace(compressed.config, **overrides)
@@ -107,7 +114,7 @@ def load_switch(
         implementation = _choose_implementation(implementation, config, coded)
         flat = _compressed_params(compressed, config, mesh)
         variables: dict[str, Any] = {"params": names.unflatten(flat)}
-        if implementation == "cuda" and mesh is None and (derived := _derive(coded, flat)):
+        if implementation == "cuda" and (derived := _derive(coded, flat)):
             variables[DERIVED] = names.unflatten(derived)
         return SwitchTransformer(config, dtype, coded, implementation, mesh), variables
     if implementation == "cuda":

@@ -50,9 +50,15 @@ def check_coded(experts: CodedExperts) -> None:
     """Refuses codes that the CUDA kernels do not take.
 
     Raises:
-      CudaError: a row of codes is only part of an output feature's weights.
+      CudaError: a row of codes is only part of an output feature's weights, or a coding that has no
+        kernels.
     """
     spec = experts.spec
+    if spec.coding not in _DICTIONARY_BYTES:
+        raise CudaError(
+            f"The coding {spec.coding!r} has no CUDA kernels; those that do are "
+            f"{', '.join(sorted(_DICTIONARY_BYTES))}. Use implementation='xla'."
+        )
     if spec.in_features != experts.fan_in:
         raise CudaError(
             f"A row of codes has {spec.in_features} of the {experts.fan_in} weights of an output "
