@@ -385,7 +385,9 @@ def stop_after(monkeypatch, num_batches):
 
 class TestResume:
     # 4 sparse layers of 8 experts in batches of 3: 12 batches.
-    @pytest.mark.parametrize("stops", [(1,), (3, 5), (2, 2, 2, 5)])
+    @pytest.mark.parametrize(
+        "stops", [(1,), (3, 5), pytest.param((2, 2, 2, 5), marks=pytest.mark.slow)]
+    )
     def test_a_stopped_run_ends_with_the_same_bytes(self, base, gptq, tmp_path, monkeypatch, stops):
         path = tmp_path / "out"
         for stop in stops:

@@ -126,7 +126,7 @@ class TestDecoders:
         check_decoders(get, encode(codes, levels, "tunstall_2bit"), tile_tokens=(1, 2))
 
     @pytest.mark.parametrize("coding", coding_names())
-    @pytest.mark.parametrize("width", [5000, 5003])
+    @pytest.mark.parametrize("width", [5003])
     def test_long_sparse_rows(self, get, coding, width):
         """Many rounds, each over many columns: the expansion's ring wraps."""
         coded = random_tensor(coding, (1, 3, width), 0.99, seed=width)
@@ -243,7 +243,7 @@ class TestDamage:
         return results
 
     @pytest.mark.parametrize("coding", coding_names())
-    @pytest.mark.parametrize("seed", range(12))
+    @pytest.mark.parametrize("seed", range(6))
     def test_any_arrays(self, get, coding, seed):
         rng = np.random.default_rng(seed)
         coded = random_tensor(coding, (3, 40, int(rng.integers(1, 150))), rng.random(), seed)

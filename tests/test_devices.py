@@ -125,6 +125,7 @@ def test_several_devices_give_the_same_model(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_more_processes_than_batches_of_experts(checkpoint, files, alone, tmp_path):
     """8 experts, 3 processes: shares of 2, 3 and 3, in batches of 2 and 1."""
     results = compress_in(

@@ -220,6 +220,7 @@ class TestOtherCases:
         assert shapes == jax.tree.map(lambda x: x.shape, variables)
 
 
+@pytest.mark.slow  # test_evaluation holds the command to the same figures
 @pytest.mark.parametrize(
     ("factor", "result"), [(None, "dropless_f32"), (2.0, "capacity_factor_2_f32")]
 )
