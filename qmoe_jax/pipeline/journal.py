@@ -24,6 +24,7 @@ from qmoe_jax.codec import codings
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CheckpointError, CodecError
+from qmoe_jax.run_folder import difference, write_atomically
 
 _RUN = "run.json"
 _LAYER = ".layer.json"
@@ -71,7 +72,7 @@ class Journal:
                 self._lock.close()
                 raise CheckpointError(
                     f"{self._folder.parent} holds an unfinished run with other settings "
-                    f"({_difference(previous, run)}). Go on with the same settings, or pass "
+                    f"({difference(previous, run)}). Go on with the same settings, or pass "
                     "overwrite=True to throw it away."
                 )
             for pattern in ("*.npz", "*" + _LAYER):
@@ -79,7 +80,7 @@ class Journal:
                     path.unlink()
         if previous != dict(run):
             try:
-                self._write(self._folder / _RUN, json.dumps(run, indent=1).encode())
+                write_atomically(self._folder / _RUN, json.dumps(run, indent=1).encode())
             except CheckpointError:
                 self._lock.close()
                 raise
@@ -123,7 +124,7 @@ class Journal:
         """
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **_to_arrays(kernels))
-        self._write(self._batch_path(name), content.getbuffer())
+        write_atomically(self._batch_path(name), content.getvalue())
 
     def load_layer(self, name: str) -> Any:
         """The record of a finished layer; None where there is none.
@@ -147,7 +148,7 @@ class Journal:
         Raises:
           CheckpointError: it cannot be written.
         """
-        self._write(self._folder / (name + _LAYER), json.dumps(record).encode())
+        write_atomically(self._folder / (name + _LAYER), json.dumps(record).encode())
 
     def forget_batches(self, names: Iterable[str]) -> None:
         """Deletes batches of experts, those that there are."""
@@ -156,21 +157,6 @@ class Journal:
 
     def _batch_path(self, name: str) -> Path:
         return self._folder / f"{name}.npz"
-
-    def _write(self, path: Path, content: bytes | memoryview) -> None:
-        partial = path.with_suffix(".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"cannot write {path} ({error}); free some space and run the same command again, "
-                "it goes on from here"
-            ) from error
 
     def _read_run(self) -> dict[str, Any] | None:
         path = self._folder / _RUN
@@ -192,27 +178,6 @@ def _lock(path: Path) -> IO[bytes]:
             f"another process is writing {path.parent.parent}; wait for it or choose another output"
         ) from error
     return file
-
-
-def _difference(previous: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """What differs between two runs, `settings.grid: 'ternary' became '2bit'`."""
-    before, now = _flat(previous), _flat(run)
-    changed = [
-        f"{key}: {before.get(key)!r} became {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    return "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _to_arrays(kernels: FinishedKernels) -> dict[str, np.ndarray]:
