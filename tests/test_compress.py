@@ -437,6 +437,19 @@ class TestResume:
             qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
         monkeypatch.setattr(expert_layer, "quantize_batch", compute)
 
+    def test_a_work_folder_loses_only_what_is_the_run_s(self, base, gptq, tmp_path, monkeypatch):
+        path, work = tmp_path / "out", tmp_path / "work"
+        work.mkdir()
+        (work / "other.txt").write_text("not ours")
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(Stopped):
+                qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **QUICK)
+        report = qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **QUICK)
+        assert report.num_replayed == 2
+        assert same_tree(path, gptq[0])
+        assert [file.name for file in work.iterdir()] == ["other.txt"]
+
     def test_a_finished_layer_is_checked(self, base, tmp_path, monkeypatch):
         path = tmp_path / "out"
         with monkeypatch.context() as patch:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from typing import Any
@@ -154,9 +153,9 @@ def compress(
         processes.barrier("all written")
         if processes.is_primary:
             writer.finish(config, {"settings": chosen.to_json(), "tokens": described})
-            if work_dir is not None:
-                shutil.rmtree(work_dir, ignore_errors=True)
         processes.barrier("finished")
+        if work_dir is not None:
+            journal.clear()
     if separate_evaluation and validation is not None and processes.is_primary:
         report.separate_validation = _evaluate_output(output, validation, chosen, bar)
     report.seconds = time.monotonic() - started

@@ -7,6 +7,7 @@ forward pass through the codes that it finds, with the programs of the first run
 the same bytes.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import io
@@ -28,6 +29,7 @@ from qmoe_jax.run_folder import difference, write_atomically
 
 _RUN = "run.json"
 _LAYER = ".layer.json"
+_LOCK = "lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Journal:
         self._folder = Path(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._folder / "lock")
+            self._lock = _lock(self._folder / _LOCK)
         except OSError as error:
             raise CheckpointError(f"cannot write to {folder}: {error}") from error
         previous = self._read_run()
@@ -75,9 +77,7 @@ class Journal:
                     f"({difference(previous, run)}). Go on with the same settings, or pass "
                     "overwrite=True to throw it away."
                 )
-            for pattern in ("*.npz", "*" + _LAYER):
-                for path in self._folder.glob(pattern):
-                    path.unlink()
+            self._forget_all()
         if previous != dict(run):
             try:
                 write_atomically(self._folder / _RUN, json.dumps(run, indent=1).encode())
@@ -88,6 +88,19 @@ class Journal:
     def close(self) -> None:
         """Lets other processes in."""
         self._lock.close()
+
+    def clear(self) -> None:
+        """Deletes what the journal has written, and the folder if nothing else is in it."""
+        self._forget_all()
+        for name in (_RUN, _LOCK):
+            (self._folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds files of others
+            self._folder.rmdir()
+
+    def _forget_all(self) -> None:
+        for pattern in ("*.npz", "*" + _LAYER):
+            for path in self._folder.glob(pattern):
+                path.unlink()
 
     def __len__(self) -> int:
         return sum(1 for _ in self._folder.glob("*.npz"))
