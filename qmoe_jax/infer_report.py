@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from qmoe_jax.models.text import Filled, fill_blanks
+from qmoe_jax.pipeline.run_log import peak_host_bytes
 
 _BRIGHT, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
@@ -88,18 +89,9 @@ class Speed:
 
 def memory() -> str:
     """Peak memory of the process, and of devices that count theirs."""
-    parts = [f"peak memory {_host_peak_bytes() / 2**20:,.0f} MiB on the host"]
+    parts = [f"peak memory {peak_host_bytes() / 2**20:,.0f} MiB on the host"]
     for device in jax.local_devices():
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         if peak is not None:
             parts.append(f"{peak / 2**20:,.0f} MiB on {device.device_kind} {device.id}")
     return ", ".join(parts)
-
-
-def _host_peak_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

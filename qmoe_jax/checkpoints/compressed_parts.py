@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint
+from qmoe_jax.checkpoints.storage import Folder
 from qmoe_jax.checkpoints.stored_arrays import finish_read, start_read, verify_part
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.outline import CodedOutline
@@ -35,6 +37,46 @@ def step_of_name(url: str) -> int | None:
     """The training step in a folder's name, `checkpoint_<step>` as T5X names them, or None."""
     match = re.search(r"(?:^|/)checkpoint_(\d+)/?$", url)
     return int(match[1]) if match else None
+
+
+def read_experts(
+    folder: Folder,
+    kernel: str,
+    entries: Mapping[str, Mapping[str, Any]],
+    outline: CodedOutline,
+    start: int,
+    stop: int,
+) -> CodedTensor:
+    """Reads the experts start to stop - 1 of a kernel; checks the structure of their codes.
+
+    Args:
+      folder: of the checkpoint.
+      kernel: module path.
+      entries: manifest entries of its arrays.
+      outline: of the whole kernel.
+      start: first expert.
+      stop: the expert after the last.
+
+    Raises:
+      CheckpointError: an array is missing or truncated.
+      CodecError: the arrays do not form a valid coded tensor.
+    """
+    parts = {
+        key: slice(outline.start(key, start), outline.start(key, stop))
+        for key in entries
+        if key != "expert_offsets"
+    }
+    reads = {key: start_read(folder, entries[key]) for key in parts}
+    arrays = {
+        key: finish_read(folder, f"{kernel}/{key}", entries[key], reads[key], part)
+        for key, part in parts.items()
+    }
+    if "expert_offsets" in entries:
+        offsets = outline.expert_offsets()[start : stop + 1]
+        arrays["expert_offsets"] = offsets - offsets[0]
+    coded = CodedTensor(dataclasses.replace(outline.spec, num_experts=stop - start), arrays)
+    codings.validate(coded)
+    return coded
 
 
 class CodedExperts:
@@ -107,24 +149,7 @@ class CodedExperts:
           CheckpointError: an array is missing or truncated.
           CodecError: the arrays do not form a valid coded tensor.
         """
-        parts = {
-            key: slice(self.outline.start(key, start), self.outline.start(key, stop))
-            for key in self._entries
-            if key != "expert_offsets"
-        }
-        reads = {key: start_read(self._folder, self._entries[key]) for key in parts}
-        arrays = {
-            key: finish_read(
-                self._folder, f"{self._kernel}/{key}", self._entries[key], reads[key], part
-            )
-            for key, part in parts.items()
-        }
-        if "expert_offsets" in self._entries:
-            offsets = self.outline.expert_offsets()[start : stop + 1]
-            arrays["expert_offsets"] = offsets - offsets[0]
-        coded = CodedTensor(dataclasses.replace(self.spec, num_experts=stop - start), arrays)
-        codings.validate(coded)
-        return coded
+        return read_experts(self._folder, self._kernel, self._entries, self.outline, start, stop)
 
     def each(self, batch: int) -> Iterator[tuple[int, CodedTensor]]:
         """Reads all experts in order, at most `batch` at a time: (first expert, their codes)."""

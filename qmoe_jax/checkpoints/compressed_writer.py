@@ -3,7 +3,6 @@
 `checkpoints.compressed` describes what is written.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,18 +13,16 @@ import numpy as np
 import tensorstore as ts
 
 from qmoe_jax.checkpoints.compressed import FORMAT, FORMAT_VERSION
+from qmoe_jax.checkpoints.compressed_parts import read_experts
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
 from qmoe_jax.checkpoints.stored_arrays import (
     ArrayPartWriter,
     array_entry,
     create_array,
-    finish_read,
-    start_read,
     verify_part,
     write_array,
 )
-from qmoe_jax.codec import codings
 from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.errors import CheckpointError
@@ -202,23 +199,7 @@ class CompressedCheckpointWriter:
           CodecError: the arrays do not form a valid coded tensor.
         """
         outline, entries = self._outlines[name], self._coded[name]["arrays"]
-        arrays = {
-            key: finish_read(
-                self.folder,
-                f"{name}/{key}",
-                entry,
-                start_read(self.folder, entry),
-                slice(outline.start(key, start), outline.start(key, stop)),
-            )
-            for key, entry in entries.items()
-            if key != "expert_offsets"
-        }
-        if "expert_offsets" in entries:
-            offsets = outline.expert_offsets()[start : stop + 1]
-            arrays["expert_offsets"] = offsets - offsets[0]
-        coded = CodedTensor(dataclasses.replace(outline.spec, num_experts=stop - start), arrays)
-        codings.validate(coded)
-        return coded
+        return read_experts(self.folder, name, entries, outline, start, stop)
 
     def finish(self, config: SwitchConfig, compression: Mapping[str, Any]) -> None:
         """Writes the manifest and makes the checkpoint visible under its path.

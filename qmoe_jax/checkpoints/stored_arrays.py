@@ -13,6 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from qmoe_jax.checkpoints.storage import Folder, short_message
+from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 24
@@ -21,7 +22,7 @@ _REMEDY = "copy the checkpoint again, or compress again"
 
 def entry_bytes(entry: Mapping[str, Any]) -> int:
     """Bytes of an array, by its manifest entry."""
-    return _item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
+    return item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
 
 
 def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) -> None:
@@ -50,15 +51,10 @@ def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) ->
 def write_array(folder: Folder, name: str, array: np.ndarray) -> dict[str, Any]:
     """Creates and writes an array; returns its manifest entry."""
     create_array(folder, name, array.dtype.name, array.shape)
-    if array.ndim == 0:
-        writer = ArrayPartWriter(folder, name, None)
-        writer.append(array)
-        checksums = [[1, writer.close()]]
-    else:
-        writer = ArrayPartWriter(folder, name, 0)
-        writer.append(array)
-        checksums = [[array.shape[0], writer.close()]]
-    return array_entry(name, array.dtype.name, array.shape, checksums)
+    writer = ArrayPartWriter(folder, name, 0 if array.ndim else None)
+    writer.append(array)
+    stop = array.shape[0] if array.ndim else 1
+    return array_entry(name, array.dtype.name, array.shape, [[stop, writer.close()]])
 
 
 def array_entry(
@@ -230,15 +226,11 @@ def _spec(folder: Folder, name: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": folder.child(name).spec}
 
 
-def _item_bytes(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-
 def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
     """Whole trailing axes, and as many entries of the first as fit a chunk."""
     if not shape:
         return []
-    row_bytes = max(1, _item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
+    row_bytes = max(1, item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
     first = min(max(1, shape[0]), max(1, _CHUNK_BYTES // row_bytes))
     return [first, *(max(1, n) for n in shape[1:])]
 

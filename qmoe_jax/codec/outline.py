@@ -66,7 +66,7 @@ class CodedOutline:
         )
         # Only row lengths have a choice, and the widest that a batch needs is what the whole needs.
         widest = {
-            name: max((o.dtypes[name] for o in outlines), key=_item_bytes)
+            name: max((o.dtypes[name] for o in outlines), key=item_bytes)
             for name in outlines[0].dtypes
         }
         sizes = tuple(size for o in outlines for size in o.expert_sizes)
@@ -93,7 +93,7 @@ class CodedOutline:
 
     def num_bytes(self, name: str) -> int:
         """Bytes of an array."""
-        return _item_bytes(self.dtypes[name]) * int(np.prod(self.shape(name), dtype=np.int64))
+        return item_bytes(self.dtypes[name]) * int(np.prod(self.shape(name), dtype=np.int64))
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -110,5 +110,6 @@ class CodedOutline:
         )
 
 
-def _item_bytes(dtype: str) -> int:
+def item_bytes(dtype: str) -> int:
+    """Bytes of an element of a dtype by name, bfloat16 too."""
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

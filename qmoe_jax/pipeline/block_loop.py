@@ -80,7 +80,6 @@ class BlockLoop:
             dense_parameters=self.dense_parameters + self.experts.dense_parameters,
             num_replayed=self.experts.num_replayed,
             bytes_read=self.dense_bytes + self.experts.reader.num_bytes,
-            peak_host_bytes=peak_host_bytes(),
             validation=validation,
         )
 
@@ -227,7 +226,8 @@ class BlockLoop:
         if buffer is not None and routing is not None:
             assert self.samples is not None
             gather = self.processes.gather
-            lengths = [len(part) for part in gather(routing[1])]
+            gates = gather(routing[1])
+            lengths = [len(part) for part in gates]
             tokens = LayerTokens(
                 buffer=buffer,
                 dispatch=dispatch_tokens(
@@ -236,7 +236,7 @@ class BlockLoop:
                     num_experts=self.config.num_experts,
                     max_tokens_factor=self.settings.max_tokens_factor,
                 ),
-                gate=np.concatenate(gather(routing[1])),
+                gate=np.concatenate(gates),
                 processes=self.processes,
                 first_rows=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
             )

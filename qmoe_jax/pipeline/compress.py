@@ -159,7 +159,6 @@ def compress(
     if separate_evaluation and validation is not None and processes.is_primary:
         report.separate_validation = _evaluate_output(output, validation, chosen, bar)
     report.seconds = time.monotonic() - started
-    report.bytes_read = loop.dense_bytes + experts.reader.num_bytes
     report.peak_host_bytes = peak_host_bytes()
     if processes.is_primary:
         run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})

@@ -55,8 +55,7 @@ class ExpertLayers:
       processes: who takes part.
       bar: makes a progress bar.
       kernels: a report per finished expert kernel.
-      num_computed: batches of experts that this process has quantized.
-      num_replayed: those that it has found finished.
+      num_replayed: batches of experts that this process has found finished.
       dense_bits: bits of expert kernels that were left as they are.
       dense_parameters: their number.
     """
@@ -70,7 +69,6 @@ class ExpertLayers:
     processes: Processes
     bar: Callable[..., Any]
     kernels: list[KernelReport] = dataclasses.field(default_factory=list)
-    num_computed: int = 0
     num_replayed: int = 0
     dense_bits: int = 0
     dense_parameters: int = 0
@@ -266,7 +264,6 @@ class ExpertLayers:
                     for name, kernel in quantized.items()
                 }
                 self.journal.save_batch(entry, finished)
-                self.num_computed += 1
         return quantized, finished
 
     def _write(
@@ -289,7 +286,6 @@ class ExpertLayers:
         part = self.writer.write_coded_part(path, outline, first_expert, coded)
         parts = self.processes.gather_json(part)
         all_statistics = [s for own in self.processes.gather_json(statistics) for s in own]
-        self.writer.register_coded(path, outline, parts)
         report = kernel_report(path, outline, all_statistics)
         return {
             "outline": outline.to_json(),

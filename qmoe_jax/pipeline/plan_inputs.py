@@ -13,9 +13,9 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import Shape, parameter_shapes
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.errors import TokensError
 from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
-from qmoe_jax.pipeline.plan_sizes import itemsize
 from qmoe_jax.pipeline.registry import PublicCheckpoint
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.settings import CompressionSettings
@@ -86,12 +86,12 @@ class ModelFacts:
         totals: dict[str, int] = {}
         for name, shape in self.shapes.items():
             dtype = self.dtypes[name]
-            totals[dtype] = totals.get(dtype, 0) + math.prod(shape) * itemsize(dtype)
+            totals[dtype] = totals.get(dtype, 0) + math.prod(shape) * item_bytes(dtype)
         return totals
 
     def expert_itemsize(self) -> int:
         """Bytes of a weight of an expert in the source."""
-        return max(itemsize(self.dtypes[name]) for name in self.expert_names)
+        return max(item_bytes(self.dtypes[name]) for name in self.expert_names)
 
     def bytes_to_read(self, expert_batch: int) -> int:
         """Bytes that a run decodes: every chunk that a slice of experts touches, whole.
@@ -100,7 +100,7 @@ class ModelFacts:
         a layer fit the cache together.
         """
         kinds = {name.rsplit("/", 2)[-2]: name for name in self.expert_names}
-        slabs = (math.prod(self._slab(n)) * itemsize(self.dtypes[n]) for n in kinds.values())
+        slabs = (math.prod(self._slab(n)) * item_bytes(self.dtypes[n]) for n in kinds.values())
         cached = sum(slabs) <= CACHE_BYTES
         total = 0
         for name, shape in self.shapes.items():
@@ -112,14 +112,16 @@ class ModelFacts:
                     math.ceil(stop / slab[0]) - start // slab[0]
                     for start, stop in itertools.pairwise(bounds)
                 )
-            total += count * math.prod(slab) * itemsize(self.dtypes[name])
+            total += count * math.prod(slab) * item_bytes(self.dtypes[name])
         return total
 
     def largest_chunk_bytes(self) -> int:
         """Bytes of the largest chunk of an expert kernel; 0 where chunks are unknown."""
         if self.chunks is None:
             return 0
-        return max(math.prod(self.chunks[n]) * itemsize(self.dtypes[n]) for n in self.expert_names)
+        return max(
+            math.prod(self.chunks[n]) * item_bytes(self.dtypes[n]) for n in self.expert_names
+        )
 
     def _slab(self, name: str) -> Shape:
         """A row of chunks along the first axis: the least that is read of a parameter."""

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable, Mapping
 
 from qmoe_jax.checkpoints import names
+from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.pipeline.plan_inputs import CACHE_BYTES, ModelFacts, TokenFacts
-from qmoe_jax.pipeline.plan_sizes import itemsize, layer_bytes, layer_settings
+from qmoe_jax.pipeline.plan_sizes import layer_bytes, layer_settings
 from qmoe_jax.pipeline.settings import CompressionSettings
 
 Parts = dict[str, int]
@@ -106,7 +107,7 @@ def device_memory(
     batch = min(settings.expert_batch, config.num_experts)
     embed, mlp, num_wi = config.embed_dim, config.expert_mlp_dim, len(config.wi_names)
     kernels = _FLOAT32 * batch_weights(model, settings.expert_batch)
-    activation = itemsize(settings.activation_dtype)
+    activation = item_bytes(settings.activation_dtype)
     # float32 kernels are cast inside the program, the hidden layer's all at once.
     cast = 0 if activation == _FLOAT32 else activation * batch * num_wi * embed * mlp
     row = embed * (_FLOAT32 + activation) + mlp * (num_wi + 1) * activation
@@ -237,7 +238,7 @@ def _resident_dense(model: ModelFacts) -> int:
 
 def _embedding_bytes(model: ModelFacts) -> int:
     name = "token_embedder/embedding"
-    return math.prod(model.shapes[name]) * itemsize(model.dtypes[name])
+    return math.prod(model.shapes[name]) * item_bytes(model.dtypes[name])
 
 
 def _largest_layer(model: ModelFacts) -> int:
@@ -245,7 +246,7 @@ def _largest_layer(model: ModelFacts) -> int:
     for name, shape in model.shapes.items():
         layer = names.layer_of(name)
         if layer and not names.is_expert_kernel(name):
-            num_bytes = math.prod(shape) * itemsize(model.dtypes[name])
+            num_bytes = math.prod(shape) * item_bytes(model.dtypes[name])
             layers[layer] = layers.get(layer, 0) + num_bytes
     return max(layers.values())
 

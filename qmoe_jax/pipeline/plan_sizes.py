@@ -17,6 +17,7 @@ from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import Shape
 from qmoe_jax.codec import codings, stats
 from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.pipeline.settings import CompressionSettings
 from qmoe_jax.quantization.groups import num_groups
 
@@ -227,7 +228,7 @@ def compressed_size(
             continue
         exact = name.endswith("/scale") or "/router/" in name
         narrow = settings.dense_dtype == "bfloat16" and not exact
-        dense += math.prod(shape) * (2 if narrow else itemsize(dtypes[name]))
+        dense += math.prod(shape) * (2 if narrow else item_bytes(dtypes[name]))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded.values()})),
@@ -265,8 +266,3 @@ def published_size(
         parameters=parameters,
         bfloat16_bytes=2 * (parameters + copies),
     )
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of an element of a dtype by name, bfloat16 too."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
