@@ -6,7 +6,8 @@
 `--peer` is a checkout of github.com/IST-DASLab/qmoe; its `batch_gptq` runs in a subprocess, under
 a Python that has torch, on the same kernels and Hessians. The kernels are rounded to bfloat16, so
 that both sides see the same row extremes. Times are the least of `--repeats`, without compilation;
-ours are taken before and after the original's.
+ours are taken before and after the original's. `--implementation xla` times the program of
+accelerators instead of what a CPU runs by default.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax.calibration.hessian import finalize_hessian, init_hessian, update_hessian
-from qmoe_jax.quantization.expert_batch import quantize_experts
+from qmoe_jax.quantization.expert_batch import IMPLEMENTATIONS, quantize_experts
 from qmoe_jax.quantization.grids import Ternary
 
 # (experts, in, out): wi and wo of Switch base, and a square one.
@@ -116,7 +117,9 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
     inputs = jax.block_until_ready(make_inputs(*shape))
 
     def run():
-        return quantize_experts(*inputs, grid=grid, act_order=args.act_order)
+        return quantize_experts(
+            *inputs, grid=grid, act_order=args.act_order, implementation=args.implementation
+        )
 
     start = time.perf_counter()
     result = jax.block_until_ready(run())
@@ -153,12 +156,13 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description="Speed of batched GPTQ.")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the usual")
     parser.add_argument("--act_order", action="store_true", help="time ours with act-order")
     parser.add_argument("--json", type=pathlib.Path, help="write the table as JSON")
     parser.add_argument("--peer", type=pathlib.Path, help="checkout of the original")
     parser.add_argument("--peer_python", default="python", help="a Python that has torch")
-    parser.add_argument("--peer_repeats", type=int, default=2)
+    parser.add_argument("--peer_repeats", type=int, default=4)
     parser.add_argument("--peer_device", default="cpu")
     args = parser.parse_args()
 

@@ -1,14 +1,23 @@
 """GPTQ against a slow twin in float64, its properties, and expert batches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 
 from qmoe_jax.quantization import expert_batch
-from qmoe_jax.quantization.expert_batch import ExpertStatus, pad_expert_batch, quantize_experts
+from qmoe_jax.quantization.expert_batch import (
+    IMPLEMENTATIONS,
+    ExpertStatus,
+    pad_expert_batch,
+    quantize_experts,
+)
 from qmoe_jax.quantization.gptq import gptq, upper_factor
 from qmoe_jax.quantization.grids import Ternary, TwoBit
+from qmoe_jax.quantization.host_gptq import host_gptq
 from qmoe_jax.quantization.rtn import round_to_nearest
 
 jitted_gptq = jax.jit(gptq, static_argnames=("grid", "block_size", "act_order", "group_size"))
@@ -78,6 +87,8 @@ def share_equal(a, b):
     return np.mean(np.asarray(a) == np.asarray(b))
 
 
+HOW = [{"experts_at_once": 1}, {"experts_at_once": 4}, {"implementation": "host"}]
+
 # Sizes around the panel (16), the block (32) and the LAPACK share (64).
 SIZES = [(1, 1), (1, 7), (5, 1), (7, 3), (16, 16), (31, 5), (33, 12), (64, 9), (100, 40)]
 
@@ -124,9 +135,15 @@ class TestGroups:
         assert share_equal(result.codes, expected) >= 0.9995
         assert result.levels.shape == (12 * num_in // group_size, 2)
 
-    def test_a_batch_is_what_each_expert_is(self):
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_a_batch_is_what_each_expert_is(self, implementation):
         kernels, hessians, counts = make_batch(3, 32, 7)
-        batch = quantize_experts(kernels, hessians, counts, grid=Ternary(), group_size=8)
+        batch = quantize_experts(
+            *(kernels, hessians, counts),
+            grid=Ternary(),
+            group_size=8,
+            implementation=implementation,
+        )
         assert batch.codes.shape == (3, 7 * 4, 8)
         values = expert_batch.dequantize_experts(Ternary(), batch.codes, batch.levels, 32)
         for expert in range(3):
@@ -221,54 +238,164 @@ def test_upper_factor(num_in):
     np.testing.assert_allclose(V @ V.T, H + 0.1 * np.eye(num_in), atol=1e-5)
 
 
-@pytest.mark.parametrize("experts_at_once", [1, 2, 4])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_batch_equals_loop(experts_at_once, act_order):
-    kernels, hessians, counts = make_batch(4, 30, 20)
-    result = quantize_experts(
-        *(kernels, hessians, counts),
-        grid=Ternary(),
-        act_order=act_order,
-        experts_at_once=experts_at_once,
-    )
-    assert result.status.tolist() == [ExpertStatus.OK] * 4
-    for expert in range(4):
-        one = jitted_gptq(kernels[expert], hessians[expert], Ternary(), act_order=act_order)
-        assert share_equal(result.codes[expert], one.codes.T) >= 0.999
-        np.testing.assert_array_equal(result.levels[expert], one.levels)
-        values = Ternary().dequantize(one.codes, one.levels)
-        np.testing.assert_allclose(result.zero_share[expert], np.mean(values == 0), atol=2e-3)
+class TestExpertBatch:
+    """What holds for a batch, however it is computed."""
+
+    @pytest.mark.parametrize("how", HOW, ids=str)
+    @pytest.mark.parametrize("act_order", [False, True])
+    def test_equals_a_loop(self, how, act_order):
+        kernels, hessians, counts = make_batch(4, 30, 20)
+        result = quantize_experts(
+            kernels, hessians, counts, grid=Ternary(), act_order=act_order, **how
+        )
+        assert result.status.tolist() == [ExpertStatus.OK] * 4
+        for expert in range(4):
+            one = jitted_gptq(kernels[expert], hessians[expert], Ternary(), act_order=act_order)
+            assert share_equal(result.codes[expert], one.codes.T) >= 0.999
+            np.testing.assert_array_equal(result.levels[expert], one.levels)
+            values = Ternary().dequantize(one.codes, one.levels)
+            np.testing.assert_allclose(result.zero_share[expert], np.mean(values == 0), atol=2e-3)
+            np.testing.assert_allclose(result.layer_error[expert], one.layer_error, rtol=1e-3)
+            np.testing.assert_allclose(
+                result.weight_error[expert], one.weight_error / 30, rtol=1e-3
+            )
+
+    @pytest.mark.parametrize("how", HOW, ids=str)
+    def test_a_bad_expert_costs_only_itself(self, how):
+        kernels, hessians, counts = make_batch(6, 30, 12)
+        clean = quantize_experts(kernels, hessians, counts, grid=Ternary(), **how)
+        hessians = hessians.at[0].multiply(-1.0)  # not positive definite
+        hessians = hessians.at[1, 5, 7].set(jnp.nan)
+        hessians = hessians.at[2, 29, 29].set(jnp.inf)
+        counts = counts.at[3].set(0)
+        bad_kernels = kernels.at[4, 2, 3].set(jnp.nan)
+        result = quantize_experts(bad_kernels, hessians, counts, grid=Ternary(), **how)
+        assert result.status.tolist() == [
+            ExpertStatus.SINGULAR,
+            ExpertStatus.NONFINITE_INPUT,
+            ExpertStatus.NONFINITE_INPUT,
+            ExpertStatus.NO_TOKENS,
+            ExpertStatus.NONFINITE_INPUT,
+            ExpertStatus.OK,
+        ]
+        np.testing.assert_array_equal(result.layer_error[:5], np.zeros(5))
+        for expert in range(4):
+            rounded = round_to_nearest(kernels[expert], Ternary()).codes
+            np.testing.assert_array_equal(result.codes[expert], rounded.T)
+        finite = jnp.where(jnp.isfinite(bad_kernels[4]), bad_kernels[4], 0)
+        rounded = round_to_nearest(finite, Ternary()).codes
+        np.testing.assert_array_equal(result.codes[4], rounded.T)
+        np.testing.assert_array_equal(result.codes[5], clean.codes[5])
+        for field in (result.levels, result.weight_error, result.layer_error, result.zero_share):
+            assert np.isfinite(np.asarray(field)).all()
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_bfloat16_kernels(self, implementation):
+        kernels, hessians, counts = make_batch(2, 20, 9)
+        rounded = kernels.astype(jnp.bfloat16)
+        pair = [
+            quantize_experts(W, hessians, counts, grid=TwoBit(), implementation=implementation)
+            for W in (rounded, rounded.astype(jnp.float32))
+        ]
+        for ours, expected in zip(*pair, strict=True):
+            np.testing.assert_array_equal(ours, expected)
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("group_size", [None, 3])
+    def test_no_experts(self, implementation, group_size):
+        kernels, hessians, counts = (array[:0] for array in make_batch(1, 6, 4))
+        result = quantize_experts(
+            *(kernels, hessians, counts),
+            grid=Ternary(),
+            group_size=group_size,
+            implementation=implementation,
+        )
+        rows = 4 * 6 // (group_size or 6)
+        assert result.codes.shape == (0, rows, group_size or 6)
+        assert result.levels.shape == (0, rows, 2)
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_padding_changes_nothing(self, implementation):
+        kernels, hessians, counts = make_batch(3, 24, 10)
+        full = quantize_experts(
+            kernels, hessians, counts, grid=Ternary(), implementation=implementation
+        )
+        padded = [pad_expert_batch(array[:2], 3) for array in (kernels, hessians, counts)]
+        result = quantize_experts(*padded, grid=Ternary(), implementation=implementation)
+        np.testing.assert_array_equal(result.codes[:2], full.codes[:2])
+        assert result.status[2] == ExpertStatus.NO_TOKENS
 
 
-@pytest.mark.parametrize("experts_at_once", [1, 6])
-def test_a_bad_expert_costs_only_itself(experts_at_once):
-    kernels, hessians, counts = make_batch(6, 30, 12)
-    clean = quantize_experts(
-        kernels, hessians, counts, grid=Ternary(), experts_at_once=experts_at_once
+class TestHostGptq:
+    """The path of a CPU. Sizes around the panel (64), the tile (256) and the strip (1536)."""
+
+    @pytest.mark.parametrize(
+        "size", [*SIZES, (65, 5), (129, 257), (200, 300), (9, 1536), (70, 1537)], ids=str
     )
-    hessians = hessians.at[0].multiply(-1.0)  # not positive definite
-    hessians = hessians.at[1, 5, 7].set(jnp.nan)
-    hessians = hessians.at[2, 29, 29].set(jnp.inf)
-    counts = counts.at[3].set(0)
-    bad_kernels = kernels.at[4, 2, 3].set(jnp.nan)
-    result = quantize_experts(
-        bad_kernels, hessians, counts, grid=Ternary(), experts_at_once=experts_at_once
-    )
-    assert result.status.tolist() == [
-        ExpertStatus.SINGULAR,
-        ExpertStatus.NONFINITE_INPUT,
-        ExpertStatus.NONFINITE_INPUT,
-        ExpertStatus.NO_TOKENS,
-        ExpertStatus.NONFINITE_INPUT,
-        ExpertStatus.OK,
-    ]
-    for expert in range(4):
-        rounded = round_to_nearest(kernels[expert], Ternary()).codes
-        np.testing.assert_array_equal(result.codes[expert], rounded.T)
-        assert result.layer_error[expert] == 0
-    np.testing.assert_array_equal(result.codes[5], clean.codes[5])
-    for field in (result.levels, result.weight_error, result.layer_error, result.zero_share):
-        assert np.isfinite(np.asarray(field)).all()
+    @pytest.mark.parametrize("grid", [Ternary(), TwoBit()], ids=lambda grid: grid.name)
+    def test_agrees_with_the_slow_twin(self, size, grid):
+        W, H = make_problem(*size, seed=sum(size))
+        result = quantize_experts(W[None], H[None], jnp.ones(1), grid=grid, implementation="host")
+        assert result.status.tolist() == [ExpertStatus.OK]
+        codes = result.codes[0].T
+        assert share_equal(codes, slow_gptq(W, H, grid)) >= 0.9995
+        values = grid.dequantize(codes, result.levels[0])
+        expected = layer_error(W, codes, result.levels[0], H, grid)
+        np.testing.assert_allclose(result.layer_error[0], expected, rtol=1e-3, atol=1e-6)
+        expected = np.sum(np.square(np.asarray(W - values, np.float64))) / size[0]
+        np.testing.assert_allclose(result.weight_error[0], expected, rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(result.zero_share[0], np.mean(np.asarray(values) == 0), 1e-6)
+
+    @pytest.mark.parametrize("act_order", [False, True])
+    @pytest.mark.parametrize("group_size", [None, 10, 26])
+    def test_options_agree_with_the_slow_twin(self, act_order, group_size):
+        W, H = make_problem(130, 40, skew=1.5)
+        grid, damping = TwoBit(), 0.03
+        options = {"damping": damping, "act_order": act_order, "group_size": group_size}
+        result = quantize_experts(
+            W[None], H[None], jnp.ones(1), grid=grid, implementation="host", **options
+        )
+        codes = np.asarray(result.codes[0]).reshape(40, 130).T
+        assert share_equal(codes, slow_gptq(W, H, grid, **options)) >= 0.9995
+
+    def test_the_number_of_threads_changes_no_bit(self):
+        kernels, hessians, _ = make_batch(5, 100, 33)
+        values = Ternary().dequantize(
+            jnp.broadcast_to(jnp.arange(3, dtype=jnp.uint8)[:, None], (3, 33)),
+            Ternary().fit(kernels[0]),
+        )
+        values = np.broadcast_to(np.asarray(values), (5, 1, 3, 33)).copy()
+        inputs = (np.asarray(kernels), np.asarray(hessians), values)
+        one = host_gptq(*inputs, range(5), threads=1)
+        for ours, expected in zip(host_gptq(*inputs, range(5), threads=4), one, strict=True):
+            np.testing.assert_array_equal(ours, expected)
+        some = host_gptq(*inputs, [3, 1], threads=2)
+        np.testing.assert_array_equal(some.codes[[1, 3]], one.codes[[1, 3]])
+        assert not some.codes[[0, 2, 4]].any()
+
+    @pytest.mark.parametrize(("weight", "hessian"), [(1e25, 1.0), (3e38, 1.0), (1.0, 3e38)])
+    def test_numbers_too_large_are_rounded_without_a_warning(self, weight, hessian):
+        kernels, hessians, counts = make_batch(1, 70, 12)
+        kernels = kernels.at[0, 3, 4].set(weight)
+        hessians = hessians.at[0, 69, 69].set(hessian).at[0, 68, 68].set(hessian)
+        result = quantize_experts(kernels, hessians, counts, grid=Ternary(), implementation="host")
+        assert result.status.tolist() == [ExpertStatus.SINGULAR]
+        rounded = round_to_nearest(kernels[0], Ternary()).codes
+        np.testing.assert_array_equal(result.codes[0], rounded.T)
+
+    def test_blas_gets_its_threads_back(self):
+        threads = [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+        kernels, hessians, counts = make_batch(2, 20, 8)
+        quantize_experts(kernels, hessians, counts, grid=Ternary(), implementation="host")
+        assert [library["num_threads"] for library in threadpoolctl.threadpool_info()] == threads
+
+    def test_inside_jit_xla_takes_over(self):
+        kernels, hessians, counts = make_batch(2, 20, 8)
+        quantize = functools.partial(quantize_experts, grid=Ternary())
+        traced = jax.jit(quantize)(kernels, hessians, counts)
+        assert share_equal(traced.codes, quantize(kernels, hessians, counts).codes) >= 0.999
+        with pytest.raises(ValueError, match='"host" is for method="gptq" on one device outside'):
+            jax.jit(functools.partial(quantize, implementation="host"))(kernels, hessians, counts)
 
 
 def test_round_to_nearest_batch():
@@ -289,14 +416,13 @@ def test_round_to_nearest_batch():
 
 def test_same_shape_compiles_once_and_padding_needs_no_other():
     kernels, hessians, counts = make_batch(3, 24, 10)
-    full = quantize_experts(kernels, hessians, counts, grid=Ternary(), damping=0.1)
+    quantize = functools.partial(quantize_experts, grid=Ternary(), implementation="xla")
+    quantize(kernels, hessians, counts, damping=0.1)
     before = expert_batch._quantize_experts._cache_size()
     padded = [pad_expert_batch(array[:2], 3) for array in (kernels, hessians, counts)]
-    result = quantize_experts(*padded, grid=Ternary(), damping=0.2)
-    result = quantize_experts(*padded, grid=Ternary(), damping=0.1)
+    quantize(*padded, damping=0.2)
+    quantize(*padded, damping=0.1)
     assert expert_batch._quantize_experts._cache_size() == before
-    np.testing.assert_array_equal(result.codes[:2], full.codes[:2])
-    assert result.status[2] == ExpertStatus.NO_TOKENS
 
 
 def test_bad_arguments_say_what_to_do():
@@ -307,5 +433,11 @@ def test_bad_arguments_say_what_to_do():
         quantize_experts(kernels, None, counts, grid=Ternary())
     with pytest.raises(ValueError, match="experts_at_once is 0; it must be at least 1"):
         quantize_experts(kernels, hessians, counts, grid=Ternary(), experts_at_once=0)
+    with pytest.raises(ValueError, match="implementation is 'cuda'; it must be"):
+        quantize_experts(kernels, hessians, counts, grid=Ternary(), implementation="cuda")
+    with pytest.raises(ValueError, match='"host" is for method="gptq"'):
+        quantize_experts(kernels, None, counts, grid=Ternary(), method="rtn", implementation="host")
+    with pytest.raises(ValueError, match=r"group_size is 3.*8 input features"):
+        quantize_experts(kernels, hessians, counts, grid=Ternary(), group_size=3)
     with pytest.raises(ValueError, match="cannot be padded to 1 experts"):
         pad_expert_batch(kernels, 1)

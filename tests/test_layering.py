@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "qmoe_jax"
 
 # In the order of the data flow; a module imports only from its own layer and those before it.
 LAYERS = (
-    ("errors", "run_folder"),
+    ("errors", "run_folder", "host_threads"),
     ("codec",),
     ("checkpoints",),
     ("quantization",),
@@ -38,6 +38,7 @@ LAYERS = (
 FREE_OF_TENSORFLOW = (
     "errors",
     "run_folder",
+    "host_threads",
     "codec",
     "checkpoints",
     "quantization",

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8, UInt16
 
 from qmoe_jax.codec.dictionary import ROOT, dictionary
-from qmoe_jax.codec.threads import compiled, map_row_chunks
+from qmoe_jax.host_threads import compiled, map_row_chunks
 
 
 def encode_rows(

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from qmoe_jax.codec.threads import compiled, map_row_chunks
 from qmoe_jax.codec.tunstall import MAX_ENTRY_NONZEROS, NUM_CODEWORDS, TunstallFamily
+from qmoe_jax.host_threads import compiled, map_row_chunks
 
 FAULTS = {
     1: "has no codewords left before its last weight",

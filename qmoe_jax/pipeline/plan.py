@@ -166,7 +166,7 @@ def make_plan(
         output_disk=output_disk,
         buffer_disk=buffer_disk,
         sizes=sizes,
-        work=plan_work.device_work(model, tokens, settings, on_cpu=on_cpu),
+        work=plan_work.device_work(model, tokens, settings),
         seconds=plan_work.seconds(
             model,
             tokens,

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.codec.outline import item_bytes
+from qmoe_jax.host_threads import num_threads
 from qmoe_jax.pipeline.plan_inputs import CACHE_BYTES, ModelFacts, TokenFacts
 from qmoe_jax.pipeline.plan_sizes import layer_bytes, layer_settings
 from qmoe_jax.pipeline.settings import CompressionSettings
+from qmoe_jax.quantization import host_gptq
 
 Parts = dict[str, int]
 
@@ -157,17 +159,18 @@ def _quantize(
     if hessians:
         # The sums of both, and one of them divided by its counts.
         parts["Hessians"] = sum(hessians.values()) + hessians[kernel]
-    at_once = 1 if on_cpu else batch
-    if method == "gptq":
-        parts["GPTQ"] = gptq_workspace(width, out, at_once)
+    if method != "gptq":
+        parts["rounding"] = _FLOAT32 * (1 if on_cpu else batch) * 3 * width * out
+    elif on_cpu:
+        parts["GPTQ"] = host_gptq.workspace_bytes(width, out, min(batch, num_threads()))
     else:
-        parts["rounding"] = _FLOAT32 * at_once * 3 * width * out
+        parts["GPTQ"] = gptq_workspace(width, out, batch)
     parts["codes"] = 2 * batch * width * out
     return parts
 
 
 def gptq_workspace(width: int, out: int, experts_at_once: int) -> int:
-    """Temporary bytes of the compiled GPTQ program, `[width, out]` kernels."""
+    """Temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
     return _FLOAT32 * experts_at_once * _GPTQ_COPIES * (width * out + width**2)
 
 

@@ -52,12 +52,12 @@ class Work:
 
 
 def device_work(
-    model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings, *, on_cpu: bool
+    model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings
 ) -> dict[str, Work]:
     """Work by kind. Tokens are taken to spread evenly over the experts of a layer."""
     work: dict[str, Work] = {}
     for (stack, _), own in layer_settings(model.config, settings).items():
-        for kind, part in _layer_work(model, tokens, own, stack, on_cpu=on_cpu).items():
+        for kind, part in _layer_work(model, tokens, own, stack).items():
             work[kind] = work[kind].plus(part) if kind in work else part
     if tokens.num_examples:
         work["dense parts"] = Work(_dense_flops(model, tokens), 0, settings.activation_dtype)
@@ -73,8 +73,6 @@ def _layer_work(
     tokens: TokenFacts,
     settings: CompressionSettings,
     stack: str,
-    *,
-    on_cpu: bool,
 ) -> dict[str, Work]:
     """The experts of one sparse layer."""
     config = model.config
@@ -107,12 +105,11 @@ def _layer_work(
             experts * 4 * sum(2 * width**2 for _, width in shapes),
             "float32",
         )
-        in_turn = experts if on_cpu else math.ceil(experts / settings.expert_batch)
         work["sweep"] = Work(
             experts * sum(width**2 * out for out, width in shapes),
             experts * 4 * 4 * weights,
             "float32",
-            in_turn * sum(width for _, width in shapes),
+            math.ceil(experts / settings.expert_batch) * sum(width for _, width in shapes),
         )
     if tokens.num_examples:
         passing, chunks = padded(tokens.tokens[stack])
@@ -161,7 +158,7 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds by kind, `read` first; the device's kinds are those of `device_work`."""
     config = model.config
-    work = device_work(model, tokens, settings, on_cpu=device.is_host)
+    work = device_work(model, tokens, settings)
     weights = model.num_parameters()["experts"]
     # Bytes of hidden states that are fetched and put back: in every layer for its dense part, and
     # in sparse ones for Hessians and outputs.

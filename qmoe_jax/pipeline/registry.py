@@ -45,7 +45,8 @@ class Device:
       float32_flops: float32 operations a second in matrix products of full precision.
       bfloat16_flops: the same in bfloat16.
       link_bytes_per_second: between host and device, one way; None where they are one.
-      column_seconds: of one step of GPTQ's column loop, whatever its width.
+      column_seconds: of one step of GPTQ's column loop, whatever its width; 0 where it keeps up
+        with the products.
       source: where the figures are from, and which of them were measured.
     """
 

@@ -1,4 +1,7 @@
-"""An expert batch: many kernels of one shape quantized by one compiled program.
+"""An expert batch: many kernels of one shape quantized at once.
+
+On accelerators, and over several devices, by one compiled program; on one CPU by `host_gptq`, a
+thread for each expert.
 
 Nothing here raises for numbers: what went wrong with an expert is its `status`, and it costs that
 expert only (QMoE, section 3.2: a layer has hundreds of experts, and some always fail).
@@ -6,22 +9,30 @@ expert only (QMoE, section 3.2: a layer has hundreds of experts, and some always
 
 import enum
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
 from qmoe_jax.quantization.gptq import gptq
 from qmoe_jax.quantization.grids import Grid
-from qmoe_jax.quantization.groups import dequantize_groups, kernel_of_rows, rows_of_kernel
+from qmoe_jax.quantization.groups import (
+    dequantize_groups,
+    fit_groups,
+    kernel_of_rows,
+    rows_of_kernel,
+    rows_of_levels,
+)
+from qmoe_jax.quantization.host_gptq import host_gptq
 from qmoe_jax.quantization.rtn import round_to_nearest
 
 METHODS = ("gptq", "rtn")
+IMPLEMENTATIONS = ("xla", "host")
 
 
 class ExpertStatus(enum.IntEnum):
@@ -62,7 +73,7 @@ def pad_expert_batch(
     """Append experts of zeros, so that a smaller last batch needs no second compilation.
 
     Pad kernels, Hessians and token counts alike, and keep the first results only. A padding expert
-    has no tokens, so where experts run one after the other (CPU) it skips GPTQ.
+    has no tokens, so where experts run one after the other it skips GPTQ.
     """
     missing = num_experts - array.shape[0]
     if missing < 0:
@@ -82,15 +93,15 @@ def quantize_experts(
     method: str = "gptq",
     damping: float = 0.1,
     act_order: bool = False,
-    block_size: int | None = None,
-    experts_at_once: int | None = None,
     group_size: int | None = None,
     mesh: Mesh | None = None,
+    implementation: str | None = None,
+    experts_at_once: int | None = None,
 ) -> ExpertBatchResult:
     """Quantize a batch of experts with GPTQ, or round them to nearest.
 
-    Compiled once for each shape, grid, method and option; `damping` is traced. No buffer is
-    donated: no output has the size of an input, so XLA could reuse none.
+    XLA's program is compiled once for each shape, grid, method and option; `damping` is traced. No
+    buffer is donated: no output has the size of an input, so XLA could reuse none.
 
     Args:
       kernels: Flax kernels, float32 or bfloat16.
@@ -101,35 +112,46 @@ def quantize_experts(
       method: "gptq" or "rtn".
       damping: share of the mean diagonal that is added to the diagonal of the Hessian.
       act_order: quantize columns by descending diagonal of the Hessian.
-      block_size: columns per matrix product of GPTQ; see `gptq`.
-      experts_at_once: experts in one vectorised step. None takes all, but 1 on CPU, where that is
-        2 to 3 times faster (2 cores, 8 experts of 768 x 768: 0.14 s against 0.39 s), needs the
-        memory of one factorisation instead of all, and skips GPTQ for experts that are rounded to
-        nearest. There each core has a thread with its share of the experts, since the column
-        loop of one expert occupies one core only.
       group_size: input features that share a pair of levels; None is all.
       mesh: of one axis, over which the experts are sharded; each device quantizes its own.
+      implementation: of GPTQ: "xla", or "host" for `host_gptq`, which is two to three times faster
+        on a CPU and cannot be traced. None takes "host" on a CPU where it can.
+      experts_at_once: experts in one vectorised step of XLA's program. None takes all, but 1 on a
+        CPU, where that is 2 to 3 times faster, needs the memory of one factorisation instead of
+        all, and skips GPTQ for experts that are rounded to nearest.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {METHODS}")
     if hessians is None and method != "rtn":
         raise ValueError(f"hessians is None; method {method!r} needs one Hessian an expert")
-    threads = os.cpu_count() or 1
-    on_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
-    if on_cpu and experts_at_once is None and min(threads, kernels.shape[0]) > 1:
-        quantize_share = functools.partial(
-            quantize_experts,
+    on_cpu = jax.default_backend() == "cpu"
+    one_device = mesh is None or mesh.size == 1
+    traced = any(isinstance(a, Tracer) for a in (kernels, hessians, token_counts, damping))
+    can_be_host = method == "gptq" and one_device and not traced
+    if implementation not in IMPLEMENTATIONS and implementation is not None:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS} or None"
+        )
+    if implementation == "host" and not can_be_host:
+        raise ValueError(
+            'implementation="host" is for method="gptq" on one device outside of jit; '
+            'use "xla" or None'
+        )
+    by_default = implementation is None and on_cpu and experts_at_once is None
+    on_host = can_be_host and (implementation == "host" or by_default)
+    if on_host:
+        assert hessians is not None
+        return _quantize_on_host(
+            kernels,
+            hessians,
+            token_counts,
             grid=grid,
-            method=method,
-            damping=damping,
+            damping=float(damping),
             act_order=act_order,
-            block_size=block_size,
-            experts_at_once=1,
             group_size=group_size,
         )
-        return _in_threads(quantize_share, threads, kernels, hessians, token_counts)
     if experts_at_once is None:
-        experts_at_once = 1 if jax.default_backend() == "cpu" else max(1, kernels.shape[0])
+        experts_at_once = 1 if on_cpu else max(1, kernels.shape[0])
     if experts_at_once < 1:
         raise ValueError(f"experts_at_once is {experts_at_once}; it must be at least 1")
     return _quantize_experts(
@@ -140,36 +162,67 @@ def quantize_experts(
         grid=grid,
         method=method,
         act_order=act_order,
-        block_size=block_size,
         experts_at_once=experts_at_once,
         group_size=group_size,
-        mesh=None if mesh is None or mesh.size == 1 else mesh,
+        mesh=None if one_device else mesh,
     )
 
 
-def _in_threads(quantize, num_threads, kernels, hessians, token_counts) -> ExpertBatchResult:
-    """Each thread a share of the experts, padded to one size; the result is in order.
-
-    A share is one call: a call per expert takes and returns its memory each time, and page faults
-    then cost more than the threads gain.
-    """
-    num_experts = kernels.shape[0]
-    size = -(-num_experts // num_threads)
-
-    def work(start):
-        def share(array):
-            return pad_expert_batch(array[start : start + size], size)
-
-        result = quantize(
-            share(kernels), None if hessians is None else share(hessians), share(token_counts)
+def _quantize_on_host(
+    kernels, hessians, token_counts, *, grid, damping, act_order, group_size
+) -> ExpertBatchResult:
+    """GPTQ by `host_gptq` for the experts that have tokens, round-to-nearest for the others."""
+    kernels, hessians = kernels.astype(jnp.float32), hessians.astype(jnp.float32)
+    levels, values = _levels_and_values(kernels, grid=grid, group_size=group_size)
+    weights, inputs, counts = (np.asarray(a) for a in (kernels, hessians, token_counts))
+    with_tokens = np.flatnonzero(counts > 0)
+    swept = host_gptq(
+        weights, inputs, np.asarray(values), with_tokens, damping=damping, act_order=act_order
+    )
+    num_experts, num_in, _ = weights.shape
+    # The fields of ExpertBatchResult.
+    fields = (
+        swept.codes.reshape(*levels.shape[:2], num_in // values.shape[1]),
+        np.array(levels),
+        np.full(num_experts, ExpertStatus.OK, np.int8),
+        swept.weight_error / num_in,
+        swept.layer_error,
+        swept.zero_share,
+    )
+    status = fields[2]
+    for expert in np.flatnonzero(swept.fell_back | (counts <= 0)):
+        one = slice(expert, expert + 1)
+        rounded = quantize_experts(
+            kernels[one], None, token_counts[one], grid=grid, method="rtn", group_size=group_size
         )
-        return jax.block_until_ready(result)
+        for whole, part in zip(fields, rounded, strict=True):
+            whole[one] = part
+        if status[expert] == ExpertStatus.RTN_REQUESTED:
+            status[expert] = _why_rounded(counts[expert], inputs[expert])
+    # Taken over without a copy where memory is aligned.
+    return ExpertBatchResult(*jax.device_put(fields))
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        results = list(pool.map(work, range(0, num_experts, size)))
-    return ExpertBatchResult(
-        *(jnp.concatenate(parts)[:num_experts] for parts in zip(*results, strict=True))
-    )
+
+def _why_rounded(token_count, hessian) -> ExpertStatus:
+    """Of a kernel that is finite."""
+    if not token_count > 0:
+        return ExpertStatus.NO_TOKENS
+    is_finite = np.isfinite(hessian).all()
+    return ExpertStatus.SINGULAR if is_finite else ExpertStatus.NONFINITE_INPUT
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "group_size"))
+def _levels_and_values(kernels, *, grid, group_size):
+    """Levels `[experts, rows, 2]`, values `[experts, groups, codes, out]`."""
+
+    def fit(kernel):
+        levels = fit_groups(grid, kernel, group_size)
+        codes = jnp.arange(grid.num_codes, dtype=jnp.uint8)
+        every = jnp.broadcast_to(codes[:, None], (grid.num_codes, kernel.shape[1]))
+        values = jax.vmap(lambda of_group: grid.dequantize(every, of_group))(levels)
+        return rows_of_levels(levels), values
+
+    return jax.vmap(fit)(kernels)
 
 
 @functools.partial(
@@ -178,7 +231,6 @@ def _in_threads(quantize, num_threads, kernels, hessians, token_counts) -> Exper
         "grid",
         "method",
         "act_order",
-        "block_size",
         "experts_at_once",
         "group_size",
         "mesh",
@@ -207,7 +259,6 @@ def _quantize_in_turn(
     grid,
     method,
     act_order,
-    block_size,
     experts_at_once,
     group_size,
 ) -> ExpertBatchResult:
@@ -221,7 +272,6 @@ def _quantize_in_turn(
             grid=grid,
             method=method,
             act_order=act_order,
-            block_size=block_size,
             group_size=group_size,
         )
 
@@ -236,7 +286,7 @@ def _quantize_in_turn(
 
 
 def _quantize_expert(
-    kernel, hessian, token_count, damping, *, grid, method, act_order, block_size, group_size
+    kernel, hessian, token_count, damping, *, grid, method, act_order, group_size
 ) -> ExpertBatchResult:
     """One expert; the fields of the result without their expert axis."""
     kernel = kernel.astype(jnp.float32)
@@ -250,7 +300,7 @@ def _quantize_expert(
         error = jnp.float32(0.0)
         if hessian is not None:
             error = lax.cond(
-                has_tokens,
+                has_tokens & is_finite,
                 lambda: _layer_error(d, hessian),
                 lambda: error,
             )
@@ -264,7 +314,6 @@ def _quantize_expert(
             hessian,
             grid,
             damping=damping,
-            block_size=block_size,
             act_order=act_order,
             group_size=group_size,
         )

@@ -1,4 +1,4 @@
-"""Compiled row kernels on all cores: numba kernels that release the GIL, on Python's own threads.
+"""Compiled loops on all cores: numba kernels that release the GIL, on Python's own threads.
 
 Not numba's `prange`: its portable threading layer ends the process when two Python threads enter it
 at once.
@@ -18,11 +18,14 @@ _CHUNK_WEIGHTS = 2**20
 
 @functools.cache
 def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first use (about a second); numba's on-disk cache needs a writable install."""
+    """Compile on first use (a second or two); numba's on-disk cache needs a writable install.
+
+    A product and a sum may become one fused operation, rounded once.
+    """
     import numba
 
     # Unwrapped, because a type-checking import hook may have put its own function around it.
-    return numba.njit(nogil=True)(inspect.unwrap(kernel))
+    return numba.njit(nogil=True, fastmath={"contract"})(inspect.unwrap(kernel))
 
 
 def map_row_chunks(work: Callable[[slice], Any], rows: int, width: int) -> list[Any]:
@@ -31,11 +34,12 @@ def map_row_chunks(work: Callable[[slice], Any], rows: int, width: int) -> list[
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if len(chunks) <= 1:
         return [work(chunk) for chunk in chunks]
-    with ThreadPoolExecutor(min(_num_threads(), len(chunks))) as pool:
+    with ThreadPoolExecutor(min(num_threads(), len(chunks))) as pool:
         return list(pool.map(work, chunks))
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
