@@ -57,6 +57,11 @@ def test_any_row_is_finite_and_in_range(values):
         spread = np.maximum(np.asarray(kernel).max(0), 0) - np.minimum(np.asarray(kernel).min(0), 0)
         # Rounding moves a weight by half a step at most, and bfloat16 adds 2^-8 of the range.
         assert (np.abs(restored - kernel) <= spread * (0.5 + 2**-7) + 1e-30).all()
+        # No other value is nearer, but for the rounding of a division.
+        for code in range(grid.num_codes):
+            other = np.asarray(grid.dequantize(jnp.full_like(codes, code), levels))
+            nearer = np.abs(other - kernel) < np.abs(restored - kernel) - 1e-6 * spread
+            assert not nearer.any()
 
 
 def test_ternary_by_hand():

@@ -46,7 +46,10 @@ class Grid(Protocol):
     def quantize(
         self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
     ) -> UInt8[Array, "*rows out"]:
-        """The code of each weight."""
+        """The code of each weight: of the nearest value, any of those that are equally near.
+
+        `host_gptq` finds it from `dequantize` alone.
+        """
         ...
 
     def dequantize(
