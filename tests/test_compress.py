@@ -213,7 +213,7 @@ def test_experts_without_tokens_are_rounded_and_counted(base, tmp_path):
     assert len(module.coded) == len(nearest.kernels)
 
 
-@pytest.mark.parametrize("model", ["xxl", "c"])
+@pytest.mark.parametrize("model", ["xxl", pytest.param("c", marks=pytest.mark.slow)])
 def test_other_geometries(golden_checkpoint, tmp_path, model):
     """Gated experts, separate logits, every layer sparse."""
     checkpoint = golden_checkpoint(model, "t5x_bfloat16")
@@ -255,6 +255,8 @@ def test_options_run_and_matter(base, gptq, tmp_path, option):
         assert 1.0 < other.bits_per_weight - report.bits_per_weight < 2.5
     else:
         assert other.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.1)
+    if "group_size" not in option:
+        return  # the format is the same
     module, variables = qmoe_jax.load_switch(tmp_path / "other")
     batches = [batch.arrays() for batch in CALIBRATION[:16].batches(16)]
     through_codes = evaluate_loss(module, variables, batches)

@@ -103,7 +103,10 @@ class TestProduct:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("tokens", "num_experts", "out", "width"),
-        [(1, 1, 1, 1), (5, 3, 33, 31), (3, 40, 7, 70), (17, 2, 5, 65)],
+        [
+            *((5, 3, 33, 31), (3, 40, 7, 70)),
+            *(pytest.param(*s, marks=pytest.mark.slow) for s in ((1, 1, 1, 1), (17, 2, 5, 65))),
+        ],
     )
     def test_in_and_out_of_jit(self, launcher, coding, dtype, tokens, num_experts, out, width):
         """Beside float64 products with the weights of the slow decoder."""

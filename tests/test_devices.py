@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from test_compress import CALIBRATION, QUICK, codes_of, random_tokens
+from test_compress import CALIBRATION, QUICK, codes_of, random_tokens, same_tree
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens
@@ -41,8 +43,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def compress_in(num_processes, num_devices, checkpoint, output, files, **settings):
-    """Runs a compression in new processes; returns what each printed."""
+def start(num_processes, num_devices, checkpoint, output, files, **settings):
+    """Starts a compression in new processes."""
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
     processes = []
@@ -67,8 +69,13 @@ def compress_in(num_processes, num_devices, checkpoint, output, files, **setting
                 text=True,
             )
         )
+    return processes
+
+
+def compress_in(*args, **settings):
+    """Runs a compression in new processes; returns what each printed."""
     results = []
-    for process in processes:
+    for process in start(*args, **settings):
         printed, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         results.append(json.loads(printed.splitlines()[-1]))
@@ -106,7 +113,9 @@ def alone(checkpoint, files, tmp_path_factory):
     return path, report
 
 
-@pytest.mark.parametrize(("num_processes", "num_devices"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("num_processes", "num_devices"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)]
+)
 def test_several_devices_give_the_same_model(
     checkpoint, files, alone, tmp_path, num_processes, num_devices
 ):
@@ -135,3 +144,35 @@ def test_more_processes_than_batches_of_experts(checkpoint, files, alone, tmp_pa
     reference = tmp_path / "reference"
     qmoe_jax.compress(checkpoint, reference, files["tokens"], true_sequential=True, **QUICK)
     assert share_of_equal_codes(reference, tmp_path / "out") >= 0.999
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_and_end_with_the_same_bytes(checkpoint, files, tmp_path):
+    """2 processes, both killed at a random moment, again and again, until a run gets to its end."""
+    where, settings = (checkpoint, tmp_path / "out", files), {"expert_batch": 1}
+    undisturbed = tmp_path / "undisturbed"
+    started = time.monotonic()
+    results = compress_in(2, 1, checkpoint, undisturbed, files, **settings)
+    duration = time.monotonic() - started
+    assert [result["replayed"] for result in results] == [0, 0]
+
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(10):
+        processes = start(2, 1, *where, **settings)
+        time.sleep(rng.uniform(0.4, 0.95) * duration)
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            process.kill()
+        for process in processes:
+            process.communicate()
+        kills += bool(running)
+        if where[1].exists():
+            break
+    else:
+        results = compress_in(2, 1, *where, **settings)
+        assert all(result["replayed"] > 0 for result in results)
+    print(f"{kills} times killed")
+    assert kills > 0
+    assert same_tree(where[1], undisturbed)
+    assert not (tmp_path / "out.partial").exists()

@@ -69,7 +69,11 @@ def without_times(document):
 
 
 @pytest.mark.parametrize(
-    ("factor", "result"), [(None, "dropless_f32"), (2.0, "capacity_factor_2_f32")]
+    ("factor", "result"),
+    [
+        (None, "dropless_f32"),
+        pytest.param(2.0, "capacity_factor_2_f32", marks=pytest.mark.slow),
+    ],
 )
 def test_the_demo_model_s_losses_through_the_command(demo_file, tmp_path, factor, result):
     pytest.importorskip("gin")

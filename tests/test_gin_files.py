@@ -111,7 +111,9 @@ def check_layer(golden, layer, found, drops):
         assert found[name] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("public", ["base", "xxl", "c"])
+@pytest.mark.parametrize(
+    "public", ["base", *(pytest.param(p, marks=pytest.mark.slow) for p in ("xxl", "c"))]
+)
 def test_dropless_is_the_default(run, public):
     golden, result, _ = run(public)
     losses = float(golden["nodrop_f32/loss/ce_sum"]) / float(golden["nodrop_f32/loss/ntokens"])
