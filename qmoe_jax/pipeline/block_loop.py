@@ -20,9 +20,10 @@ from qmoe_jax.evaluation.metrics import LossReport, batch_sums
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
 from qmoe_jax.pipeline.expert_layer import ExpertLayers
+from qmoe_jax.pipeline.host_memory import peak_host_bytes, return_free_memory
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.report import CompressionReport
-from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
+from qmoe_jax.pipeline.run_log import RunLog
 from qmoe_jax.pipeline.samples import Samples, Stack
 from qmoe_jax.pipeline.settings import CompressionSettings
 
@@ -242,6 +243,7 @@ class BlockLoop:
             )
         scale = params["pre_mlp_layer_norm"]["scale"]
         facts = self.experts.run(stack, layer, np.asarray(scale), tokens)
+        return_free_memory()
         if self.processes.is_primary:
             self.log.write(
                 "layer",

@@ -23,11 +23,12 @@ from qmoe_jax.models.load import load_switch
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.expert_layer import ExpertLayers
+from qmoe_jax.pipeline.host_memory import peak_host_bytes
 from qmoe_jax.pipeline.journal import Journal
 from qmoe_jax.pipeline.kernel_reader import cache_bytes
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
-from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
+from qmoe_jax.pipeline.run_log import RunLog
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.settings import CompressionSettings
 from qmoe_jax.quantization.groups import num_groups

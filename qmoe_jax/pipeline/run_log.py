@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from typing import Any
 
@@ -33,13 +32,3 @@ class RunLog:
                 file.write(line + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write the log {self._path}: {error}") from error
-
-
-def peak_host_bytes() -> int:
-    """The most memory that this process has held so far (resident set)."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
