@@ -5,6 +5,7 @@ import itertools
 import golden_data
 import jax
 import jax.numpy as jnp
+import jitted
 import numpy as np
 import pytest
 import toy_decoder
@@ -19,7 +20,7 @@ EOS = 1
 
 
 @pytest.mark.parametrize("model", golden_data.MODELS)
-@pytest.mark.parametrize("case", ["std_f32", "nodrop_f32"])
+@pytest.mark.parametrize("case", ["std_f32", pytest.param("nodrop_f32", marks=pytest.mark.slow)])
 def test_t5x_s_own_beams(golden_checkpoint, model, case):
     golden = golden_data.load_golden(model)
     factor = EVAL_FACTOR[model] if case == "std_f32" else None
@@ -160,7 +161,7 @@ def test_the_whole_model_equals_a_search_that_recomputes_prefixes(golden_checkpo
         beam_size=beam_size,
         eos_id=eos_id,
     )
-    encoded = module.apply(variables, prompts, enable_dropout=False, method="encode")
+    encoded = jitted.apply(module, variables, prompts, enable_dropout=False, method="encode")
     logits_of = jax.jit(
         lambda encoded, prompt, prefix, position: next_token_logits(
             module, variables, encoded, prompt, prefix, position

@@ -107,7 +107,7 @@ def test_the_manifest_is_complete_and_portable(gptq):
     assert 8 * stored["dense"] == report.dense_bits
 
 
-@pytest.mark.parametrize("grid", ["ternary", "2bit"])
+@pytest.mark.parametrize("grid", ["ternary", pytest.param("2bit", marks=pytest.mark.slow)])
 def test_loss_through_codes_equals_loss_of_dequantized_weights(base, gptq, tmp_path, grid):
     path, _ = gptq
     if grid == "2bit":
@@ -591,6 +591,7 @@ class TestDamagedCompressedCheckpoint:
             qmoe_jax.load_switch(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_generation_through_codes(gptq):
     from qmoe_jax.models.sampling import greedy_generate
 
@@ -601,6 +602,7 @@ def test_generation_through_codes(gptq):
     np.testing.assert_array_equal(generated, dense)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations(golden_checkpoint, tmp_path):
     report = qmoe_jax.compress(
         golden_checkpoint("base", "t5x_bfloat16"),

@@ -1,7 +1,10 @@
 """Sampling, greedy generation, streaming and batches of prompts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import jitted
 import numpy as np
 import pytest
 import toy_decoder
@@ -257,11 +260,12 @@ class TestWholeModel:
         assert np.all(np.diff(generated.scores, axis=1) >= 0)
         # Scores of the best of each example, token by token through the slow twin.
         module, variables = model
-        encoded = module.apply(variables, inputs, enable_dropout=False, method="encode")
+        encoded = jitted.apply(module, variables, inputs, enable_dropout=False, method="encode")
         best = generated.tokens[:, -1]
         total = np.zeros(2)
+        logits_of = jax.jit(functools.partial(next_token_logits, module))
         for i in range(LENGTH):
-            logits = next_token_logits(module, variables, encoded, inputs, best, i)
+            logits = logits_of(variables, encoded, inputs, best, i)
             allowed = numpy_top_k(np.asarray(logits), 20) > NEG_INF / 2
             for row in range(2):
                 token = int(best[row, i])

@@ -6,6 +6,7 @@ import functools
 import golden_data
 import jax
 import jax.numpy as jnp
+import jitted
 import numpy as np
 import pytest
 
@@ -66,6 +67,10 @@ def cases(model):
     }
 
 
+# Other numbers in the same code: of one model in the default run.
+LESS = ("group8_f32", "capfac1p5_f32")
+
+
 @pytest.fixture(scope="module")
 def outputs(golden_checkpoint):
     @functools.cache
@@ -80,8 +85,14 @@ def outputs(golden_checkpoint):
     return compute
 
 
-@pytest.mark.parametrize("model", golden_data.MODELS)
-@pytest.mark.parametrize("case", ["std_f32", "nodrop_f32", "group8_f32", "capfac1p5_f32"])
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [
+        pytest.param(model, case, marks=[pytest.mark.slow] * (model != "base" and case in LESS))
+        for model in golden_data.MODELS
+        for case in cases(model)
+    ],
+)
 class TestFullCases:
     def test_logits_and_losses(self, outputs, model, case):
         golden, logits, _ = outputs(model, case)
@@ -153,7 +164,9 @@ class TestOtherCases:
         logits, _ = run(module, variables, batch_of(golden), enable_dropout=True)
         np.testing.assert_allclose(logits, golden["train_f32/logits"], atol=TOLERANCE, rtol=0)
 
-    @pytest.mark.parametrize("case", ["std_f32_row0", "nodrop_f32_row0"])
+    @pytest.mark.parametrize(
+        "case", ["std_f32_row0", pytest.param("nodrop_f32_row0", marks=pytest.mark.slow)]
+    )
     def test_single_row(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
         factor = EVAL_FACTOR[model] if case == "std_f32_row0" else None
@@ -172,7 +185,8 @@ class TestOtherCases:
         golden = golden_data.load_golden(model)
         for case, factor in (("std_f32", EVAL_FACTOR[model]), ("nodrop_f32", None)):
             module, variables = self.load(golden_checkpoint, model, factor)
-            encoded = module.apply(
+            encoded = jitted.apply(
+                module,
                 variables,
                 golden["batch/encoder_input_tokens"],
                 enable_dropout=False,
@@ -180,7 +194,9 @@ class TestOtherCases:
             )
             np.testing.assert_allclose(encoded, golden[f"{case}/encoded"], atol=TOLERANCE, rtol=0)
 
-    @pytest.mark.parametrize("case", ["std_bf16", "nodrop_bf16"])
+    @pytest.mark.parametrize(
+        "case", ["std_bf16", pytest.param("nodrop_bf16", marks=pytest.mark.slow)]
+    )
     def test_bfloat16_activations(self, golden_checkpoint, model, case):
         # Near ties route a few tokens differently under another order of summation, and in the
         # capacity cases those push others out: the bulk must agree closely, and the loss (seen:
@@ -197,7 +213,9 @@ class TestOtherCases:
         total = float(jnp.sum(jnp.where(golden["batch/decoder_loss_weights"] > 0, losses, 0.0)))
         assert total == pytest.approx(float(golden[f"{case}/loss/ce_sum"]), rel=4e-3)
 
-    @pytest.mark.parametrize("case", ["std_f32", "nodrop_f32"])
+    @pytest.mark.parametrize(
+        "case", ["std_f32", pytest.param("nodrop_f32", marks=pytest.mark.slow)]
+    )
     def test_greedy_tokens(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
         factor = EVAL_FACTOR[model] if case == "std_f32" else None
@@ -260,7 +278,8 @@ class TestCallingConvention:
         packed_input = np.concatenate([shifted(first[1]), shifted(second[1])])[None]
         encoder_segments = np.repeat([1, 2], [9, 7])[None]
         decoder_segments = np.repeat([1, 2], [5, 6])[None]
-        packed = module.apply(
+        packed = jitted.apply(
+            module,
             variables,
             packed_encoder,
             packed_input,
@@ -270,7 +289,8 @@ class TestCallingConvention:
             enable_dropout=False,
         )
         for part, where in ((first, np.s_[:5]), (second, np.s_[5:])):
-            single = module.apply(
+            single = jitted.apply(
+                module,
                 variables,
                 part[0][None],
                 shifted(part[1])[None],
@@ -287,24 +307,33 @@ class TestCallingConvention:
         inputs = np.where(inputs[:, :length] == 0, 3, inputs[:, :length])
         inputs[:, 0] = 0
         targets = np.pad(inputs[:, 1:], ((0, 0), (0, 1)), constant_values=3)
-        forced = module.apply(variables, encoder, inputs, targets, enable_dropout=False)
-        encoded = module.apply(variables, encoder, enable_dropout=False, method="encode")
+        forced = jitted.apply(module, variables, encoder, inputs, targets, enable_dropout=False)
+        encoded = jitted.apply(module, variables, encoder, enable_dropout=False, method="encode")
         arguments = {"enable_dropout": False, "decode": True, "max_decode_length": length}
         # T5X's own way to make a cache: one full-length call.
         ones = jnp.ones((2, length), jnp.int32)
-        _, state = module.apply(
-            variables, encoded, encoder, ones, ones, method="decode", mutable=["cache"], **arguments
+        _, state = jitted.apply(
+            module,
+            variables,
+            encoded,
+            encoder,
+            ones,
+            ones,
+            method="decode",
+            mutable="cache",
+            **arguments,
         )
         for position in range(length):
             token = jnp.asarray(inputs[:, position : position + 1])
-            logits, state = module.apply(
+            logits, state = jitted.apply(
+                module,
                 {**variables, "cache": state["cache"]},
                 encoded,
                 encoder,
                 token,
                 token,
                 method="decode",
-                mutable=["cache"],
+                mutable="cache",
                 **arguments,
             )
             np.testing.assert_allclose(logits[:, 0], forced[:, position], atol=TOLERANCE)
@@ -312,7 +341,7 @@ class TestCallingConvention:
     def test_bad_calls(self, model):
         module, variables = model
         encoder = jnp.ones((2, 4), jnp.int32)
-        encoded = module.apply(variables, encoder, enable_dropout=False, method="encode")
+        encoded = jitted.apply(module, variables, encoder, enable_dropout=False, method="encode")
         one = jnp.ones((2, 1), jnp.int32)
         with pytest.raises(ValueError, match="needs max_decode_length"):
             module.apply(variables, encoded, encoder, one, one, decode=True, method="decode")
@@ -329,7 +358,8 @@ class TestCallingConvention:
                 max_decode_length=4,
                 method="decode",
             )
-        _, state = module.apply(
+        _, state = jitted.apply(
+            module,
             variables,
             encoded,
             encoder,
@@ -338,7 +368,7 @@ class TestCallingConvention:
             decode=True,
             max_decode_length=4,
             method="decode",
-            mutable=["cache"],
+            mutable="cache",
         )
         with pytest.raises(ValueError, match="got 2 positions"):
             module.apply(
