@@ -1,8 +1,8 @@
 """GPTQ on the cores of a CPU: the algorithm of `gptq.py` by BLAS, LAPACK and one compiled loop.
 
-XLA's CPU backend runs the column loop slowly and copies the slices that it multiplies. Here a
-thread owns an expert, works in its own memory and calls BLAS on slices where they lie: two to three
-times as fast, with less memory.
+XLA's CPU backend runs the column loop slowly, copies the slices that it multiplies, and takes a
+third of the time for them. Here a thread owns an expert, works in its own memory and calls BLAS on
+slices where they lie.
 
 The letters are those of `gptq.py`, but columns are numbered from the last to the first. The
 reversed Hessian then has LAPACK's own factor, H = U^T U with U upper triangular, in place of V, and
@@ -11,7 +11,6 @@ the errors are e = U d. The sweep begins at the last number, the first input fea
 
 import ctypes
 import functools
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,12 +80,15 @@ def host_gptq(
     """
     num_experts, num_in, num_out = W.shape
     result = HostGptqResult(
-        codes=_allocate(W.size, np.uint8).reshape(num_experts, num_out, num_in),
+        codes=_empty_aligned(num_experts * num_out * num_in, np.uint8).reshape(
+            num_experts, num_out, num_in
+        ),
         fell_back=np.zeros(num_experts, np.bool_),
         layer_error=np.zeros(num_experts, np.float32),
         weight_error=np.zeros(num_experts, np.float32),
         zero_share=np.zeros(num_experts, np.float32),
     )
+    result.codes[np.setdiff1d(np.arange(num_experts), experts)] = 0
     scratch = threading.local()
 
     def quantize(expert):
@@ -318,18 +320,17 @@ def _blas_controller() -> Any:
 
 
 def _reserve(scratch: threading.local, name: str, size: int) -> Float32[np.ndarray, " size"]:
-    """Memory of this thread, kept for its next expert."""
+    """Memory of this thread, kept: page faults of new memory would cost a tenth of the time."""
     memory = getattr(scratch, name, None)
     if memory is None or memory.size < size:
-        memory = _allocate(size, np.float32)
+        memory = _empty_aligned(size, np.float32)
         setattr(scratch, name, memory)
     return memory[:size]
 
 
-def _allocate(size: int, dtype) -> np.ndarray:
-    """Pages of its own: returned to the system when freed, where malloc keeps them for a thread.
-
-    Aligned, so that JAX takes the array over without a copy.
-    """
-    pages = mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize))
-    return np.frombuffer(pages, dtype, count=size)
+def _empty_aligned(size: int, dtype) -> np.ndarray:
+    """At a multiple of 64 bytes, where JAX takes an array over without a copy."""
+    num_bytes = size * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes].view(dtype)
