@@ -5,14 +5,18 @@
 
 `--peer` is a checkout of github.com/IST-DASLab/qmoe; its `batch_gptq` runs in a subprocess, under
 a Python that has torch, on the same kernels and Hessians. The kernels are rounded to bfloat16, so
-that both sides see the same row extremes. Times are the least of `--repeats`, without compilation;
-ours are taken before and after the original's. `--implementation xla` times the program of
-accelerators instead of what a CPU runs by default.
+that both sides see the same row extremes. Times are the least of all repeats (`median_...`: their
+median), without compilation; both sides take turns, `--rounds` times, since a machine's own speed
+varies. `--implementation xla` times the program of accelerators instead of what a CPU runs by
+default.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import platform
+import statistics
 import subprocess
 import tempfile
 import time
@@ -77,14 +81,14 @@ def make_inputs(num_experts: int, num_in: int, num_out: int):
     return kernels, *finalize_hessian(state)
 
 
-def least_seconds(function, repeats: int) -> float:
+def seconds_of(function, repeats: int) -> list[float]:
     jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(function())
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return seconds
 
 
 def matmul_gflops() -> float:
@@ -92,10 +96,10 @@ def matmul_gflops() -> float:
     size = 2048
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
-    return 2 * size**3 / least_seconds(lambda: product(a), 10) / 1e9
+    return 2 * size**3 / min(seconds_of(lambda: product(a), 10)) / 1e9
 
 
-def run_peer(args, kernels, hessians) -> tuple[float, np.ndarray]:
+def run_peer(args, kernels, hessians) -> tuple[list[float], np.ndarray]:
     """Seconds and values [experts, out, in] of the original."""
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/weights.npy", np.swapaxes(np.asarray(kernels), 1, 2).copy())
@@ -108,7 +112,7 @@ def run_peer(args, kernels, hessians) -> tuple[float, np.ndarray]:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        return float(np.load(f"{folder}/seconds.npy").min()), np.load(f"{folder}/values.npy")
+        return np.load(f"{folder}/seconds.npy").tolist(), np.load(f"{folder}/values.npy")
 
 
 def bench(args, shape: tuple[int, int, int]) -> dict:
@@ -124,16 +128,21 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
     start = time.perf_counter()
     result = jax.block_until_ready(run())
     first = time.perf_counter() - start
-    seconds = least_seconds(run, args.repeats)
+    seconds = seconds_of(run, args.repeats)
     row = {}
     if args.peer:
         peer_seconds, peer_values = run_peer(args, inputs[0], inputs[1])
-        seconds = min(seconds, least_seconds(run, args.repeats))
+        seconds += seconds_of(run, args.repeats)
+        for _ in range(args.rounds - 1):
+            peer_seconds += run_peer(args, inputs[0], inputs[1])[0]
+            seconds += seconds_of(run, args.repeats)
         dequantize = jax.vmap(lambda codes, levels: grid.dequantize(codes.T, levels).T)
         values = np.asarray(dequantize(result.codes, result.levels))
         row = {
-            "peer_seconds": peer_seconds,
-            "speed_up": peer_seconds / seconds,
+            "peer_seconds": min(peer_seconds),
+            "median_peer_seconds": statistics.median(peer_seconds),
+            "speed_up": min(peer_seconds) / min(seconds),
+            "median_speed_up": statistics.median(peer_seconds) / statistics.median(seconds),
             "agreement": float(np.mean(values == peer_values)),
         }
     ceiling = matmul_gflops()
@@ -143,11 +152,12 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
         "experts": num_experts,
         "in": num_in,
         "out": num_out,
-        "seconds": seconds,
-        "weights_per_second": num_experts * num_in * num_out / seconds,
-        "gflops": work / seconds / 1e9,
+        "seconds": min(seconds),
+        "median_seconds": statistics.median(seconds),
+        "weights_per_second": num_experts * num_in * num_out / min(seconds),
+        "gflops": work / min(seconds) / 1e9,
         "matmul_gflops": ceiling,
-        "compile_seconds": first - seconds,
+        "compile_seconds": first - min(seconds),
         "statuses_not_ok": int(np.sum(np.asarray(result.status) != 0)),
         "zero_share": float(np.mean(np.asarray(result.zero_share))),
         **row,
@@ -163,6 +173,7 @@ def main():
     parser.add_argument("--peer", type=pathlib.Path, help="checkout of the original")
     parser.add_argument("--peer_python", default="python", help="a Python that has torch")
     parser.add_argument("--peer_repeats", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="of ours and the original in turn")
     parser.add_argument("--peer_device", default="cpu")
     args = parser.parse_args()
 
@@ -171,11 +182,18 @@ def main():
         row = bench(args, shape)
         rows.append(row)
         if len(rows) == 1:
-            print("  ".join(f"{name[:12]:>12}" for name in row))
-        print("  ".join(f"{value:>12.6g}" for value in row.values()), flush=True)
+            print("  ".join(f"{name:>12}" for name in row))
+        cells = (f"{value:.6g}".rjust(max(12, len(name))) for name, value in row.items())
+        print("  ".join(cells), flush=True)
     if args.json:
-        device = str(jax.devices()[0].device_kind)
-        args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=2))
+        machine = {
+            "device": str(jax.devices()[0].device_kind),
+            "num_cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+        }
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
