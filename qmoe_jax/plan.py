@@ -15,10 +15,12 @@ Exit status: 0 the run fits, 1 it does not, 2 bad input.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import shutil
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,17 +204,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_tokens(parser.add_argument_group("tokens"))
     _add_resources(parser.add_argument_group("resources"))
     group = parser.add_argument_group("settings of the run, as CompressionSettings has them")
-    types = typing.get_type_hints(CompressionSettings)
+    hints = typing.get_type_hints(CompressionSettings)
+    meanings = _meanings(CompressionSettings)
     for field in _setting_fields():
-        if types[field.name] is bool:
+        (kind,) = {typing.get_origin(t) or t for t in _alternatives(hints[field.name])}
+        if kind is bool:
             option: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        elif types[field.name] in (str, int, float):
-            option = {"type": types[field.name]}
+        elif kind in (str, int, float):
+            option = {"type": kind}
         else:
             option = {"type": _overrides, "metavar": "JSON"}
         default = "none" if field.default is dataclasses.MISSING else repr(field.default)
-        group.add_argument(f"--{field.name}", help=f"(default: {default})", **option)
+        meaning = meanings.get(field.name, "").replace("%", "%%")
+        group.add_argument(f"--{field.name}", help=f"{meaning} (default: {default})", **option)
     return parser
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types of an optional value without None; of any other, itself."""
+    if isinstance(hint, types.UnionType):
+        return [t for t in typing.get_args(hint) if t is not types.NoneType]
+    return [hint]
+
+
+def _meanings(documented: type) -> dict[str, str]:
+    """What the docstring of a class says of each attribute, without its last full stop."""
+    lines = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")[2].splitlines()
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line.startswith("    "):
+            meanings[name] += " " + line.strip()
+        elif line.startswith("  "):
+            name, _, meaning = line.strip().partition(": ")
+            meanings[name] = meaning
+    return {name: meaning.removesuffix(".") for name, meaning in meanings.items()}
 
 
 def _overrides(text: str) -> dict[str, Any]:

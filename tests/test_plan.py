@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import tracemalloc
 
 import jax
@@ -399,6 +400,30 @@ def test_a_table_for_every_public_checkpoint(capsys, name):
     assert f"{total:,}" in out
     assert "The run fits" in out
     assert ("assumed: the QMoE paper's" in out) == (name not in PAPER_SIZES)
+
+
+def test_every_setting_is_an_option_with_its_meaning(capsys):
+    """As the docstring has it; an option that may be None takes what it may be besides."""
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.partition("settings of the run")[2].split())
+    for field in dataclasses.fields(CompressionSettings):
+        assert re.search(rf"--{field.name}(, --no-{field.name})? ", text), field.name
+    assert "experts that are quantized together (default: 16)" in text
+    for name, meaning in command._meanings(CompressionSettings).items():
+        assert len(meaning.split()) > 2, name
+
+
+def test_small_groups_cost_what_they_store(tmp_path):
+    bits = []
+    for arguments in ([], ["--group_size", "32"]):
+        file = tmp_path / "plan.json"
+        assert command.main(["switch_base_8", *AMPLE, "--json", str(file), *arguments]) == 0
+        sizes = {size["layout"]: size for size in json.loads(file.read_text())["sizes"]}
+        assert ("published" in sizes) == (not arguments)  # has no place for groups
+        bits.append(sizes["tunstall"]["bits_per_weight"])
+    # Two bfloat16 levels for 32 weights instead of a row.
+    assert 1.0 < bits[1] - bits[0] < 2.5
 
 
 @pytest.mark.parametrize(

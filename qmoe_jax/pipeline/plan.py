@@ -188,10 +188,9 @@ def _sizes(
 ) -> tuple[CompressedSize, ...]:
     config = model.config
     sizes = [plan_sizes.compressed_size(config, model.shapes, model.dtypes, settings, zeros)]
-    kinds = {
-        (own.method == "none", own.grid)
-        for own in plan_sizes.layer_settings(config, settings).values()
-    }
+    own_settings = plan_sizes.layer_settings(config, settings).values()
+    kinds = {(own.method == "none", own.grid) for own in own_settings}
+    whole_rows = all(own.group_size is None for own in own_settings)
     if kinds == {(False, "ternary")}:
         if sizes[0].layout != "qmoe":
             plain = dataclasses.replace(settings, layer_overrides={}, skip="", grid="ternary")
@@ -199,7 +198,8 @@ def _sizes(
             sizes.append(
                 plan_sizes.compressed_size(config, model.shapes, model.dtypes, plain, zeros)
             )
-        if len(config.wi_names) == 1:  # Hugging Face's models have no gated experts
+        # Hugging Face's models have no gated experts, the published layout no groups.
+        if len(config.wi_names) == 1 and whole_rows:
             sizes.append(plan_sizes.published_size(config, model.shapes, zeros["ternary"]))
     return tuple(sizes)
 
