@@ -131,11 +131,12 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
     seconds = seconds_of(run, args.repeats)
     row = {}
     if args.peer:
-        peer_seconds, peer_values = run_peer(args, inputs[0], inputs[1])
-        seconds += seconds_of(run, args.repeats)
-        for _ in range(args.rounds - 1):
-            peer_seconds += run_peer(args, inputs[0], inputs[1])[0]
+        peer_runs = []
+        for _ in range(max(1, args.rounds)):
+            peer_runs.append(run_peer(args, inputs[0], inputs[1]))
             seconds += seconds_of(run, args.repeats)
+        peer_seconds = [second for of_run, _ in peer_runs for second in of_run]
+        peer_values = peer_runs[-1][1]
         dequantize = jax.vmap(lambda codes, levels: grid.dequantize(codes.T, levels).T)
         values = np.asarray(dequantize(result.codes, result.levels))
         row = {

@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     hints = typing.get_type_hints(CompressionSettings)
     meanings = _meanings(CompressionSettings)
     for field in _setting_fields():
-        (kind,) = {typing.get_origin(t) or t for t in _alternatives(hints[field.name])}
+        kind = _without_none(hints[field.name])
         if kind is bool:
             option: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif kind in (str, int, float):
@@ -220,11 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """The types of an optional value without None; of any other, itself."""
-    if isinstance(hint, types.UnionType):
-        return [t for t in typing.get_args(hint) if t is not types.NoneType]
-    return [hint]
+def _without_none(hint: Any) -> Any:
+    """`int` of `int | None`; any other type as it is."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if isinstance(hint, types.UnionType) and len(kinds) == 1 else hint
 
 
 def _meanings(documented: type) -> dict[str, str]:

@@ -9,6 +9,7 @@ import jitted
 import numpy as np
 import pytest
 import toy_decoder
+from markers import slow
 
 import qmoe_jax
 from qmoe_jax.models.beam_search import beam_generate, beam_search, brevity_penalty
@@ -20,7 +21,7 @@ EOS = 1
 
 
 @pytest.mark.parametrize("model", golden_data.MODELS)
-@pytest.mark.parametrize("case", ["std_f32", pytest.param("nodrop_f32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["std_f32", *slow("nodrop_f32")])
 def test_t5x_s_own_beams(golden_checkpoint, model, case):
     golden = golden_data.load_golden(model)
     factor = EVAL_FACTOR[model] if case == "std_f32" else None

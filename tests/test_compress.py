@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from markers import slow
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, TokenMetadata, from_sequences, write_tokens
@@ -107,7 +108,7 @@ def test_the_manifest_is_complete_and_portable(gptq):
     assert 8 * stored["dense"] == report.dense_bits
 
 
-@pytest.mark.parametrize("grid", ["ternary", pytest.param("2bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("grid", ["ternary", *slow("2bit")])
 def test_loss_through_codes_equals_loss_of_dequantized_weights(base, gptq, tmp_path, grid):
     path, _ = gptq
     if grid == "2bit":
@@ -213,7 +214,7 @@ def test_experts_without_tokens_are_rounded_and_counted(base, tmp_path):
     assert len(module.coded) == len(nearest.kernels)
 
 
-@pytest.mark.parametrize("model", ["xxl", pytest.param("c", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["xxl", *slow("c")])
 def test_other_geometries(golden_checkpoint, tmp_path, model):
     """Gated experts, separate logits, every layer sparse."""
     checkpoint = golden_checkpoint(model, "t5x_bfloat16")
@@ -242,9 +243,10 @@ def test_other_geometries(golden_checkpoint, tmp_path, model):
     assert loss.loss == pytest.approx(report.validation.loss, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "option", [{"true_sequential": True}, {"act_order": True}, {"group_size": 32}]
-)
+OPTIONS = ({"group_size": 32}, {"true_sequential": True}, {"act_order": True})
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_options_run_and_matter(base, gptq, tmp_path, option):
     path, report = gptq
     other = qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **QUICK)
@@ -255,8 +257,12 @@ def test_options_run_and_matter(base, gptq, tmp_path, option):
         assert 1.0 < other.bits_per_weight - report.bits_per_weight < 2.5
     else:
         assert other.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.1)
-    if "group_size" not in option:
-        return  # the format is the same
+
+
+# But for groups the format is the same.
+@pytest.mark.parametrize("option", [OPTIONS[0], *slow(*OPTIONS[1:])])
+def test_codes_lose_nothing_under_options(base, tmp_path, option):
+    qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **QUICK)
     module, variables = qmoe_jax.load_switch(tmp_path / "other")
     batches = [batch.arrays() for batch in CALIBRATION[:16].batches(16)]
     through_codes = evaluate_loss(module, variables, batches)
@@ -387,9 +393,7 @@ def stop_after(monkeypatch, num_batches):
 
 class TestResume:
     # 4 sparse layers of 8 experts in batches of 3: 12 batches.
-    @pytest.mark.parametrize(
-        "stops", [(1,), (3, 5), pytest.param((2, 2, 2, 5), marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("stops", [(1,), (3, 5), *slow((2, 2, 2, 5))])
     def test_a_stopped_run_ends_with_the_same_bytes(self, base, gptq, tmp_path, monkeypatch, stops):
         path = tmp_path / "out"
         for stop in stops:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from cuda_emulation import emulator
+from markers import slow
 
 _SPEC = importlib.util.spec_from_file_location("nvrtc", emulator.KERNEL_FOLDER / "nvrtc.py")
 assert _SPEC is not None
@@ -38,7 +39,7 @@ KERNELS = {
 # The sources do not ask for the architecture: the oldest and a common one stand for all.
 @pytest.mark.parametrize(
     "architecture",
-    [75, 90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 86, 89, 100))],
+    [75, 90, *slow(80, 86, 89, 100)],
 )
 @pytest.mark.parametrize("source", nvrtc.SOURCES)
 def test_compiles(source, architecture):

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
+from markers import slow
 
 from qmoe_jax.codec import reference
 from qmoe_jax.codec.codings import coding_names, get_coding
@@ -22,11 +23,6 @@ from qmoe_jax.codec.tunstall import ZERO_WEIGHTS
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 BF16 = ml_dtypes.bfloat16
-
-
-def slow(*values):
-    """Parameters of the full run only."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="session")

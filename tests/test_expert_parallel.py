@@ -19,9 +19,8 @@ from qmoe_jax.models.sampling import greedy_generate
 batch = np.load(job["batch"])
 out = {}
 for name, path in job["paths"].items():
-    if name == "2bit":  # its arrays are others, what is done with them is not
-        split = qmoe_jax.load_switch(path, "float32", num_devices=4)
-    for factor in {"native": (1.0,), "ternary": (None,), "2bit": ()}[name]:
+    split = qmoe_jax.load_switch(path, "float32", num_devices=4)
+    for factor in job["factors"][name]:
         one = qmoe_jax.load_switch(path, "float32", factor)
         split = qmoe_jax.load_switch(path, "float32", factor, num_devices=4)
         results = [
@@ -50,8 +49,14 @@ print(json.dumps(out))
 """
 
 
+# The arrays of 2 bit are others, what is done with them is not.
+FACTORS = {"native": [1.0], "ternary": [None], "2bit": []}
+OTHER_FACTORS = {"native": [None], "ternary": [1.0], "2bit": [None]}
+
+
 @pytest.fixture(scope="module")
-def results(golden_checkpoint, tmp_path_factory):
+def run(golden_checkpoint, tmp_path_factory):
+    """`run(factors)`: what one device and four give with these capacity factors."""
     folder = tmp_path_factory.mktemp("split")
     native = golden_checkpoint("base", "t5x_float32_inference")
     paths = {"native": str(native)}
@@ -62,21 +67,37 @@ def results(golden_checkpoint, tmp_path_factory):
     encoder = rng.integers(3, 500, (3, 12))
     target = rng.integers(3, 500, (3, 7))
     np.savez(folder / "batch.npz", e=encoder, i=np.pad(target[:, :-1], ((0, 0), (1, 0))), t=target)
-    job = {"paths": paths, "batch": str(folder / "batch.npz")}
-    process = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, json.dumps(job)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+
+    def run(factors):
+        job = {"paths": paths, "batch": str(folder / "batch.npz"), "factors": factors}
+        process = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, json.dumps(job)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return run(FACTORS)
 
 
 @pytest.mark.parametrize("model", ["native 1.0", "ternary None"])
 def test_logits_are_the_same(results, model):
     """With a capacity, and dropless through codes."""
     assert results[model] < 1e-5
+
+
+@pytest.mark.slow
+def test_logits_are_the_same_with_the_other_factors(run):
+    results = run(OTHER_FACTORS)
+    for model in ("native None", "ternary 1.0", "2bit None"):
+        assert results[model] < 1e-5, model
 
 
 @pytest.mark.parametrize("model", ["native", "ternary", "2bit"])

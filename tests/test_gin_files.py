@@ -6,6 +6,7 @@ from pathlib import Path
 import golden_data
 import numpy as np
 import pytest
+from markers import slow
 
 from qmoe_jax import evaluate
 from qmoe_jax.calibration.tokens import ARRAY_NAMES, TokenBatch, TokenMetadata, write_tokens
@@ -111,9 +112,7 @@ def check_layer(golden, layer, found, drops):
         assert found[name] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "public", ["base", *(pytest.param(p, marks=pytest.mark.slow) for p in ("xxl", "c"))]
-)
+@pytest.mark.parametrize("public", ["base", *slow("xxl", "c")])
 def test_dropless_is_the_default(run, public):
     golden, result, _ = run(public)
     losses = float(golden["nodrop_f32/loss/ce_sum"]) / float(golden["nodrop_f32/loss/ntokens"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import threadpoolctl
+from markers import slow
 
 from qmoe_jax.quantization import expert_batch
 from qmoe_jax.quantization.expert_batch import (
@@ -92,10 +93,7 @@ HOW = [{"experts_at_once": 1}, {"experts_at_once": 4}, {"implementation": "host"
 # Sizes around the panel (16), the block (32) and the LAPACK share (64).
 SIZES = [
     *((1, 1), (7, 3), (33, 12), (100, 40)),
-    *(
-        pytest.param(size, marks=pytest.mark.slow)
-        for size in ((1, 7), (5, 1), (16, 16), (31, 5), (64, 9))
-    ),
+    *slow((1, 7), (5, 1), (16, 16), (31, 5), (64, 9)),
 ]
 
 
@@ -202,12 +200,12 @@ def test_worse_on_weights_and_better_on_outputs(grid):
     assert swept_weights > rounded_weights
 
 
-def test_independent_of_the_block_size():
+@pytest.mark.parametrize("block_size", [96, *slow(64)])
+def test_independent_of_the_block_size(block_size):
     W, H = make_problem(90, 48)
     expected = jitted_gptq(W, H, Ternary(), block_size=32).codes
-    for block_size in (96,):
-        codes = jitted_gptq(W, H, Ternary(), block_size=block_size).codes
-        assert share_equal(codes, expected) >= 0.9995
+    codes = jitted_gptq(W, H, Ternary(), block_size=block_size).codes
+    assert share_equal(codes, expected) >= 0.9995
 
 
 def test_block_size_is_checked():
@@ -339,10 +337,8 @@ class TestHostGptq:
         "size",
         [
             *((1, 1), (31, 5), (129, 257), (70, 1537)),
-            *(
-                pytest.param(size, marks=pytest.mark.slow)
-                for size in ((1, 7), (5, 1), (64, 9), (65, 5), (200, 300), (9, 1536))
-            ),
+            *slow((1, 7), (5, 1), (7, 3), (16, 16), (33, 12), (64, 9), (100, 40)),
+            *slow((65, 5), (200, 300), (9, 1536)),
         ],
         ids=str,
     )
@@ -361,9 +357,12 @@ class TestHostGptq:
         np.testing.assert_allclose(result.zero_share[0], np.mean(np.asarray(values) == 0), 1e-6)
 
     @pytest.mark.parametrize(
-        ("act_order", "group_size"), [(True, None), (False, 10), (True, 26)], ids=str
+        "act_order_and_group_size",
+        [(True, None), (False, 10), (True, 26), *slow((False, None), (True, 10), (False, 26))],
+        ids=str,
     )
-    def test_options_agree_with_the_slow_twin(self, act_order, group_size):
+    def test_options_agree_with_the_slow_twin(self, act_order_and_group_size):
+        act_order, group_size = act_order_and_group_size
         W, H = make_problem(130, 40, skew=1.5)
         grid, damping = TwoBit(), 0.03
         options = {"damping": damping, "act_order": act_order, "group_size": group_size}

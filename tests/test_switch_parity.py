@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jitted
 import numpy as np
 import pytest
+from markers import slow
 
 import qmoe_jax
 from qmoe_jax.evaluation.metrics import cross_entropy, evaluate_loss
@@ -164,9 +165,7 @@ class TestOtherCases:
         logits, _ = run(module, variables, batch_of(golden), enable_dropout=True)
         np.testing.assert_allclose(logits, golden["train_f32/logits"], atol=TOLERANCE, rtol=0)
 
-    @pytest.mark.parametrize(
-        "case", ["std_f32_row0", pytest.param("nodrop_f32_row0", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("case", ["std_f32_row0", *slow("nodrop_f32_row0")])
     def test_single_row(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
         factor = EVAL_FACTOR[model] if case == "std_f32_row0" else None
@@ -194,9 +193,7 @@ class TestOtherCases:
             )
             np.testing.assert_allclose(encoded, golden[f"{case}/encoded"], atol=TOLERANCE, rtol=0)
 
-    @pytest.mark.parametrize(
-        "case", ["std_bf16", pytest.param("nodrop_bf16", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("case", ["std_bf16", *slow("nodrop_bf16")])
     def test_bfloat16_activations(self, golden_checkpoint, model, case):
         # Near ties route a few tokens differently under another order of summation, and in the
         # capacity cases those push others out: the bulk must agree closely, and the loss (seen:
@@ -213,9 +210,7 @@ class TestOtherCases:
         total = float(jnp.sum(jnp.where(golden["batch/decoder_loss_weights"] > 0, losses, 0.0)))
         assert total == pytest.approx(float(golden[f"{case}/loss/ce_sum"]), rel=4e-3)
 
-    @pytest.mark.parametrize(
-        "case", ["std_f32", pytest.param("nodrop_f32", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("case", ["std_f32", *slow("nodrop_f32")])
     def test_greedy_tokens(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
         factor = EVAL_FACTOR[model] if case == "std_f32" else None
