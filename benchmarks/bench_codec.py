@@ -12,8 +12,6 @@ checkpoints are stored anew in every coding that takes them.
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from machine import machine_facts
 
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.codec import codings
@@ -180,14 +179,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    device = jax.devices()[0]
-    machine = {
-        "device": f"{device.platform} {device.device_kind}",
-        "num_cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
+    machine = machine_facts()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print("b/w: bits a weight; Mw/s: million weights a second\n")
     print(" | ".join(f"{title:>13}" for title in COLUMNS.values()))

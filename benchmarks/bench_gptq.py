@@ -13,9 +13,7 @@ default.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -24,6 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import machine_facts
 
 from qmoe_jax.calibration.hessian import finalize_hessian, init_hessian, update_hessian
 from qmoe_jax.quantization.expert_batch import IMPLEMENTATIONS, quantize_experts
@@ -187,14 +186,8 @@ def main():
         cells = (f"{value:.6g}".rjust(max(12, len(name))) for name, value in row.items())
         print("  ".join(cells), flush=True)
     if args.json:
-        machine = {
-            "device": str(jax.devices()[0].device_kind),
-            "num_cpus": os.cpu_count(),
-            "machine": platform.machine(),
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-        }
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        results = {"machine": machine_facts(), "rows": rows}
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
