@@ -25,9 +25,9 @@ import numpy as np
 
 from qmoe_jax.calibration.tokens import TokenMetadata, from_sequences, write_tokens
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
+from qmoe_jax.config import SwitchConfig
 
 EMBED, MLP, HEADS, VOCAB = 512, 2048, 8, 1024
 # (experts, layers a stack); every second layer is sparse.

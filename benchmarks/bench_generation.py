@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import qmoe_jax
-from qmoe_jax.models.beam_search import beam_generate
-from qmoe_jax.models.generation_reference import greedy_generate_reference
+from qmoe_jax.generation.beam_search import beam_generate
+from qmoe_jax.generation.reference import greedy_generate_reference
+from qmoe_jax.generation.sampling import greedy_generate
+from qmoe_jax.generation.streaming import stream_tokens
 from qmoe_jax.models.load import dequantized, load_switch
-from qmoe_jax.models.sampling import greedy_generate
-from qmoe_jax.models.streaming import stream_tokens
 
 DEMO = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "switch_demo"
 NEVER = -1  # an eos that no token is

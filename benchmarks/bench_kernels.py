@@ -22,9 +22,9 @@ from paper_kernel import PaperKernel
 
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tunstall import tunstall_family
-from qmoe_jax.ops import cuda_kernels
-from qmoe_jax.ops.cuda_launcher import KernelCall
-from qmoe_jax.ops.launch_settings import LaunchSettings, launch_settings
+from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda.launch_settings import LaunchSettings, launch_settings
+from qmoe_jax.ops.cuda.launcher import KernelCall
 
 TOKENS = (1, 2, 4, 8, 16, 64)
 PROGRAM = "bench_kernels"

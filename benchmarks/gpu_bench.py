@@ -23,10 +23,10 @@ import ml_dtypes  # noqa: E402
 
 from qmoe_jax.codec.encode import encode  # noqa: E402
 from qmoe_jax.codec.tensor import TensorSpec  # noqa: E402
-from qmoe_jax.ops import cuda_kernels  # noqa: E402
-from qmoe_jax.ops.cuda_launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.cuda import kernels as cuda_kernels  # noqa: E402
+from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
+from qmoe_jax.ops.cuda.launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
 from qmoe_jax.ops.experts import find_row_block_starts  # noqa: E402
-from qmoe_jax.ops.launch_settings import Launch  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
 """(out, in) of the QMoE paper's kernels."""

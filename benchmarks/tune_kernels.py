@@ -19,8 +19,9 @@ import numpy as np
 from bench_kernels import token_sets
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu
 
-from qmoe_jax.ops import cuda_kernels, launch_settings
-from qmoe_jax.ops.launch_settings import Launch, LaunchSettings
+from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda import launch_settings
+from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings
 
 PROGRAM = "tune_kernels"
 THREADS = (64, 128, 256)

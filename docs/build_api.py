@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def build(output: Path) -> int:
-    """Writes the pages; returns their number.
+    """Write the pages; return their number.
 
     Raises:
       Warning: a module that cannot be imported, or a docstring that cannot be read.
@@ -34,7 +34,7 @@ def build(output: Path) -> int:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

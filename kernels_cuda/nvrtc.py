@@ -47,7 +47,7 @@ class CompileError(Exception):
 
 @functools.cache
 def find_library() -> Path | None:
-    """The newest libnvrtc of the installed wheels, or None."""
+    """Return the newest libnvrtc of the installed wheels, or None."""
     spec = importlib.util.find_spec("nvidia")
     found: list[tuple[int, Path]] = []
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -68,7 +68,7 @@ def _library() -> ctypes.CDLL:
 
 
 def architectures() -> tuple[int, ...]:
-    """What this NVRTC compiles for, as in sm_90: 90."""
+    """Return what this NVRTC compiles for, as in sm_90: 90."""
     count = ctypes.c_int()
     _library().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     numbers = (ctypes.c_int * count.value)()
@@ -77,7 +77,7 @@ def architectures() -> tuple[int, ...]:
 
 
 def compile_source(source: str, architecture: int, name: str = "kernel.cu") -> Cubin:
-    """Compiles CUDA C++ to a cubin.
+    """Compile CUDA C++ to a cubin.
 
     Args:
       source: text of a .cu file; may include the headers of this folder.
@@ -110,7 +110,7 @@ def compile_source(source: str, architecture: int, name: str = "kernel.cu") -> C
 
 
 def compile_file(name: str, architecture: int) -> Cubin:
-    """Compiles one of SOURCES; see `compile_source`."""
+    """Compile one of SOURCES; see `compile_source`."""
     return compile_source((FOLDER / name).read_text(), architecture, name)
 
 

@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qmoe_jax.checkpoints.config import SwitchConfig
     from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+    from qmoe_jax.config import SwitchConfig
     from qmoe_jax.models.load import load_switch
     from qmoe_jax.models.switch import SwitchTransformer
     from qmoe_jax.pipeline.compress import compress
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["SwitchConfig", "SwitchTransformer", "compress", "load_switch", "open_t5x_checkpoint"]
 
 _HOMES = {
-    "SwitchConfig": "qmoe_jax.checkpoints.config",
+    "SwitchConfig": "qmoe_jax.config",
     "SwitchTransformer": "qmoe_jax.models.switch",
     "compress": "qmoe_jax.pipeline.compress",
     "load_switch": "qmoe_jax.models.load",
@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name on first use: `import qmoe_jax` alone imports neither JAX nor Flax."""
+    """Import a public name on first use: `import qmoe_jax` alone imports neither JAX nor Flax."""
     if name not in _HOMES:
         raise AttributeError(f"module 'qmoe_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

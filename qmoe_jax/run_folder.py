@@ -23,7 +23,7 @@ class RunFolder:
     def __init__(
         self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, discard: bool = False
     ):
-        """Makes the folder or goes on in it.
+        """Make the folder or go on in it.
 
         Args:
           path: the folder.
@@ -68,7 +68,7 @@ class RunFolder:
         write_atomically(file, json.dumps(settings, indent=1, sort_keys=True).encode())
 
     def close(self) -> None:
-        """Lets other processes in."""
+        """Let other processes in."""
         self._lock.close()
 
     def __enter__(self) -> "RunFolder":
@@ -79,7 +79,7 @@ class RunFolder:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a local file: after a kill at any moment it is the old one or the new one, whole.
+    """Write a local file: after a kill at any moment it is the old one or the new one, whole.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -100,7 +100,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings: `tokens.seed: 0 became 1; ...`."""
+    """Return what differs between two settings: `tokens.seed: 0 became 1; ...`."""
     old, new = _flat(before), _flat(now)
     changed = [
         f"{key}: {old.get(key)!r} became {new.get(key)!r}"

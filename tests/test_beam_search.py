@@ -12,9 +12,9 @@ import toy_decoder
 from markers import slow
 
 import qmoe_jax
-from qmoe_jax.models.beam_search import beam_generate, beam_search, brevity_penalty
-from qmoe_jax.models.generation_reference import next_token_logits
-from qmoe_jax.models.sampling import NEG_INF, greedy_generate
+from qmoe_jax.generation.beam_search import beam_generate, beam_search, brevity_penalty
+from qmoe_jax.generation.reference import next_token_logits
+from qmoe_jax.generation.sampling import NEG_INF, greedy_generate
 
 EVAL_FACTOR = {"base": 2.0, "xxl": 4.0, "c": 2.0}
 EOS = 1
@@ -68,7 +68,7 @@ def slow_beam_search(log_probs_of, *, beam_size, length, alpha, eos_id=EOS):
 
 
 def best_first(tokens, scores, eos_id=EOS):
-    """A row of the results as the slow twin gives it, without fillers."""
+    """A row of the results as the reference gives it, without fillers."""
     rows = []
     for row, score in zip(np.asarray(tokens)[::-1], np.asarray(scores)[::-1], strict=True):
         if score > NEG_INF / 2:

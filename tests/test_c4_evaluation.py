@@ -9,8 +9,8 @@ import golden_data
 import numpy as np
 import pytest
 
-from qmoe_jax import evaluate, prepare_tokens
 from qmoe_jax.calibration import sources, tokens
+from qmoe_jax.cli import evaluate, prepare_tokens
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import load_switch

@@ -19,6 +19,7 @@ from markers import slow
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, TokenMetadata, from_sequences, write_tokens
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import dequantized
@@ -218,7 +219,7 @@ def test_experts_without_tokens_are_rounded_and_counted(base, tmp_path):
 def test_other_geometries(golden_checkpoint, tmp_path, model):
     """Gated experts, separate logits, every layer sparse."""
     checkpoint = golden_checkpoint(model, "t5x_bfloat16")
-    config = qmoe_jax.SwitchConfig.from_checkpoint(checkpoint)
+    config = read_config(checkpoint)
     tokens = random_tokens(3, 16, num_embeddings=min(500, config.num_embeddings))
     size = config.num_embeddings
     tokens = dataclasses.replace(
@@ -506,7 +507,7 @@ class TestRefusals:
     def test_tokens_of_another_vocabulary(self, golden_checkpoint, tmp_path):
         tokens = random_tokens(0, 4)
         write_tokens(tmp_path / "tokens.npz", tokens.tokens, tokens.metadata)
-        config = qmoe_jax.SwitchConfig.from_checkpoint(golden_checkpoint("c", "t5x_bfloat16"))
+        config = read_config(golden_checkpoint("c", "t5x_bfloat16"))
         assert config.num_embeddings < 512
         with pytest.raises(TokensError, match="another vocabulary"):
             qmoe_jax.compress(
@@ -597,7 +598,7 @@ class TestDamagedCompressedCheckpoint:
 
 @pytest.mark.slow
 def test_generation_through_codes(gptq):
-    from qmoe_jax.models.sampling import greedy_generate
+    from qmoe_jax.generation.sampling import greedy_generate
 
     module, variables = qmoe_jax.load_switch(gptq[0])
     encoder = jnp.asarray(CALIBRATION.tokens.encoder_input_tokens[:2])

@@ -23,18 +23,20 @@ from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.generation.sampling import greedy_generate
 from qmoe_jax.models import load
 from qmoe_jax.models.moe import DERIVED
-from qmoe_jax.models.sampling import greedy_generate
-from qmoe_jax.ops import cuda_kernels, cuda_launcher, launch_settings
-from qmoe_jax.ops.compressed_product import (
+from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda import launch_settings
+from qmoe_jax.ops.cuda import launcher as cuda_launcher
+from qmoe_jax.ops.cuda.launcher import CudaError
+from qmoe_jax.ops.experts import CodedExperts, DenseExperts, find_row_block_starts
+from qmoe_jax.ops.products import (
     compressed_product,
     expert_mlp,
     kernel_fetch,
     split_float32,
 )
-from qmoe_jax.ops.cuda_launcher import CudaError
-from qmoe_jax.ops.experts import CodedExperts, DenseExperts, find_row_block_starts
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

@@ -20,8 +20,8 @@ from qmoe_jax.checkpoints.compressed_parts import CodedExperts, step_of_name, va
 from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
+from qmoe_jax.cli.dequantize import main
 from qmoe_jax.codec import codings
-from qmoe_jax.dequantize import main
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import dequantized, load_switch
@@ -69,7 +69,7 @@ def test_float32_keeps_every_value(compressed, tmp_path, kind):
     native = open_t5x_checkpoint(path)
     assert (native.layout, native.step) == ("t5x", 77)
     assert {dtype.name for dtype in native.dtypes.values()} == {"float32"}
-    # The slow twin decodes all experts with the model's arrays in memory.
+    # The reference decodes all experts with the model's arrays in memory.
     _, variables = dequantized(*load_switch(compressed(kind)), dtype="float32")
     expected = names.flatten(variables["params"])
     assert set(native.names) == set(expected)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from golden_data import DEMO
 
-from qmoe_jax.calibration import docstrings, tokens
+from qmoe_jax.calibration import tokens
+from qmoe_jax.demo.run import docstrings
 from qmoe_jax.errors import TokensError
 
 # Enough for these tests; all packages take 15 s.

@@ -11,10 +11,10 @@ import golden_data
 import pytest
 from test_compress import CALIBRATION
 
-from qmoe_jax import gin_flags
 from qmoe_jax.calibration.tokens import write_tokens
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
+from qmoe_jax.cli import flags as gin_flags
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.load import load_switch
 
 gin = pytest.importorskip("gin")

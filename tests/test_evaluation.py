@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import qmoe_jax.evaluation.evaluate as evaluation
-from qmoe_jax import evaluate as command
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens, write_tokens
+from qmoe_jax.cli import evaluate as command
+from qmoe_jax.cli.inspect import inspect_checkpoint
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.evaluation.writers import scalars
-from qmoe_jax.inspect import inspect_checkpoint
 from qmoe_jax.models.load import load_switch
 
 CHECKPOINT = golden_data.DEMO / "checkpoint_4200"

@@ -15,7 +15,7 @@ import json, sys
 job = json.loads(sys.argv[1])
 import jax, numpy as np
 import qmoe_jax
-from qmoe_jax.models.sampling import greedy_generate
+from qmoe_jax.generation.sampling import greedy_generate
 batch = np.load(job["batch"])
 out = {}
 for name, path in job["paths"].items():

@@ -11,10 +11,9 @@ import toy_decoder
 
 import qmoe_jax
 from qmoe_jax.errors import CheckpointError, TokensError
-from qmoe_jax.models import beam_search, prompts, sampling, streaming
-from qmoe_jax.models.generation_reference import greedy_generate_reference, next_token_logits
-from qmoe_jax.models.generation_settings import GenerationSettings
-from qmoe_jax.models.sampling import (
+from qmoe_jax.generation import beam_search, prompts, sampling, streaming
+from qmoe_jax.generation.reference import greedy_generate_reference, next_token_logits
+from qmoe_jax.generation.sampling import (
     NEG_INF,
     greedy_generate,
     sample_generate,
@@ -23,6 +22,7 @@ from qmoe_jax.models.sampling import (
     top_k_mask,
     top_p_mask,
 )
+from qmoe_jax.generation.settings import GenerationSettings
 
 EOS = 1
 LENGTH = 6
@@ -258,7 +258,7 @@ class TestWholeModel:
         assert not np.array_equal(generated.tokens, other.tokens)
         assert generated.tokens.shape == (2, 3, LENGTH)
         assert np.all(np.diff(generated.scores, axis=1) >= 0)
-        # Scores of the best of each example, token by token through the slow twin.
+        # Scores of the best of each example, token by token through the reference.
         module, variables = model
         encoded = jitted.apply(module, variables, inputs, enable_dropout=False, method="encode")
         best = generated.tokens[:, -1]

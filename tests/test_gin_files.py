@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from markers import slow
 
-from qmoe_jax import evaluate
 from qmoe_jax.calibration.tokens import ARRAY_NAMES, TokenBatch, TokenMetadata, write_tokens
+from qmoe_jax.cli import evaluate
 
 gin = pytest.importorskip("gin")
 REPOSITORY = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""GPTQ against a slow twin in float64, its properties, and expert batches."""
+"""GPTQ against a reference in float64, its properties, and expert batches."""
 
 import functools
 

@@ -8,9 +8,10 @@ import golden_data
 import pytest
 
 import qmoe_jax
-from qmoe_jax import infer, infer_report, prompt_files
+from qmoe_jax.cli import infer, infer_report
 from qmoe_jax.errors import TokensError
-from qmoe_jax.models.text import Vocabulary, encode_prompts, fill_blanks
+from qmoe_jax.generation import prompt_files
+from qmoe_jax.generation.text import Vocabulary, encode_prompts, fill_blanks
 
 pytest.importorskip("gin")
 pytest.importorskip("sentencepiece")
@@ -113,7 +114,7 @@ class TestAnswers:
         undisturbed = (tmp_path / "out.jsonl").read_bytes()
         (tmp_path / "out.jsonl").unlink()
 
-        generate, calls = qmoe_jax.models.prompts._generate, []
+        generate, calls = qmoe_jax.generation.prompts._generate, []
 
         def counting(stop_at):
             def stopped(*args):
@@ -124,14 +125,14 @@ class TestAnswers:
 
             return stopped
 
-        monkeypatch.setattr("qmoe_jax.models.prompts._generate", counting(2))
+        monkeypatch.setattr("qmoe_jax.generation.prompts._generate", counting(2))
         with pytest.raises(KeyboardInterrupt):
             command(*arguments)
         assert not (tmp_path / "out.jsonl").exists()
         with open(tmp_path / "out.jsonl.partial", "a") as file:
             file.write('{"batch": 2, "li')  # killed while it wrote
         calls.clear()
-        monkeypatch.setattr("qmoe_jax.models.prompts._generate", counting(99))
+        monkeypatch.setattr("qmoe_jax.generation.prompts._generate", counting(99))
         code, printed, _ = command(*arguments)
         assert code == 0
         assert len(calls) == 1
@@ -239,7 +240,7 @@ class TestText:
         assert fill_blanks("no blank", "") == "no blank"
 
     def test_spans_stand_out_on_a_terminal(self, monkeypatch):
-        answer = qmoe_jax.models.text.Filled("A <extra_id_0>.", "<extra_id_0> cat", "A cat.")
+        answer = qmoe_jax.generation.text.Filled("A <extra_id_0>.", "<extra_id_0> cat", "A cat.")
         assert infer_report.marked(answer) == "A cat."
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         monkeypatch.delenv("NO_COLOR", raising=False)

@@ -12,12 +12,13 @@ import pytest
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
+from qmoe_jax.cli.inspect import format_report, inspect_checkpoint, main
 from qmoe_jax.codec import encode
 from qmoe_jax.codec.codings import coding_names
-from qmoe_jax.inspect import format_report, inspect_checkpoint, main
+from qmoe_jax.config import SwitchConfig
 
 CONFIG = SwitchConfig(
     num_embeddings=20,
@@ -117,7 +118,7 @@ def test_native_checkpoints_are_not_read(golden_checkpoint, model, layout, monke
     monkeypatch.setattr(T5XCheckpoint, "read_many", refuse)
     path = golden_checkpoint(model, layout)
     report = inspect_checkpoint(path)
-    config = SwitchConfig.from_checkpoint(path)
+    config = read_config(path)
     assert report["kind"] == "native"
     assert report["config"] == config.to_json()
     assert report["step"] == 500100

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.pipeline.kernel_reader import BatchKey, KernelReader, cache_bytes
 
@@ -24,7 +25,7 @@ def source(golden_checkpoint):
 
 @pytest.mark.parametrize("step", [1, 3, 8])
 def test_every_batch_is_what_the_checkpoint_holds(source, step):
-    config = SwitchConfig.from_checkpoint(source)
+    config = read_config(source)
     reader = KernelReader(source, ("wi", "wo"), keys(config, step))
     total = 0
     for key in keys(config, step):
@@ -38,7 +39,7 @@ def test_every_batch_is_what_the_checkpoint_holds(source, step):
 
 
 def test_one_batch_is_read_ahead_and_no_more(source):
-    config = SwitchConfig.from_checkpoint(source)
+    config = read_config(source)
     announced = []
 
     def watched():
@@ -61,7 +62,7 @@ def test_damage_is_reported_when_the_batch_is_taken(golden_copy):
     chunk = path / "target.encoder.layers_1.mlp.expert.wo.kernel" / "0.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-50])
     source = open_t5x_checkpoint(path)
-    config = SwitchConfig.from_checkpoint(source)
+    config = read_config(source)
     reader = KernelReader(source, ("wi", "wo"), keys(config, 8))
     with pytest.raises(CheckpointError, match="layers_1/mlp/expert/wo"):
         reader.take(next(keys(config, 8)))
@@ -69,7 +70,7 @@ def test_damage_is_reported_when_the_batch_is_taken(golden_copy):
 
 
 def test_the_cache_is_as_large_as_chunks_across_batches_need(source):
-    config = SwitchConfig.from_checkpoint(source)
+    config = read_config(source)
     chunk = source.chunk_shape("encoder/layers_1/mlp/expert/wi/kernel")
     assert chunk == source.shapes["encoder/layers_1/mlp/expert/wi/kernel"]  # one chunk, 8 experts
     one_kernel = 8 * config.embed_dim * config.expert_mlp_dim * 4
@@ -104,7 +105,7 @@ def test_a_checkpoint_of_single_experts_needs_no_cache(tmp_path, monkeypatch):
         writer.write(name, arrays[name])
     source = open_t5x_checkpoint(writer.finish())
     assert source.step == 7
-    assert SwitchConfig.from_checkpoint(source) == config
+    assert read_config(source) == config
     for name, array in arrays.items():
         np.testing.assert_array_equal(source.read(name), array)
     assert cache_bytes(source, config, 2) == 0

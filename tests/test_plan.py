@@ -14,23 +14,27 @@ import pytest
 from test_compress import CALIBRATION, QUICK, random_tokens
 
 import qmoe_jax
-from qmoe_jax import plan as command
 from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.cli import plan as command
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.stats import bits
 from qmoe_jax.errors import CheckpointError, TokensError
-from qmoe_jax.pipeline import plan_inputs, plan_memory, plan_sizes, plan_work, registry
-from qmoe_jax.pipeline.plan import make_plan
-from qmoe_jax.pipeline.plan_inputs import ModelFacts, TokenFacts
-from qmoe_jax.pipeline.plan_limits import Resources, fits_memory
-from qmoe_jax.pipeline.settings import CompressionSettings
+from qmoe_jax.planning import inputs as plan_inputs
+from qmoe_jax.planning import memory as plan_memory
+from qmoe_jax.planning import public_checkpoints as registry
+from qmoe_jax.planning import sizes as plan_sizes
+from qmoe_jax.planning import time as plan_work
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.limits import Resources, fits_memory
+from qmoe_jax.planning.plan import make_plan
 from qmoe_jax.quantization import host_gptq
 from qmoe_jax.quantization.expert_batch import quantize_experts
 from qmoe_jax.quantization.grids import Ternary
+from qmoe_jax.quantization.settings import CompressionSettings
 
 # The QMoE paper (arXiv 2310.16795), "Compression rates and sizes for ternary models": experts'
 # compression, GB in bfloat16, GB compressed.

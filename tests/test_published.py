@@ -16,11 +16,11 @@ import qmoe_jax
 from qmoe_jax.checkpoints import names, published_config, published_files, published_names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.published import export_published, import_published
+from qmoe_jax.cli.convert import main
 from qmoe_jax.codec import encode, reference
-from qmoe_jax.convert_published import main
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 BASE = {
@@ -577,7 +577,7 @@ def test_command(published, tmp_path, capsys):
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "from qmoe_jax.convert_published import main; main(['--help'])"
+        "from qmoe_jax.cli.convert import main; main(['--help'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Token groups, capacity and the grouped expert MLP, against slow twins."""
+"""Token groups, capacity and the grouped expert MLP, against references."""
 
 import jax
 import jax.numpy as jnp

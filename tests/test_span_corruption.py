@@ -1,4 +1,4 @@
-"""Span corruption: against its slow twin, lossless, and with the statistics of T5."""
+"""Span corruption: against its reference, lossless, and with the statistics of T5."""
 
 import itertools
 

@@ -7,9 +7,11 @@ import re
 import golden_data
 import pytest
 
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints import compressed
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 WI = "encoder/layers_1/mlp/expert/wi/kernel"
@@ -66,15 +68,15 @@ EXPECTED = {
 )
 def test_geometry_of_golden_checkpoints(model, layout, golden_checkpoint):
     folder = golden_checkpoint(model, layout)
-    config = SwitchConfig.from_checkpoint(folder)
+    config = read_config(folder)
     assert config == config_of(golden_data.load_json(model, "config"), **EXPECTED[model])
     checkpoint = open_t5x_checkpoint(folder)
-    assert SwitchConfig.from_checkpoint(checkpoint) == config
+    assert read_config(checkpoint) == config
     assert parameter_shapes(config) == dict(checkpoint.shapes)
 
 
 def test_geometry_of_the_demo():
-    config = SwitchConfig.from_checkpoint(golden_data.DEMO)
+    config = read_config(golden_data.DEMO)
     assert config == config_of(golden_data.demo_info()["config"])
 
 
@@ -149,10 +151,10 @@ def test_routing_follows_the_gin_files(sizes, routing):
 
 def test_overrides(golden_checkpoint):
     folder = golden_checkpoint("base", "t5x_float32_inference")
-    config = SwitchConfig.from_checkpoint(folder, eval_capacity_factor=None, max_group_size=64)
+    config = read_config(folder, eval_capacity_factor=None, max_group_size=64)
     assert (config.eval_capacity_factor, config.max_group_size) == (None, 64)
     with pytest.raises(ValueError, match="num_heads cannot be overridden"):
-        SwitchConfig.from_checkpoint(folder, num_heads=8)
+        read_config(folder, num_heads=8)
 
 
 def without(pattern):
@@ -263,21 +265,24 @@ def test_json_lacks_nothing_silently():
 def test_config_of_a_compressed_checkpoint(tmp_path):
     config = config_of(golden_data.load_json("base", "config"))
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({"version": 1, "config": config.to_json()}))
-    assert SwitchConfig.from_checkpoint(tmp_path) == config
-    dropless = SwitchConfig.from_checkpoint(f"{tmp_path}/", eval_capacity_factor=None)
+    rest = {"compression": {}, "dense": {}, "coded": {}}
+    head = {"format": compressed.FORMAT, "format_version": compressed.FORMAT_VERSION} | rest
+    manifest.write_text(json.dumps(head | {"config": config.to_json()}))
+    assert read_config(tmp_path) == config
+    dropless = read_config(f"{tmp_path}/", eval_capacity_factor=None)
     assert dropless == dataclasses.replace(config, eval_capacity_factor=None)
     for content, message in (
         ("{", "truncated or corrupt"),
         ('{"version": 1}', "truncated or corrupt"),
-        ('{"config": 3}', "not an object"),
-        ('{"config": {}}', r"manifest\.json: the config lacks"),
+        (json.dumps(head), "'config' is None, not an object"),
+        (json.dumps(head | {"config": 3}), "'config' is 3, not an object"),
+        (json.dumps(head | {"config": {}}), r"manifest\.json: the config lacks"),
     ):
         manifest.write_text(content)
         with pytest.raises(CheckpointError, match=message):
-            SwitchConfig.from_checkpoint(tmp_path)
+            read_config(tmp_path)
 
 
 def test_config_of_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="is no T5X checkpoint"):
-        SwitchConfig.from_checkpoint(tmp_path)
+        read_config(tmp_path)

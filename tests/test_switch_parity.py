@@ -13,7 +13,7 @@ from markers import slow
 
 import qmoe_jax
 from qmoe_jax.evaluation.metrics import cross_entropy, evaluate_loss
-from qmoe_jax.models.sampling import greedy_generate
+from qmoe_jax.generation.sampling import greedy_generate
 
 # None is dropless. The factors of "std" are those of the models' gin files.
 EVAL_FACTOR = {"base": 2.0, "xxl": 4.0, "c": 2.0}

@@ -20,7 +20,7 @@ from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints import names
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import evaluate_loss
-from qmoe_jax.models.beam_search import beam_generate
+from qmoe_jax.generation.beam_search import beam_generate
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.t5x_plugin.restore import SwitchCheckpointer

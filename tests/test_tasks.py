@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from golden_data import DEMO
 
-from qmoe_jax import prepare_tokens
 from qmoe_jax.calibration import span_corruption, tasks, tokens
+from qmoe_jax.cli import prepare_tokens
 from qmoe_jax.errors import TokensError
 
 VOCABULARY = str(DEMO / "sentencepiece.model")

@@ -239,7 +239,7 @@ def test_plain_arrays_of_the_demo(tmp_path):
 def test_reading_needs_no_tensorflow():
     program = (
         "import sys, qmoe_jax.calibration.tokens, qmoe_jax.prepare_tokens, "
-        "qmoe_jax.calibration.tasks, qmoe_jax.calibration.docstrings\n"
+        "qmoe_jax.calibration.tasks, qmoe_jax.demo.docstrings\n"
         "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'jax'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )

@@ -48,7 +48,7 @@ def dispatch_tokens(
     num_experts: int,
     max_tokens_factor: float,
 ) -> Dispatch:
-    """Sorts tokens by expert; caps what enters a Hessian (QMoE section 3.3).
+    """Sort tokens by expert; caps what enters a Hessian (QMoE section 3.3).
 
     Args:
       expert_index: expert of every row of the list buffer.

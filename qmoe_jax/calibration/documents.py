@@ -35,7 +35,7 @@ def find_text_files(files: Files) -> dict[str, list[str]]:
 
 
 def text_files(paths: Sequence[str]) -> Iterator[str]:
-    """The text of each UTF-8 file.
+    """Return the text of each UTF-8 file.
 
     Raises:
       TokensError: a file that cannot be unpacked or is not UTF-8.
@@ -54,7 +54,7 @@ def text_files(paths: Sequence[str]) -> Iterator[str]:
 
 
 def json_lines(paths: Sequence[str]) -> Iterator[str]:
-    """The "text" of each line that is not blank.
+    """Return the "text" of each line that is not blank.
 
     Raises:
       TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
@@ -77,7 +77,7 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
-    """The files of each split, sorted within each pattern or folder."""
+    """Return the files of each split, sorted within each pattern or folder."""
     import tensorflow as tf
 
     found: dict[str, list[str]] = {}

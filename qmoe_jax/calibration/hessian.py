@@ -34,7 +34,7 @@ class HessianState(NamedTuple):
 
 
 def init_hessian(num_experts: int, num_in: int) -> HessianState:
-    """The state before the first token."""
+    """Return the state before the first token."""
     return HessianState(
         sums=jnp.zeros((num_experts, num_in, num_in), jnp.float32),
         token_counts=jnp.zeros(num_experts, jnp.float32),

@@ -29,7 +29,7 @@ class ListBuffer:
         dtype: np.dtype | type = np.float32,
         path: str | os.PathLike[str] | None = None,
     ):
-        """Makes room for samples of the given lengths.
+        """Make room for samples of the given lengths.
 
         Args:
           lengths: rows of each sample.
@@ -69,7 +69,7 @@ class ListBuffer:
     def padded(
         self, samples: Int[np.ndarray, "batch"], length: int, batch_size: int
     ) -> Float[np.ndarray, "batch_size length dim"]:
-        """A sample batch, with zeros where a sample is shorter and in rows past the samples."""
+        """Pad a sample batch with zeros, where a sample is shorter and in rows past the samples."""
         index, real = self.row_index(samples, length)
         batch = np.zeros((batch_size, length, self.rows.shape[1]), self.rows.dtype)
         batch[: len(samples)][real] = self.rows[index[real]]
@@ -78,13 +78,13 @@ class ListBuffer:
     def store(
         self, samples: Int[np.ndarray, "batch"], batch: Float[np.ndarray, "batch_size length dim"]
     ) -> None:
-        """Writes a padded batch back; padding is left out."""
+        """Write a padded batch back; padding is left out."""
         index, real = self.row_index(samples, batch.shape[1])
         self.rows[index[real]] = batch[: len(samples)][real]
 
 
 def _reserve(path: str | os.PathLike[str], num_bytes: int) -> None:
-    """Makes a file that has its blocks: on a full disk a mapped write would end in a signal."""
+    """Make a file that has its blocks: on a full disk a mapped write would end in a signal."""
     try:
         with open(path, "wb") as file:
             if hasattr(os, "posix_fallocate"):

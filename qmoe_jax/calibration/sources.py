@@ -40,7 +40,7 @@ def task_tokens(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TokenFile:
-    """Tokenises the first examples of a task, unshuffled; equal arguments give equal tokens.
+    """Tokenise the first examples of a task, unshuffled; equal arguments give equal tokens.
 
     This is where TensorFlow is imported; a token file that `cache` finds is read without it.
 
@@ -108,7 +108,7 @@ def _find_task(
     files: str | Sequence[str] | None,
     task_module: str | None,
 ) -> Any:
-    """The seqio task of a name; whatever needs no TensorFlow is refused before it is imported."""
+    """Find the seqio task of a name; what needs no TensorFlow is refused before it is imported."""
     match = None if task_module else _NAME.fullmatch(name)
     if match is None:
         return _registered_task(name, task_module)

@@ -41,7 +41,7 @@ OutputFeatures = Mapping[str, Any]
 
 
 def sentinel_range(vocabulary: Any) -> tuple[int, int]:
-    """The sentinels of a seqio SentencePiece vocabulary: (lowest id, count).
+    """Return the sentinels of a seqio SentencePiece vocabulary: (lowest id, count).
 
     Raises:
       ValueError: the highest ids of the vocabulary are not `<extra_id_0>` and so on downwards.
@@ -101,7 +101,7 @@ def random_spans_mask(
     noise_density: float = NOISE_DENSITY,
     mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> Tensor:
-    """Draws which tokens are noise: spans that alternate, the first kept, the last noise.
+    """Draw which tokens are noise: spans that alternate, the first kept, the last noise.
 
     The numbers of noise tokens and of spans follow from the length; every choice of the span
     lengths is equally likely.
@@ -140,7 +140,7 @@ def random_spans_mask(
 
 
 def corrupt(tokens: Tensor, noise_mask: Tensor, top_sentinel: int) -> tuple[Tensor, Tensor]:
-    """Splits tokens into inputs and targets; neither ends in eos.
+    """Split tokens into inputs and targets; neither ends in eos.
 
     `corrupt_reference` is the same in plain loops.
 
@@ -167,7 +167,7 @@ def corrupt_reference(
     noise_mask: Bool[np.ndarray, "length"],
     top_sentinel: int,
 ) -> tuple[Int32[np.ndarray, "inputs"], Int32[np.ndarray, "targets"]]:
-    """`corrupt` token by token in numpy: the slow twin that the tests compare with."""
+    """`corrupt` token by token in numpy: the reference that the tests compare with."""
     sides = []
     for drop_noise in (True, False):
         kept: list[int] = []
@@ -194,7 +194,7 @@ def t5x_span_corruption(
     noise_density: float = NOISE_DENSITY,
     mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> Dataset:
-    """Concatenates documents, splits them to full length, corrupts.
+    """Concatenate documents, splits them to full length, corrupts.
 
     Args:
       dataset: `tf.data.Dataset` with tokens `targets`, int32 [tokens], no eos.
@@ -255,7 +255,7 @@ def paper_span_corruption(
     noise_density: float = NOISE_DENSITY,
     mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> Dataset:
-    """Corrupts each document alone and skips those that are too long for `inputs`.
+    """Corrupt each document alone and skip those that are too long for `inputs`.
 
     With `inputs` 512 a document may have 568 tokens, eos included. Empty documents are skipped.
 
@@ -311,7 +311,7 @@ def _seqio_and_tensorflow() -> tuple[Any, Any]:
 def _denoise(
     dataset: Dataset, output_features: OutputFeatures, noise_density: float, mean_span: float
 ) -> Dataset:
-    """Adds `inputs`, `targets`, `num_tokens` (raw) and `num_spans` to each example."""
+    """Add `inputs`, `targets`, `num_tokens` (raw) and `num_spans` to each example."""
     seqio, tf = _seqio_and_tensorflow()
 
     top_sentinel = output_features["targets"].vocabulary.vocab_size - 1

@@ -27,7 +27,7 @@ Settings = Mapping[str, str | int | bool | None]
 
 
 def load_vocabulary(path: str) -> Vocabulary:
-    """A SentencePiece vocabulary with T5's 100 sentinels.
+    """Return a SentencePiece vocabulary with T5's 100 sentinels.
 
     The public Switch models use gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model,
     which has the sentinels inside. To a model without any, as cc_all.32000, they are added on top:
@@ -188,7 +188,7 @@ def tokenize_task(
     source: str = "",
     progress: bool = False,
 ) -> tokens.TokenFile:
-    """The first examples of a task, unshuffled; equal arguments give equal tokens.
+    """Return the first examples of a task, unshuffled; equal arguments give equal tokens.
 
     Args:
       task: of this module, or any of seqio with `inputs` and `targets`.
@@ -262,7 +262,7 @@ def _task(
     *,
     drop_short: bool = False,
 ) -> Task:
-    """The task of these settings, registered at the first call."""
+    """Return the task of these settings, registered at the first call."""
     import seqio
 
     if protocol not in PROTOCOLS:
@@ -303,7 +303,7 @@ def _task(
 
 
 def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
-    """A seqio source of {"text"} from one Python generator function per split."""
+    """Return a seqio source of {"text"} from one Python generator function per split."""
     import seqio
     import tensorflow as tf
 
@@ -318,6 +318,6 @@ def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
 
 
 def _cause(message: str) -> str:
-    """The line of TensorFlow's message, a printed traceback, that says what went wrong."""
+    """Return the line of TensorFlow's message, a printed traceback, that says what went wrong."""
     lines = [line.strip() for line in message.splitlines() if "Error: " in line]
     return lines[-1].split("Error: ", 1)[1] if lines else message.strip()

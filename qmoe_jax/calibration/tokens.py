@@ -68,7 +68,7 @@ class TokenBatch:
         return int(self.decoder_loss_weights.sum())
 
     def arrays(self) -> dict[str, Int32[np.ndarray, "_ _"]]:
-        """The four arrays by name, in the order of `ARRAY_NAMES`."""
+        """Return the four arrays by name, in the order of `ARRAY_NAMES`."""
         return {name: getattr(self, name) for name in ARRAY_NAMES}
 
 
@@ -97,7 +97,7 @@ class TokenMetadata:
     source: str
 
     def is_sentinel(self, ids: Int[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
-        """True where an id is a sentinel: those positions stay out of Hessians."""
+        """Return true where an id is a sentinel: those positions stay out of Hessians."""
         return (ids >= self.sentinel_first) & (ids < self.sentinel_first + self.sentinel_count)
 
 
@@ -112,13 +112,13 @@ class TokenFile:
         return len(self.tokens)
 
     def __getitem__(self, index: slice) -> "TokenFile":
-        """The examples of a slice, as views."""
+        """Return the examples of a slice, as views."""
         arrays = {name: array[index] for name, array in self.tokens.arrays().items()}
         num_examples = len(arrays["encoder_input_tokens"])
         return TokenFile(TokenBatch(**arrays, num_real=num_examples), self.metadata)
 
     def batches(self, batch_size: int) -> Iterator[TokenBatch]:
-        """Yields batches of exactly `batch_size` rows, so that one compilation serves all.
+        """Yield batches of exactly `batch_size` rows, so that one compilation serves all.
 
         The last one is filled up with rows of padding and says by `num_real` how many are real.
         """
@@ -138,7 +138,7 @@ def from_sequences(
     inputs_length: int,
     targets_length: int,
 ) -> TokenBatch:
-    """Pads token sequences (eos included, no padding) and derives the decoder's inputs.
+    """Pad token sequences (eos included, no padding) and derives the decoder's inputs.
 
     The decoder's inputs are the targets shifted right by one behind a 0; where the targets are
     padding they are 0 too, as in seqio's packed features.
@@ -158,7 +158,7 @@ def from_sequences(
 
 
 def write_tokens(path: str | os.PathLike[str], tokens: TokenBatch, metadata: TokenMetadata) -> None:
-    """Writes a token file, whole or not at all; equal contents give equal bytes.
+    """Write a token file, whole or not at all; equal contents give equal bytes.
 
     Raises:
       TokensError: no examples, filler rows, arrays that disagree, or ids outside the vocabulary.
@@ -191,7 +191,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: TokenBatch, metadata: Tok
 
 
 def read_tokens(path: str | os.PathLike[str], *, num_embeddings: int | None = None) -> TokenFile:
-    """Reads and checks a token file.
+    """Read and check a token file.
 
     Args:
       path: the file.
@@ -243,7 +243,7 @@ def read_plain_tokens(
     *,
     num_embeddings: int | None = None,
 ) -> TokenFile:
-    """Reads an `.npz` that has the four arrays and no header, of shape [..., length].
+    """Read an `.npz` that has the four arrays and no header, of shape [..., length].
 
     Leading axes, such as [batches, batch], are flattened to one axis of examples. What the file
     does not say, the caller does in `metadata`.

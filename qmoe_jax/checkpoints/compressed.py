@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
 from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 FORMAT = "qmoe_jax"
@@ -50,7 +50,7 @@ class CompressedCheckpoint:
     _manifest: Mapping[str, Any]
 
     def read_dense(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """Reads parameters by name (all by default), each checked against its checksums."""
+        """Read parameters by name (all by default), each checked against its checksums."""
         wanted = self.dense_names if names is None else tuple(names)
         entries = self._manifest["dense"]
         reads = {name: start_read(self._folder, entries[name]) for name in wanted}
@@ -59,7 +59,7 @@ class CompressedCheckpoint:
         }
 
     def read_coded(self, name: str) -> CodedTensor:
-        """Reads one coded kernel; checks checksums, then the structure of the codes.
+        """Read one coded kernel; check checksums, then the structure of the codes.
 
         Raises:
           CheckpointError: an array is missing, truncated or altered.
@@ -91,7 +91,7 @@ def is_compressed_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckpoint:
-    """Opens a compressed checkpoint, local or gs://, by reading its manifest.
+    """Open a compressed checkpoint, local or gs://, by reading its manifest.
 
     Raises:
       CheckpointError: no manifest, a damaged one, or one of another format version.
@@ -116,13 +116,14 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
             f"{folder.url} has format {kind!r} version {version!r}; this version reads {FORMAT!r} "
             f"version {FORMAT_VERSION}. Use the qmoe_jax that wrote it, or compress again."
         )
+    config = _config(f"{folder.url}/manifest.json", manifest.get("config"))
     try:
         specs = {
             name: TensorSpec.from_json(tensor["spec"]) for name, tensor in manifest["coded"].items()
         }
         return CompressedCheckpoint(
             url=folder.url,
-            config=SwitchConfig.from_json(manifest["config"]),
+            config=config,
             compression=manifest["compression"],
             specs=specs,
             dense_names=tuple(manifest["dense"]),
@@ -133,3 +134,14 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
         raise CheckpointError(
             f"{folder.url}/manifest.json lacks or garbles {error}: it is damaged, copy it again"
         ) from error
+
+
+def _config(where: str, fields: Any) -> SwitchConfig:
+    if not isinstance(fields, dict):
+        raise CheckpointError(
+            f"{where}: 'config' is {fields!r}, not an object: it is damaged, copy it again"
+        )
+    try:
+        return SwitchConfig.from_json(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error

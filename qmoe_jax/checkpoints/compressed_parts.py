@@ -34,7 +34,7 @@ def variable_shapes(checkpoint: CompressedCheckpoint) -> dict[str, jax.ShapeDtyp
 
 
 def step_of_name(url: str) -> int | None:
-    """The training step in a folder's name, `checkpoint_<step>` as T5X names them, or None."""
+    """Return the training step in a folder's name, `checkpoint_<step>` as T5X has it, or None."""
     match = re.search(r"(?:^|/)checkpoint_(\d+)/?$", url)
     return int(match[1]) if match else None
 
@@ -47,7 +47,7 @@ def read_experts(
     start: int,
     stop: int,
 ) -> CodedTensor:
-    """Reads the experts start to stop - 1 of a kernel; checks the structure of their codes.
+    """Read the experts start to stop - 1 of a kernel; check the structure of their codes.
 
     Args:
       folder: of the checkpoint.
@@ -88,7 +88,7 @@ class CodedExperts:
     """
 
     def __init__(self, checkpoint: CompressedCheckpoint, kernel: str):
-        """Reads where each expert's codes begin, and nothing else.
+        """Read where each expert's codes begin, and nothing else.
 
         Args:
           checkpoint: opened.
@@ -130,7 +130,7 @@ class CodedExperts:
         )
 
     def verify(self) -> None:
-        """Reads all arrays once, a chunk at a time, and checks them against their checksums.
+        """Read all arrays once, a chunk at a time, and check them against their checksums.
 
         Raises:
           CheckpointError: one is missing, truncated or altered.
@@ -143,7 +143,7 @@ class CodedExperts:
                 start = stop
 
     def read(self, start: int, stop: int) -> CodedTensor:
-        """Reads the experts start to stop - 1; checks the structure of their codes.
+        """Read the experts start to stop - 1; check the structure of their codes.
 
         Raises:
           CheckpointError: an array is missing or truncated.
@@ -152,6 +152,6 @@ class CodedExperts:
         return read_experts(self._folder, self._kernel, self._entries, self.outline, start, stop)
 
     def each(self, batch: int) -> Iterator[tuple[int, CodedTensor]]:
-        """Reads all experts in order, at most `batch` at a time: (first expert, their codes)."""
+        """Read all experts in order, at most `batch` at a time: (first expert, their codes)."""
         for start in range(0, self.spec.num_experts, batch):
             yield start, self.read(start, min(start + batch, self.spec.num_experts))

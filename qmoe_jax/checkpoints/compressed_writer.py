@@ -14,7 +14,6 @@ import tensorstore as ts
 
 from qmoe_jax.checkpoints.compressed import FORMAT, FORMAT_VERSION
 from qmoe_jax.checkpoints.compressed_parts import read_experts
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
 from qmoe_jax.checkpoints.stored_arrays import (
     ArrayPartWriter,
@@ -25,6 +24,7 @@ from qmoe_jax.checkpoints.stored_arrays import (
 )
 from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 # The checksum of a process's part of each array: name -> [stop, sha256].
@@ -43,7 +43,7 @@ class CompressedCheckpointWriter:
     def __init__(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, is_primary: bool = True
     ):
-        """Claims `path`.
+        """Claim `path`.
 
         Args:
           path: local folder or gs:// prefix, which becomes the checkpoint.
@@ -87,38 +87,38 @@ class CompressedCheckpointWriter:
         return os.path.join(self._partial_path, "work") if self._local else None
 
     def write_dense(self, name: str, array: np.ndarray) -> None:
-        """Writes a parameter as it is, under its '/'-joined name."""
+        """Write a parameter as it is, under its '/'-joined name."""
         self._dense[name] = write_array(self.folder, _dense_file(name), array)
 
     def create_dense(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        """Makes room for a parameter whose parts follow; by one process, before the others."""
+        """Make room for a parameter whose parts follow; by one process, before the others."""
         create_array(self.folder, _dense_file(name), dtype, shape)
 
     def dense_part(self, name: str, start: int) -> ArrayPartWriter:
-        """Writes a created parameter from an index of its first axis on."""
+        """Write a created parameter from an index of its first axis on."""
         return ArrayPartWriter(self.folder, _dense_file(name), start)
 
     def register_dense(
         self, name: str, dtype: str, shape: Sequence[int], checksums: Sequence[Sequence[Any]]
     ) -> None:
-        """Makes a written parameter known to the manifest, by [stop, sha256] of its parts."""
+        """Make a written parameter known to the manifest, by [stop, sha256] of its parts."""
         self._dense[name] = array_entry(_dense_file(name), dtype, shape, _rising(list(checksums)))
 
     def write_coded(self, name: str, coded: CodedTensor) -> None:
-        """Writes the arrays of a coded expert kernel, under its module path (`.../expert/wi`)."""
+        """Write the arrays of a coded expert kernel, under its module path (`.../expert/wi`)."""
         outline = CodedOutline.of(coded)
         self.create_coded(name, outline)
         self.register_coded(name, outline, [self.write_coded_part(name, outline, 0, [coded])])
 
     def create_coded(self, name: str, outline: CodedOutline) -> None:
-        """Makes room for a coded kernel whose parts follow; by one process, before the others."""
+        """Make room for a coded kernel whose parts follow; by one process, before the others."""
         for key, dtype in outline.dtypes.items():
             create_array(self.folder, _file(name, key), dtype, outline.shape(key))
 
     def write_coded_part(
         self, name: str, outline: CodedOutline, first_expert: int, batches: Iterable[CodedTensor]
     ) -> Checksums:
-        """Writes consecutive batches of experts into a created kernel; one is held at a time.
+        """Write consecutive batches of experts into a created kernel; one is held at a time.
 
         Args:
           name: module path of the kernel.
@@ -155,7 +155,7 @@ class CompressedCheckpointWriter:
     def register_coded(
         self, name: str, outline: CodedOutline, parts: Sequence[Mapping[str, Sequence[Any]]]
     ) -> None:
-        """Makes a written kernel known to the manifest.
+        """Make a written kernel known to the manifest.
 
         Args:
           name: module path of the kernel.
@@ -178,7 +178,7 @@ class CompressedCheckpointWriter:
         }
 
     def verify_coded_part(self, name: str, first_expert: int, part: Mapping[str, Any]) -> None:
-        """Reads what `write_coded_part` wrote and checks it.
+        """Read what `write_coded_part` wrote and check it.
 
         Raises:
           CheckpointError: it is missing, truncated or altered.
@@ -192,7 +192,7 @@ class CompressedCheckpointWriter:
             verify_part(self.folder, f"{name}/{key}", entry, start, stop, checksum)
 
     def read_coded(self, name: str, start: int, stop: int) -> CodedTensor:
-        """Reads some experts of a registered kernel back; checks the structure of their codes.
+        """Read some experts of a registered kernel back; check the structure of their codes.
 
         Raises:
           CheckpointError: an array is missing or truncated.
@@ -202,7 +202,7 @@ class CompressedCheckpointWriter:
         return read_experts(self.folder, name, entries, outline, start, stop)
 
     def finish(self, config: SwitchConfig, compression: Mapping[str, Any]) -> None:
-        """Writes the manifest and makes the checkpoint visible under its path.
+        """Write the manifest and make the checkpoint visible under its path.
 
         Args:
           config: geometry and routing.
@@ -244,7 +244,7 @@ def _file(kernel: str, array: str) -> str:
 
 
 def _rising(checksums: list[Sequence[Any]]) -> list[Sequence[Any]]:
-    """The first checksum, and those that end behind the one before."""
+    """Return the first checksum, and those that end behind the one before."""
     kept = checksums[:1]
     for pair in checksums[1:]:
         if pair[0] > kept[-1][0]:

@@ -32,7 +32,7 @@ def dequantize_checkpoint(
     dtype: NativeDtype = "float32",
     progress: bool = True,
 ) -> Path:
-    """Writes `FOLDER/checkpoint_<step>`, a native T5X checkpoint, from a compressed checkpoint.
+    """Write `FOLDER/checkpoint_<step>`, a native T5X checkpoint, from a compressed checkpoint.
 
     Experts are decoded a few at a time: as many as fit a stored chunk (16 MiB), at least one.
     Memory does not grow with the number of experts.
@@ -119,7 +119,7 @@ def _write_experts(
 def decode_kernel(
     coded: CodedTensor, num_in: int, code_length: int, dtype: NativeDtype
 ) -> Float[np.ndarray, "in out"]:
-    """The Flax kernel of a coded tensor of one expert. Slow twin: `models.load.dequantized`.
+    """Return the Flax kernel of a coded tensor of one expert. Reference: `models.load.dequantized`.
 
     Args:
       coded: one expert.

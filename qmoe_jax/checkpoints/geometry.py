@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -138,7 +138,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> SwitchConfig:
 
 
 def _routing(*, all_sparse: bool, gated: bool, embed_dim: int) -> dict[str, Any]:
-    """The table in `infer_config`."""
+    """Return the table in `infer_config`."""
     columns = (
         "max_group_size",
         "min_expert_capacity",
@@ -189,7 +189,7 @@ def _sparse_layers(stack: str, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
 
 
 def _axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
-    """The shape of a parameter, which must be there and have `rank` axes."""
+    """Return the shape of a parameter, which must be there and have `rank` axes."""
     if name not in shapes:
         raise CheckpointError(
             f"parameter {name} is missing: the checkpoint is incomplete or not a Switch "
@@ -205,7 +205,7 @@ def _axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
 
 
 def _compare(shapes: Mapping[str, Shape], config: SwitchConfig) -> None:
-    """Raises unless `shapes` are those of `config`, all of them and no others."""
+    """Raise unless `shapes` are those of `config`, all of them and no others."""
     expected = parameter_shapes(config)
     problems = [
         f"parameter {name} is missing, expected with shape {list(expected[name])}"

@@ -66,7 +66,7 @@ class CheckpointFiles:
 
 
 def find_checkpoint(folder: Folder) -> CheckpointFiles:
-    """Finds the checkpoint in `folder`: itself, its `state/`, or its latest `checkpoint_<step>/`.
+    """Find the checkpoint in `folder`: itself, its `state/`, or its latest `checkpoint_<step>/`.
 
     Raises:
       CheckpointError: the folder is missing or no checkpoint, or its metadata cannot be understood.
@@ -97,7 +97,7 @@ def find_checkpoint(folder: Folder) -> CheckpointFiles:
 
 
 def _read_files(folder: Folder) -> CheckpointFiles | None:
-    """Reads the metadata of the checkpoint in exactly `folder`; None where there is none."""
+    """Read the metadata of the checkpoint in exactly `folder`; None where there is none."""
     packed = folder.read("checkpoint")
     if packed is not None:
         tree = _unpack(packed, f"{folder.url}/checkpoint")
@@ -145,7 +145,7 @@ def _t5x_files(folder: Folder, tree: dict[str, Any]) -> CheckpointFiles:
 
 
 def _t5x_location(folder: Folder, name: str, leaf: Any) -> ArrayLocation:
-    """Normalises a TensorStore spec as T5X recorded it.
+    """Normalise a TensorStore spec as T5X recorded it.
 
     Neither the recorded kvstore driver nor its bucket is used: T5X writes `gcs` with a dummy bucket
     or `gfile` for what may since have been copied anywhere. Chunks and compressor are not used
@@ -246,7 +246,7 @@ def _names_of_metadata(folder: Folder, metadata: bytes) -> tuple[dict[str, str],
 
 
 def _inline_step(folder: Folder, tree: dict[str, Any]) -> int | None:
-    """The int32 scalar `state/step` of a msgpack tree, else what the folder's name says."""
+    """Return the int32 scalar `state/step` of a msgpack tree, else what the folder's name says."""
     try:
         return int(np.asarray(tree["state"]["step"]).item())
     except (KeyError, TypeError, ValueError):

@@ -34,7 +34,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """`("encoder" | "decoder", layer index)` of a parameter, None for those outside layers."""
+    """Return `("encoder" | "decoder", layer index)` of a parameter, None outside layers."""
     match = _LAYER.match(name)
     return (match[1], int(match[2])) if match else None
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from qmoe_jax.checkpoints import names, published_config, published_files, published_names
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.coding_qmoe import row_bound
@@ -38,6 +37,7 @@ from qmoe_jax.codec.tensor import (
     row_length_dtype,
     to_offsets,
 )
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CodecError
 
 _CODING = "qmoe"
@@ -60,7 +60,7 @@ def import_published(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Converts a published QMoE model to a compressed checkpoint, one sparse layer at a time.
+    """Convert a published QMoE model to a compressed checkpoint, one sparse layer at a time.
 
     Weights stay bit for bit what they are. Parameters in noexp.pt keep their dtype: bfloat16, or
     float32, in which Hugging Face has part of base-128. The splits of rows into codewords stay too.
@@ -131,7 +131,7 @@ def _check_expert_files(folder: pathlib.Path, count: int) -> None:
 
 
 def _read_sizes(folder: pathlib.Path, config: SwitchConfig) -> dict[str, int]:
-    """Number of codewords of each expert kernel, by Hugging Face's module."""
+    """Return the number of codewords of each expert kernel, by Hugging Face's module."""
     file = folder / "sizes.pt"
     sizes = published_files.load(file)
     modules = [
@@ -189,7 +189,7 @@ def _read_kernel(
     config: SwitchConfig,
     place: tuple[str, int, str],
 ) -> CodedTensor:
-    """The kernels of all experts of one layer, (stack, layer, wi or wo), as one coded tensor."""
+    """Join the kernels of all experts of one layer, (stack, layer, wi or wo), as a coded tensor."""
     stack, layer, kernel = place
     shape = parameter_shapes(config)[names.expert_kernel(stack, layer, kernel)]
     experts, in_features, out_features = shape
@@ -255,7 +255,7 @@ def export_published(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Converts a compressed checkpoint to the layout of the published QMoE models.
+    """Convert a compressed checkpoint to the layout of the published QMoE models.
 
     Dense parameters keep their dtype; the original's loader rounds them to bfloat16.
 
@@ -352,7 +352,7 @@ def _dense_to_hf(source: CompressedCheckpoint) -> dict[str, np.ndarray]:
 
 
 def _split_expert(coded: CodedTensor, expert: int) -> dict[str, np.ndarray]:
-    """The four arrays of one expert's kernel."""
+    """Return the four arrays of one expert's kernel."""
     start, stop = coded.arrays["expert_offsets"][expert : expert + 2]
     return {
         "w_comp": coded.arrays["codewords"][start:stop].view(np.int16),

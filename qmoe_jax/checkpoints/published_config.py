@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 # What the model here computes; another value in a config.json is another model.

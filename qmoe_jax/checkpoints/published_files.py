@@ -27,7 +27,7 @@ def _torch() -> Any:
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a dict that `torch.save` wrote; tensors are memory-mapped.
+    """Read a dict that `torch.save` wrote; tensors are memory-mapped.
 
     The checksum that PyTorch stores with every tensor is compared first.
 
@@ -64,7 +64,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def save(path: pathlib.Path, content: Mapping[str, np.ndarray | int]) -> None:
-    """Writes a dict of arrays (copied) and integers with `torch.save`."""
+    """Write a dict of arrays (copied) and integers with `torch.save`."""
     torch = _torch()
     torch.save({name: _to_torch(torch, value) for name, value in content.items()}, path)
 
@@ -82,7 +82,7 @@ def _to_torch(torch: Any, value: np.ndarray | int) -> Any:
 def to_numpy(
     tensor: Any, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
 ) -> np.ndarray:
-    """The array of a tensor, after checking its dtype and shape.
+    """Return the array of a tensor, after checking its dtype and shape.
 
     Args:
       tensor: a value that `load` returned.

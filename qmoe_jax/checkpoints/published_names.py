@@ -8,8 +8,8 @@ code. PyTorch weights are `[out, in]`, Flax kernels
 from typing import NamedTuple
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
 EMBEDDING = "token_embedder/embedding"

@@ -83,7 +83,7 @@ class Folder:
         return self.spec["path"].rstrip("/").rpartition("/")[2]
 
     def child(self, name: str) -> "Folder":
-        """The folder `name` inside this one, whether it exists or not."""
+        """Return the folder `name` inside this one, whether it exists or not."""
         return dataclasses.replace(self, spec=self.spec | {"path": f"{self.spec['path']}{name}/"})
 
     def read(self, key: str) -> bytes | None:

@@ -26,7 +26,7 @@ def entry_bytes(entry: Mapping[str, Any]) -> int:
 
 
 def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) -> None:
-    """Creates an array without contents; what was stored under its name is deleted.
+    """Create an array without contents; what was stored under its name is deleted.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -49,7 +49,7 @@ def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) ->
 
 
 def write_array(folder: Folder, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Creates and writes an array; returns its manifest entry."""
+    """Create and write an array; return its manifest entry."""
     create_array(folder, name, array.dtype.name, array.shape)
     writer = ArrayPartWriter(folder, name, 0 if array.ndim else None)
     writer.append(array)
@@ -60,7 +60,7 @@ def write_array(folder: Folder, name: str, array: np.ndarray) -> dict[str, Any]:
 def array_entry(
     name: str, dtype: str, shape: Sequence[int], checksums: Sequence[Sequence[Any]]
 ) -> dict[str, Any]:
-    """A manifest entry."""
+    """Return a manifest entry."""
     return {
         "file": name,
         "dtype": dtype,
@@ -77,7 +77,7 @@ class ArrayPartWriter:
     """
 
     def __init__(self, folder: Folder, name: str, start: int | None):
-        """Opens a created array.
+        """Open a created array.
 
         Args:
           folder: where it is.
@@ -101,7 +101,7 @@ class ArrayPartWriter:
         self._digest = hashlib.sha256()
 
     def append(self, array: np.ndarray) -> None:
-        """Adds entries; they may wait in memory until a chunk is full."""
+        """Add entries; they may wait in memory until a chunk is full."""
         self._digest.update(_little_endian_bytes(array))
         if self._position is None:
             self._write((), array)
@@ -112,7 +112,7 @@ class ArrayPartWriter:
         self._flush(end // self._chunk * self._chunk)
 
     def close(self) -> str:
-        """Writes what waits; returns the sha256 of all entries."""
+        """Write what waits; return the sha256 of all entries."""
         if self._position is not None:
             self._flush(self._position + self._num_waiting)
         return self._digest.hexdigest()
@@ -136,7 +136,7 @@ class ArrayPartWriter:
 
 
 def start_read(folder: Folder, entry: Mapping[str, Any]) -> ts.Future:
-    """Begins to open a stored array."""
+    """Begin to open a stored array."""
     spec = _spec(folder, entry["file"]) | {"fill_missing_data_reads": False}
     return ts.open(spec, open=True, context=folder.context)
 
@@ -148,7 +148,7 @@ def finish_read(
     opening: ts.Future,
     part: slice | None = None,
 ) -> np.ndarray:
-    """Reads an array and checks it against its entry.
+    """Read an array and check it against its entry.
 
     Args:
       folder: where it is.
@@ -183,7 +183,7 @@ def finish_read(
 def verify_part(
     folder: Folder, what: str, entry: Mapping[str, Any], start: int, stop: int, checksum: str
 ) -> None:
-    """Checks a run of entries, a chunk's worth at a time, against its sha256.
+    """Check a run of entries, a chunk's worth at a time, against its sha256.
 
     Raises:
       CheckpointError: they are missing, truncated or altered.
@@ -236,5 +236,5 @@ def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
 
 
 def _little_endian_bytes(array: np.ndarray) -> memoryview:
-    """The bytes that checksums are taken of: C order."""
+    """Return the bytes that checksums are taken of: C order."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data

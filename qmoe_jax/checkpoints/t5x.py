@@ -23,7 +23,7 @@ _DTYPES = ("float32", "bfloat16")
 def open_t5x_checkpoint(
     path: str | os.PathLike[str], *, cache_bytes: int = 512 * 2**20
 ) -> "T5XCheckpoint":
-    """Opens a checkpoint that T5X wrote, in any of its layouts, and reads its metadata only.
+    """Open a checkpoint that T5X wrote, in any of its layouts, and read its metadata only.
 
     Every array's `.zarray` is read and checked against what the checkpoint records, so that a
     missing parameter is found now and not hours into a run.
@@ -67,7 +67,7 @@ class T5XCheckpoint:
     dtypes: Mapping[str, np.dtype]
 
     def __init__(self, files: CheckpointFiles):
-        """Opens the arrays of a checkpoint; use `open_t5x_checkpoint`."""
+        """Open the arrays of a checkpoint; use `open_t5x_checkpoint`."""
         self.url = files.folder.url
         self.layout = files.layout
         self.names = tuple(sorted(files.parameters))
@@ -100,7 +100,7 @@ class T5XCheckpoint:
     def read(
         self, name: str, index: Index = (), *, check_finite: bool = True
     ) -> Float[np.ndarray, "..."]:
-        """Reads a parameter, or a slice of it, and no chunk that the slice does not touch.
+        """Read a parameter, or a slice of it, and no chunk that the slice does not touch.
 
         Args:
           name: one of `names`.
@@ -112,7 +112,7 @@ class T5XCheckpoint:
     def read_experts(
         self, name: str, start: int, stop: int, *, check_finite: bool = True
     ) -> Float[np.ndarray, "experts in out"]:
-        """Reads the kernels of experts start to stop - 1, `[stop - start, in, out]`.
+        """Read the kernels of experts start to stop - 1, `[stop - start, in, out]`.
 
         Args:
           name: an expert kernel, as `encoder/layers_1/mlp/expert/wi/kernel`.
@@ -136,7 +136,7 @@ class T5XCheckpoint:
     def read_many(
         self, names: Iterable[str], *, check_finite: bool = True
     ) -> dict[str, Float[np.ndarray, "..."]]:
-        """Reads whole parameters concurrently: `{name: array}` in the order of `names`."""
+        """Read whole parameters concurrently: `{name: array}` in the order of `names`."""
         reads = {name: self._start(name, ()) for name in names}
         return {name: self._finish(name, read, check_finite) for name, read in reads.items()}
 

@@ -33,7 +33,7 @@ class T5XCheckpointWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], step: int):
-        """Begins a checkpoint; what an unfinished writer left behind is deleted.
+        """Begin a checkpoint; what an unfinished writer left behind is deleted.
 
         Raises:
           CheckpointError: it exists already, the folder is no local one, or the step is negative.
@@ -59,7 +59,7 @@ class T5XCheckpointWriter:
         self._arrays: dict[str, ts.TensorStore] = {}
 
     def create(self, name: str, shape: tuple[int, ...], dtype: str) -> int:
-        """Makes room for a parameter.
+        """Make room for a parameter.
 
         Args:
           name: its '/'-joined name, as `encoder/layers_1/mlp/expert/wi/kernel`.
@@ -103,7 +103,7 @@ class T5XCheckpointWriter:
         return entries
 
     def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
-        """Writes entries of a created parameter, from an index of its first axis on.
+        """Write entries of a created parameter, from an index of its first axis on.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -113,7 +113,7 @@ class T5XCheckpointWriter:
         self._checked(name, lambda: part.write(array).result())
 
     def finish(self) -> Path:
-        """Writes the msgpack file, last, and gives the checkpoint its name.
+        """Write the msgpack file, last, and give the checkpoint its name.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -133,7 +133,7 @@ class T5XCheckpointWriter:
         return self.path
 
     def discard(self) -> None:
-        """Deletes what was written, for a caller that cannot finish."""
+        """Delete what was written, for a caller that cannot finish."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _checked(self, name: str, action: Any) -> Any:

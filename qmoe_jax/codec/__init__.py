@@ -4,5 +4,5 @@ In reading order: `tensor` (what is stored), `codings` (what a coding must provi
 are), `encode`, `decode`, `stats`. Then the codings: `coding_tunstall` (over the trees of
 `tunstall`, `tunstall_rows` on the host and `tunstall_expand` with XLA), `coding_qmoe` (over
 `dictionary`, `greedy` and `expand`), `coding_packed2`; `threads` runs row kernels on all cores; and
-`reference`, the slow twin of it all.
+`reference`, the reference of it all.
 """

@@ -21,7 +21,7 @@ def device_arrays(coded: CodedTensor) -> dict[str, jax.Array]:
 def decode_expert(
     spec: TensorSpec, arrays: Arrays, expert: Int[jax.Array, ""] | int
 ) -> UInt8[jax.Array, "out in"]:
-    """Decode the codes of one expert. Slow twin: `reference.decode`.
+    """Decode the codes of one expert. Reference: `reference.decode`.
 
     Reads and writes stay in bounds whatever the arrays hold: a row that decodes short is filled
     with 0, a long one is cut off. To refuse such arrays is `codings.validate`'s part, on the host.

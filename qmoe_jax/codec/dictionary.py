@@ -82,7 +82,7 @@ def pair_probabilities() -> list[float]:
 def _likeliest_sequences() -> tuple[
     UInt8[np.ndarray, "65536 14"], UInt8[np.ndarray, "65536"], Int32[np.ndarray, "65537 9"]
 ]:
-    """The NUM_ENTRIES likeliest non-empty pair sequences, most likely first.
+    """Return the NUM_ENTRIES likeliest non-empty pair sequences, most likely first.
 
     A sequence is never likelier than its own beginning, so a heap that is fed a sequence's nine
     continuations when the sequence is taken yields them in order, and the set is prefix-closed.

@@ -1,4 +1,4 @@
-"""Fast greedy longest-match encoding of ternary rows. Slow twin: `reference.encode_row`."""
+"""Fast greedy longest-match encoding of ternary rows. Reference: `reference.encode_row`."""
 
 import numpy as np
 from jaxtyping import Int32, UInt8, UInt16

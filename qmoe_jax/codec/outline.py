@@ -35,7 +35,7 @@ class CodedOutline:
 
     @classmethod
     def of(cls, coded: CodedTensor) -> "CodedOutline":
-        """The outline of a tensor at hand."""
+        """Return the outline of a tensor at hand."""
         offsets = coded.arrays.get(_OFFSETS, np.zeros(1, np.int32))
         return cls(
             coded.spec,
@@ -46,7 +46,7 @@ class CodedOutline:
 
     @classmethod
     def join(cls, outlines: Sequence["CodedOutline"]) -> "CodedOutline":
-        """The outline of consecutive batches of experts joined, as `codings.concatenate` joins.
+        """Join the outlines of consecutive batches of experts, as `codings.concatenate` joins.
 
         Raises:
           CodecError: none, or they are not of one tensor.
@@ -80,7 +80,7 @@ class CodedOutline:
         return to_offsets(np.array(self.expert_sizes, np.int64), _OFFSETS)
 
     def start(self, name: str, expert: int) -> int:
-        """The index on the first axis of an array at which an expert's part begins."""
+        """Return the index on the first axis of an array at which an expert's part begins."""
         if name == get_coding(self.spec.coding).code_array:
             return int(self.expert_offsets()[expert])
         return expert

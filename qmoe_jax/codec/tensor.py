@@ -76,7 +76,7 @@ class CodedTensor:
 
 
 def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
-    """Running totals of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
+    """Return running totals of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
     offsets = np.zeros((*counts.shape[:-1], counts.shape[-1] + 1), np.int64)
     np.cumsum(counts, axis=-1, dtype=np.int64, out=offsets[..., 1:])
     if offsets.size and offsets.max() >= 2**31:
@@ -88,7 +88,7 @@ def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
 
 
 def join_batches(batches: Sequence[CodedTensor]) -> CodedTensor:
-    """Joins the arrays of consecutive expert batches; `expert_offsets` are counted anew."""
+    """Join the arrays of consecutive expert batches; `expert_offsets` are counted anew."""
     spec = dataclasses.replace(
         batches[0].spec,
         num_experts=sum(b.spec.num_experts for b in batches),
@@ -171,7 +171,7 @@ def check_levels(levels: np.ndarray) -> None:
 
 
 def zero_codes(levels: np.ndarray) -> np.ndarray:
-    """The code of the weight 0 in each row of a 2-bit tensor, int64 [experts, out].
+    """Return the code of the weight 0 in each row of a 2-bit tensor, int64 [experts, out].
 
     Levels (scale, zero) whose zero is no code have 0 here.
     """

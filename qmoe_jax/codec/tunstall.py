@@ -76,7 +76,7 @@ def tunstall_family(num_escapes: int) -> TunstallFamily:
 
 
 def choose_dictionary(num_zeros: int, num_weights: int) -> int:
-    """Number of the dictionary whose zero share is nearest; of two equally near, the denser."""
+    """Return the number of the dictionary with the nearest zero share; of two, the denser."""
     middles = (a + b for a, b in itertools.pairwise(ZERO_WEIGHTS))
     return sum(2048 * num_zeros > middle * num_weights for middle in middles)
 
@@ -100,7 +100,7 @@ def _grow(zero_weight: int, num_entries: int) -> list[tuple[int, ...]]:
 
 
 def _nodes(entries: list[tuple[int, ...]]) -> np.ndarray:
-    """The tree of the entries as TunstallFamily.trie, nodes in lexicographic order."""
+    """Return the tree of the entries as TunstallFamily.trie, nodes in lexicographic order."""
     inner = sorted({entry[:n] for entry in entries for n in range(len(entry))})
     number = {node: index for index, node in enumerate(inner)}
     codeword = {entry: index for index, entry in enumerate(entries)}

@@ -34,7 +34,7 @@ def expand_rows(
       words: the bytes of all experts, four a word, the first lowest.
       first_word: index of the expert's first word.
       row_ends: byte after each row's last, counted from the expert's first byte.
-      row_starts: each row's first byte, likewise.
+      row_starts: each row's first byte, counted the same way.
       table: of the expert's dictionary, see TunstallFamily.
       row_codes: the codes of symbols 0 to 3 in each row, in a coding with escapes; None in one
         without, where codes are symbols.
@@ -121,7 +121,7 @@ def _add_words(
 
 
 def _running_sum(counts: Int32[jax.Array, "rows n"]) -> Int32[jax.Array, "rows n"]:
-    """Running totals along each row, as products with triangles of ones: exact below 2^24.
+    """Return running totals along each row, as products with triangles of ones: exact below 2^24.
 
     Four times as fast as `jnp.cumsum` on a CPU.
     """
@@ -147,7 +147,7 @@ def _escaped_ranks(
     present: Bool[jax.Array, "out codewords"],
     num_words: int,
 ) -> UInt32[jax.Array, "out words"]:
-    """A bit for each escaped rank, rank 0 in the highest bit of word 0."""
+    """Return a bit for each escaped rank, rank 0 in the highest bit of word 0."""
     place = codeword - (NUM_CODEWORDS - MAX_ENTRY_NONZEROS)
     count = jax.lax.population_count(low >> 6) + jax.lax.population_count(high)
     rank = _running_sum(count.astype(jnp.int32)) - count.astype(jnp.int32) + place
@@ -194,7 +194,7 @@ def _deal(
 
 
 def _apart(wanted: jax.Array, function: Callable[[], Any]) -> Any:
-    """function() if wanted, else zeros; either way not fused with what is around it.
+    """Return function() if wanted, else zeros; either way not fused with what is around it.
 
     XLA for CPUs drops optimization barriers, and fuses producers into every consumer: look-ups
     would be repeated for every scatter, and the dealing for each of 32 weights (13 times slower).

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
@@ -234,7 +234,7 @@ def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
         identity["manifest"] = hashlib.sha256(manifest or b"").hexdigest()
     else:
         native = open_t5x_checkpoint(path)
-        config = SwitchConfig.from_checkpoint(native)
+        config = read_config(native)
         identity["step"] = native.step
     size = tokens.metadata.vocabulary_size
     if size > config.num_embeddings:
@@ -246,7 +246,7 @@ def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
 
 
 def _bits_per_weight(path: PathLike) -> float | None:
-    """Stored bits per expert weight, everything counted; None of a native checkpoint."""
+    """Return stored bits per expert weight, everything counted; None of a native checkpoint."""
     if not is_compressed_checkpoint(path):
         return None
     checkpoint = open_compressed_checkpoint(path)

@@ -85,7 +85,7 @@ class BatchSums(NamedTuple):
 
     Attributes:
       cross_entropy: float32 [batch], the sum over each row's target tokens, in nats.
-      log_z_squared: float32 [batch], likewise of the squared log-partition function.
+      log_z_squared: float32 [batch], sums of the squared log-partition function.
       num_target_tokens: int32 [batch]; 0 in rows of padding.
       num_correct: int32 [batch].
       router: sums per sparse layer, see `router.router_sums`.
@@ -102,7 +102,7 @@ class BatchSums(NamedTuple):
 def evaluate_batch(
     module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> BatchSums:
-    """Runs a model on a batch, teacher-forced.
+    """Run a model on a batch, teacher-forced.
 
     Args:
       module: the model.
@@ -168,7 +168,7 @@ def loss_report(
     num_target_tokens: Int[np.ndarray, "rows"],
     num_correct: Int[np.ndarray, "rows"],
 ) -> LossReport:
-    """The report of the rows that have target tokens."""
+    """Return the report of the rows that have target tokens."""
     real = num_target_tokens > 0
     return LossReport(
         cross_entropy[real].astype(np.float64),

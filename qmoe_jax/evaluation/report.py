@@ -17,7 +17,7 @@ AUX_LOSS_FACTOR = 0.01
 
 
 def example_losses(arrays: Arrays) -> LossReport:
-    """Sums per example, filler rows left out; `arrays` are those of `shards.evaluate_shards`."""
+    """Sum per example, filler rows left out; `arrays` are those of `shards.evaluate_shards`."""
     return loss_report(
         arrays["cross_entropy"].reshape(-1),
         arrays["num_target_tokens"].reshape(-1),
@@ -26,7 +26,7 @@ def example_losses(arrays: Arrays) -> LossReport:
 
 
 def model_report(arrays: Arrays, losses: LossReport, first: LossReport) -> dict[str, Any]:
-    """The figures of one checkpoint; `evaluate` says what each is.
+    """Return the figures of one checkpoint; `evaluate` says what each is.
 
     Args:
       arrays: sums of its batches, see `shards.evaluate_shards`.

@@ -26,7 +26,7 @@ def router_sums(
     encoder_tokens: Bool[Array, "batch encoder_length"],
     decoder_tokens: Bool[Array, "batch length"],
 ) -> dict[str, dict[str, Array]]:
-    """Sums over a batch for each sparse layer, by module path (`encoder/layers_1/mlp`).
+    """Sum over a batch for each sparse layer, by module path (`encoder/layers_1/mlp`).
 
     Args:
       intermediates: what `models.moe.MoeLayer` sows.
@@ -134,6 +134,6 @@ def _total(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _natural_order(layer: str) -> tuple[bool, int]:
-    """The encoder first, and layer 2 before layer 10."""
+    """Return the encoder first, and layer 2 before layer 10."""
     found = re.search(r"layers_(\d+)", layer)
     return not layer.startswith("encoder/"), int(found[1]) if found else 0

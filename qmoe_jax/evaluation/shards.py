@@ -29,7 +29,7 @@ def evaluate_shards(
     batches_per_shard: int,
     on_batch: Callable[[Any, bool], None],
 ) -> Arrays:
-    """Sums of all batches, stacked: found in the folder where they are, else computed.
+    """Return sums of all batches, stacked: found in the folder where they are, else computed.
 
     Args:
       batches: what `compute` takes, in order.
@@ -71,7 +71,7 @@ def evaluate_shards(
 
 
 def router_arrays(arrays: Arrays) -> dict[str, Arrays]:
-    """The part of `evaluate_shards` that is about routers: layer to name to array."""
+    """Return the part of `evaluate_shards` that is about routers: layer to name to array."""
     layers: dict[str, Arrays] = {}
     for key, array in arrays.items():
         if key.startswith("router/"):

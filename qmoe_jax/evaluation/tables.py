@@ -22,7 +22,7 @@ _ROUTER_COLUMNS = (
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """What `evaluate` returns, as tables: the checkpoints, then the routers of each."""
+    """Return what `evaluate` returns, as tables: the checkpoints, then the routers of each."""
     models = document["models"]
     factor = document["settings"]["expert_capacity_factor"]
     routing = "dropless" if factor is None else f"capacity factor {factor:g}"

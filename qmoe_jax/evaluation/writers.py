@@ -27,7 +27,7 @@ def check_tensorboard(wanted: bool | None) -> bool:
 def write_tensorboard(
     folder: str | os.PathLike[str], metrics: Mapping[str, Any], *, step: int
 ) -> None:
-    """Writes the numbers of a nested mapping as scalars, `router/total/max_load`, at one step.
+    """Write the numbers of a nested mapping as scalars, `router/total/max_load`, at one step.
 
     Events that an earlier run of the same evaluation left in the folder are replaced.
     """
@@ -44,7 +44,7 @@ def write_tensorboard(
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested mapping under their '/'-joined names."""
+    """Return the numbers of a nested mapping under their '/'-joined names."""
     for name, value in metrics.items():
         if name in _LEFT_OUT:
             continue

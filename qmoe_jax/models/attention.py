@@ -32,11 +32,11 @@ class MultiHeadAttention(nn.Module):
         *,
         decode: bool = False,
     ) -> Float[Array, "batch queries embed"]:
-        """Attends from `inputs_q` to `inputs_kv`.
+        """Attend from `inputs_q` to `inputs_kv`.
 
         Args:
-          inputs_q: what asks.
-          inputs_kv: what is asked.
+          inputs_q: projected to queries.
+          inputs_kv: projected to keys and values.
           mask: True where attention is allowed; None allows all.
           bias: relative position bias, added to the logits.
           decode: keep keys and values in the collection `cache`. The first call (no cache yet)

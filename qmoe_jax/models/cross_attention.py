@@ -36,7 +36,7 @@ class CrossAttention(nn.Module):
         inputs_kv: Float[Array, "rows keys embed"],
         mask: Bool[Array, "rows 1 #queries keys"],
     ) -> Float[Array, "rows queries embed"]:
-        """Attends from `inputs_q` to `inputs_kv` where `mask` is True."""
+        """Attend from `inputs_q` to `inputs_kv` where `mask` is True."""
 
         def project(name: str, x: Array) -> Array:
             joined = Dense(self.num_heads * self.head_dim, self.dtype, name=name)(x)

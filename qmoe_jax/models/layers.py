@@ -58,7 +58,7 @@ class T5LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        """Normalises the last axis; returns `dtype`."""
+        """Normalise the last axis; return `dtype`."""
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
         y = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
@@ -74,7 +74,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """Projects the last axis; returns `dtype`."""
+        """Project the last axis; return `dtype`."""
         kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), jnp.float32)
         return jnp.dot(
             x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype)
@@ -90,7 +90,7 @@ class StackedKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "experts in out"]:
-        """Returns the kernels in their stored dtype."""
+        """Return the kernels in their stored dtype."""
         shape = (self.num_experts, self.in_features, self.out_features)
         return self.param("kernel", _stacked_kernel_init, shape, jnp.float32)
 
@@ -103,7 +103,7 @@ class Embed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         self.embedding = self.param(
             "embedding",
             nn.initializers.normal(1.0),
@@ -114,7 +114,7 @@ class Embed(nn.Module):
     def __call__(
         self, ids: Int[Array | np.ndarray, "batch length"]
     ) -> Float[Array, "batch length embed"]:
-        """Looks ids up; returns `dtype`."""
+        """Look ids up; return `dtype`."""
         ids = jnp.asarray(ids)
         in_range = (ids >= 0) & (ids < self.num_embeddings)
         rows = self.embedding.astype(self.dtype)[jnp.clip(ids, 0, self.num_embeddings - 1)]
@@ -181,7 +181,7 @@ class RelativePositionBias(nn.Module):
     def __call__(
         self, length: int, *, decode: bool = False
     ) -> Float[Array, "1 heads queries keys"]:
-        """The bias of `length` queries on `length` keys.
+        """Return the bias of `length` queries on `length` keys.
 
         With `decode` and an initialised cache: the one row of the position that is being decoded
         ([1, heads, 1, length]); the position then advances.
@@ -225,7 +225,7 @@ class DenseMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        """Applies the MLP; returns `dtype`."""
+        """Apply the MLP; return `dtype`."""
         hidden = [Dense(self.mlp_dim, self.dtype, name=name)(x) for name in self.wi_names]
         return Dense(x.shape[-1], self.dtype, name="wo")(gated_activation(hidden, self.activations))
 

@@ -18,14 +18,15 @@ from qmoe_jax.checkpoints.compressed import (
     is_compressed_checkpoint,
     open_compressed_checkpoint,
 )
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
-from qmoe_jax.ops.cuda_kernels import check_coded
-from qmoe_jax.ops.cuda_launcher import CudaError, cuda_is_available, current_launcher
+from qmoe_jax.ops.cuda.kernels import check_coded
+from qmoe_jax.ops.cuda.launcher import CudaError, cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
     check_split,
     expert_mesh,
@@ -47,7 +48,7 @@ def load_switch(
     min_expert_capacity: int | None = None,
     implementation: str = "xla",
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
-    """Loads a Switch Transformer from a native T5X or a compressed checkpoint.
+    """Load a Switch Transformer from a native T5X or a compressed checkpoint.
 
     Parameters keep the dtype they are stored in and are cast at use; the codes of a compressed
     checkpoint stay codes.
@@ -123,7 +124,7 @@ def load_switch(
             "requires a compressed one. Compress it, or use implementation='xla' or 'auto'."
         )
     native = open_t5x_checkpoint(path, cache_bytes=0)
-    config = SwitchConfig.from_checkpoint(native, **overrides)
+    config = read_config(native, **overrides)
     if mesh is not None:
         check_split(config.num_experts, mesh)
     flat = {name: _on_device(name, native.read(name), mesh) for name in native.names}
@@ -188,9 +189,9 @@ def _derive(coded: CodedKernels, flat: Mapping[str, Any]) -> dict[str, Any]:
 def dequantized(
     module: SwitchTransformer, variables: Mapping[str, Any], dtype: DTypeLike = "float32"
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
-    """The same model with its codes expanded to dense expert kernels, `[experts, in, out]`.
+    """Return the same model with its codes expanded to dense expert kernels, `[experts, in, out]`.
 
-    For where memory allows it, and as the slow twin of running on codes.
+    For where memory allows it, and as the reference of running on codes.
 
     Raises:
       CheckpointError: the model has no codes.

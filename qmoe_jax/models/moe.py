@@ -8,14 +8,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import TensorSpec
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models import routing
 from qmoe_jax.models.layers import StackedKernel, gated_activation
-from qmoe_jax.ops.compressed_product import expert_mlp
 from qmoe_jax.ops.expert_parallel import split_expert_mlp
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+from qmoe_jax.ops.products import expert_mlp
 
 # Which expert kernels are stored as codes: name relative to the holding module -> its spec.
 # Pairs instead of a dict, so that modules that hold it stay hashable.
@@ -23,7 +23,7 @@ CodedKernels = tuple[tuple[str, TensorSpec], ...]
 
 
 def coded_below(coded: CodedKernels, name: str) -> CodedKernels:
-    """The part of `coded` below the child module `name`, with names relative to it."""
+    """Return the part of `coded` below the child module `name`, with names relative to it."""
     prefix = name + "/"
     return tuple((k.removeprefix(prefix), spec) for k, spec in coded if k.startswith(prefix))
 
@@ -41,7 +41,7 @@ class CodedKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> CodedExperts:
-        """Returns the stored arrays, and from the collection `derived` where rows begin, if there.
+        """Return the stored arrays, and from the collection `derived` where rows begin, if there.
 
         Raises:
           ValueError: an array is not among the parameters (codes have no initialiser).
@@ -66,7 +66,7 @@ class Expert(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Experts]:
-        """The kernels of all experts, by name."""
+        """Return the kernels of all experts, by name."""
         config = self.config
         shapes = {name: (config.embed_dim, config.expert_mlp_dim) for name in config.wi_names}
         shapes["wo"] = (config.expert_mlp_dim, config.embed_dim)
@@ -111,7 +111,7 @@ class MoeLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], *, enable_dropout: bool = False
     ) -> Float[Array, "batch length embed"]:
-        """Routes x and returns the combined expert outputs, float32.
+        """Route x and return the combined expert outputs, float32.
 
         Args:
           x: normalised tokens; padding is exactly zero.

@@ -28,7 +28,7 @@ def group_padding(batch: int, length: int, num_experts: int) -> tuple[int, int]:
 
 
 def num_token_groups(num_tokens: int, max_group_size: int, num_experts: int) -> int:
-    """The number of token groups: at least `num_experts`, a multiple of it, dividing the tokens.
+    """Return the number of token groups: a positive multiple of `num_experts` dividing the tokens.
 
     Raises:
       ValueError: no such number exists.
@@ -47,7 +47,7 @@ def num_token_groups(num_tokens: int, max_group_size: int, num_experts: int) -> 
 def expert_capacity(
     tokens_per_group: int, num_experts: int, capacity_factor: float, min_expert_capacity: int
 ) -> int:
-    """Tokens that an expert takes from one token group; rounds half to even, as Python does."""
+    """Tokens that an expert takes from one token group; round half to even, as Python does."""
     return max(round(capacity_factor * tokens_per_group / num_experts), min_expert_capacity)
 
 

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.attention import MultiHeadAttention
 from qmoe_jax.models.cross_attention import CrossAttention
 from qmoe_jax.models.layers import (
@@ -40,7 +40,7 @@ class EncoderLayer(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         config = self.config
         self.pre_attention_layer_norm = T5LayerNorm(self.dtype)
         self.attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
@@ -50,17 +50,17 @@ class EncoderLayer(nn.Module):
     def __call__(
         self, x: Hidden, mask: Array, bias: Array, is_token: Array, *, enable_dropout: bool = False
     ) -> Hidden:
-        """The layer; `x` is the residual stream, `is_token` [batch, length, 1] zeroes padding."""
+        """Apply the layer to the residual stream; `is_token` [batch, length, 1] zeroes padding."""
         x = self.attend(x, mask, bias, is_token)
         return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
 
     def attend(self, x: Hidden, mask: Array, bias: Array, is_token: Array) -> Hidden:
-        """The layer up to its MLP: the residual stream after attention."""
+        """Return the layer up to its MLP: the residual stream after attention."""
         y = self.pre_attention_layer_norm(x) * is_token.astype(self.dtype)
         return x + self.attention(y, y, mask, bias)
 
     def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
-        """What the MLP sees; exactly zero at padding."""
+        """Return what the MLP sees; exactly zero at padding."""
         return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
 
 
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         config = self.config
         self.pre_self_attention_layer_norm = T5LayerNorm(self.dtype)
         self.self_attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
         enable_dropout: bool = False,
         decode: bool = False,
     ) -> Hidden:
-        """The layer; `x` is the residual stream, `is_token` [batch, length, 1] zeroes padding."""
+        """Apply the layer to the residual stream; `is_token` [batch, length, 1] zeroes padding."""
         x = self.attend(x, encoded, mask, cross_mask, bias, is_token, decode=decode)
         return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
 
@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
         *,
         decode: bool = False,
     ) -> Hidden:
-        """The layer up to its MLP: the residual stream after both attentions."""
+        """Return the layer up to its MLP: the residual stream after both attentions."""
         is_token = is_token.astype(self.dtype)
         y = self.pre_self_attention_layer_norm(x) * is_token
         x = x + self.self_attention(y, y, mask, bias, decode=decode)
@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
         return x + self.encoder_decoder_attention(y, encoded, cross_mask)
 
     def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
-        """What the MLP sees; exactly zero at padding."""
+        """Return what the MLP sees; exactly zero at padding."""
         return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
 
 
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         config = self.config
         self.relpos_bias = RelativePositionBias(
             config.num_heads,
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
     def __call__(
         self, embedded: Hidden, tokens: Tokens, mask: Array, *, enable_dropout: bool = False
     ) -> Hidden:
-        """Encodes embedded tokens; exactly zero at padding."""
+        """Encode embedded tokens; exactly zero at padding."""
         is_token = jnp.asarray(tokens > 0)[..., None]
         bias = self.relpos_bias(tokens.shape[1])
         x = embedded
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
         return self.normalise(x, is_token)
 
     def normalise(self, x: Hidden, is_token: Array) -> Hidden:
-        """The final norm; exactly zero at padding."""
+        """Return the final norm; exactly zero at padding."""
         return self.encoder_norm(x) * is_token.astype(self.dtype)
 
 
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         config = self.config
         self.relpos_bias = RelativePositionBias(
             config.num_heads,
@@ -232,7 +232,7 @@ class Decoder(nn.Module):
         decode: bool = False,
         cache_length: int | None = None,
     ) -> Hidden:
-        """Decodes embedded tokens into normalised hidden states; exactly zero at padding."""
+        """Decode embedded tokens into normalised hidden states; exactly zero at padding."""
         is_token = decoder_token_mask(tokens)[..., None]
         bias = self.relpos_bias(cache_length or tokens.shape[1], decode=decode)
         x = embedded
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
         return self.normalise(x, is_token)
 
     def normalise(self, x: Hidden, is_token: Array) -> Hidden:
-        """The final norm; exactly zero at padding."""
+        """Return the final norm; exactly zero at padding."""
         return self.decoder_norm(x) * is_token.astype(self.dtype)
 
 
@@ -279,7 +279,7 @@ class SwitchTransformer(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        """Declares parameters and submodules."""
+        """Declare parameters and submodules."""
         config = self.config
         self.token_embedder = Embed(config.num_embeddings, config.embed_dim, self.dtype)
         encoder_coded, decoder_coded = (coded_below(self.coded, n) for n in ("encoder", "decoder"))
@@ -310,7 +310,7 @@ class SwitchTransformer(nn.Module):
           encoder_segment_ids: segments of packed examples.
           decoder_segment_ids: segments of packed examples.
           encoder_positions: accepted for T5X; relative position biases need none.
-          decoder_positions: likewise.
+          decoder_positions: accepted for T5X.
           enable_dropout: use the training capacity factor (no dropout is applied).
           decode: create or use the autoregressive cache.
           max_decode_length: length of the cache; needed for each decoding step.
@@ -342,7 +342,7 @@ class SwitchTransformer(nn.Module):
         *,
         enable_dropout: bool = True,
     ) -> Float[Array, "batch encoder_length embed"]:
-        """Encoder outputs in the activation dtype; exactly zero at padding."""
+        """Return encoder outputs in the activation dtype; exactly zero at padding."""
         del encoder_positions  # relative position biases need none
         mask = encoder_mask(encoder_input_tokens, encoder_segment_ids)
         embedded = self.token_embedder(encoder_input_tokens)

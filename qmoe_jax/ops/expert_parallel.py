@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
-from qmoe_jax.ops.compressed_product import expert_mlp
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+from qmoe_jax.ops.products import expert_mlp
 
 AXIS = "experts"
 
 
 def expert_mesh(num_devices: int) -> Mesh:
-    """A mesh over the first so many devices of this process.
+    """Return a mesh over the first so many devices of this process.
 
     Raises:
       ValueError: there are not so many.
@@ -38,7 +38,7 @@ def expert_mesh(num_devices: int) -> Mesh:
 
 
 def check_split(num_experts: int, mesh: Mesh) -> None:
-    """Raises ValueError unless every device gets as many experts as the others."""
+    """Raise ValueError unless every device gets as many experts as the others."""
     if num_experts % mesh.size:
         raise ValueError(
             f"{num_experts} experts cannot be split evenly over {mesh.size} devices; choose a "
@@ -53,7 +53,7 @@ def split_dense(kernel: np.ndarray, mesh: Mesh) -> Array:
 
 
 def split_coded(coded: CodedTensor, mesh: Mesh) -> dict[str, Array]:
-    """The arrays of a coded tensor, [devices, ...]: a device has those of its own experts.
+    """Return the arrays of a coded tensor, [devices, ...]: a device has those of its own experts.
 
     Codes of a device are padded with zeros to the longest; nothing reads there.
     """
@@ -78,12 +78,12 @@ def split_coded(coded: CodedTensor, mesh: Mesh) -> dict[str, Array]:
 
 
 def split_spec(spec: TensorSpec, mesh: Mesh) -> TensorSpec:
-    """The spec of a device's part."""
+    """Return the spec of a device's part."""
     return dataclasses.replace(spec, num_experts=spec.num_experts // mesh.size)
 
 
 def replicate(array: np.ndarray | Array, mesh: Mesh) -> Array:
-    """An array on every device, whole."""
+    """Return an array on every device, whole."""
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -140,7 +140,7 @@ def _arrays(kernel: Experts) -> Mapping[str, Array]:
 
 
 def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
-    """What a device holds: a dense kernel's own experts, or codes under a leading axis of 1."""
+    """Return a device's part: a dense kernel's own experts, or codes under a leading axis of 1."""
     if isinstance(kernel, DenseExperts):
         return DenseExperts(held["kernel"])
     arrays = {name: array[0] for name, array in held.items()}

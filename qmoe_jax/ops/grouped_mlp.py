@@ -134,7 +134,7 @@ def grouped_mlp_reference(
     wo: Float[Array, "experts mlp embed"],
     activation: Callable[[list[Array]], Array],
 ) -> Float[Array, "tokens embed"]:
-    """The slow twin of `grouped_mlp`: every expert on every token, then the right one is taken."""
+    """Run every expert on every token, then take the right one: reference of `grouped_mlp`."""
     precision = lax.Precision.HIGHEST
     everywhere = jax.vmap(
         lambda wi, wo: jnp.dot(

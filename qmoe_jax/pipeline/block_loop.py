@@ -14,8 +14,8 @@ from qmoe_jax.calibration.dispatch import dispatch_tokens
 from qmoe_jax.calibration.list_buffer import ListBuffer
 from qmoe_jax.calibration.sample_batches import SampleBatch
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.evaluation.metrics import LossReport, batch_sums
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
@@ -25,7 +25,7 @@ from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.report import CompressionReport
 from qmoe_jax.pipeline.run_log import RunLog
 from qmoe_jax.pipeline.samples import Samples, Stack
-from qmoe_jax.pipeline.settings import CompressionSettings
+from qmoe_jax.quantization.settings import CompressionSettings
 
 
 class BlockLoop:
@@ -59,7 +59,7 @@ class BlockLoop:
         self.dense_seconds = 0.0
 
     def all_layers(self, output: str) -> CompressionReport:
-        """Compresses the whole model into the writer; `output` only names it in the report."""
+        """Compress the whole model into the writer; `output` only names it in the report."""
         config = self.config
         self.embedding = self._dense_parameter("token_embedder/embedding")
         total = config.num_encoder_layers + config.num_decoder_layers
@@ -85,7 +85,7 @@ class BlockLoop:
         )
 
     def _dense_parameter(self, name: str) -> np.ndarray:
-        """Reads a parameter that is not compressed, in its stored form, and stores it."""
+        """Read a parameter that is not compressed, in its stored form, and store it."""
         array = self.source.read(name)
         self.dense_bytes += array.nbytes
         exact = name.endswith("/scale") or "/router/" in name
@@ -108,7 +108,7 @@ class BlockLoop:
         )
 
     def _stack(self, stack: Stack, encoded: ListBuffer | None, bar: Any) -> ListBuffer | None:
-        """Runs all layers of a stack; returns its normalised outputs."""
+        """Run all layers of a stack; return its normalised outputs."""
         config = self.config
         rel_embedding = self._dense_parameter(f"{stack}/relpos_bias/rel_embedding")
         scale = self._dense_parameter(f"{stack}/{stack}_norm/scale")
@@ -174,7 +174,7 @@ class BlockLoop:
         encoded: ListBuffer | None,
         residual_dtype: str,
     ) -> tuple[Int[np.ndarray, "rows"], Float[np.ndarray, "rows"]] | None:
-        """Sends all samples through a layer's dense part; returns the routing of a sparse one."""
+        """Send all samples through a layer's dense part; return the routing of a sparse one."""
         assert self.samples is not None
         samples, config = self.samples, self.config
         dtype = jnp.dtype(self.settings.activation_dtype)
@@ -222,7 +222,7 @@ class BlockLoop:
         buffer: ListBuffer | None,
         routing: tuple[np.ndarray, np.ndarray] | None,
     ) -> None:
-        """Quantizes the experts of a sparse layer, stores their codes, runs them compressed."""
+        """Quantize the experts of a sparse layer, store their codes, run them compressed."""
         tokens = None
         if buffer is not None and routing is not None:
             assert self.samples is not None
@@ -254,7 +254,7 @@ class BlockLoop:
             )
 
     def _normalise(self, buffer: ListBuffer, scale: np.ndarray, residual_dtype: str) -> None:
-        """Applies the final norm of a stack in place, a slab of rows at a time."""
+        """Apply the final norm of a stack in place, a slab of rows at a time."""
         slab = 1 << 14
         for start in range(0, len(buffer.rows), slab):
             rows = buffer.rows[start : start + slab]

@@ -15,8 +15,9 @@ from tqdm import tqdm
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
@@ -30,8 +31,8 @@ from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
 from qmoe_jax.pipeline.run_log import RunLog
 from qmoe_jax.pipeline.samples import Samples
-from qmoe_jax.pipeline.settings import CompressionSettings
 from qmoe_jax.quantization.groups import num_groups
+from qmoe_jax.quantization.settings import CompressionSettings
 
 PathLike = str | os.PathLike[str]
 
@@ -53,7 +54,7 @@ def compress(
     settings: CompressionSettings | None = None,
     **changes: Any,
 ) -> CompressionReport:
-    """Compresses the experts of a native T5X Switch checkpoint.
+    """Compress the experts of a native T5X Switch checkpoint.
 
     A run that was stopped, by whatever, goes on where it was when it is called again with the same
     arguments, and ends with the same bytes as an undisturbed one. Until then its work is in
@@ -105,7 +106,7 @@ def compress(
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
     devices, processes = Devices.local(num_devices), Processes()
     source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
-    config = SwitchConfig.from_checkpoint(source)
+    config = read_config(source)
     if needed := cache_bytes(source, config, chosen.expert_batch * len(devices)):
         source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
     chosen.check_layers(config.sparse_layers)
@@ -167,7 +168,7 @@ def compress(
 
 
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
-    """The examples that this process sends through the model."""
+    """Return the examples that this process sends through the model."""
     share = processes.share(len(tokens))
     return tokens[share.start : share.stop]
 
@@ -188,7 +189,7 @@ def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFil
 
 
 def _describe(calibration: TokenFile | None) -> dict[str, Any] | None:
-    """What the manifest says of the calibration data."""
+    """Return what the manifest says of the calibration data."""
     if calibration is None:
         return None
     digest = hashlib.sha256()
@@ -209,7 +210,7 @@ def _determining_facts(
     devices: Devices,
     processes: Processes,
 ) -> dict[str, Any]:
-    """What determines the output to the bit: a run that differs in any of it cannot be resumed."""
+    """Return what determines the output to the bit: a run that differs in it cannot be resumed."""
     return {
         "checkpoint": {
             "url": source.url,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.layers import (
     Dense,
     Embed,
@@ -78,7 +78,7 @@ def _route(
 def encoder_block(
     layer: EncoderLayer, params: Params, rel_embedding: Array, x: Hidden, tokens: Tokens
 ) -> tuple[Hidden, Routed | None]:
-    """An encoder layer; a sparse one only up to its experts.
+    """Return an encoder layer; a sparse one only up to its experts.
 
     Args:
       layer: static.
@@ -111,7 +111,7 @@ def decoder_block(
     input_tokens: Tokens,
     target_tokens: Tokens,
 ) -> tuple[Hidden, Routed | None]:
-    """A decoder layer; a sparse one only up to its experts. See `encoder_block`."""
+    """Return a decoder layer; a sparse one only up to its experts. See `encoder_block`."""
     is_token = decoder_token_mask(input_tokens)[..., None]
     attention = (
         x,
@@ -129,7 +129,7 @@ def decoder_block(
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def final_norm(dtype: str, scale: Array, x: Hidden) -> Hidden:
-    """The norm that closes a stack, float32. Padding is left to the list buffer, which drops it."""
+    """Apply the norm that closes a stack, float32. Padding is left to the list buffer."""
     module = T5LayerNorm(jnp.dtype(dtype))
     return apply_module(module, {"scale": scale}, x).astype(jnp.float32)
 

@@ -23,7 +23,7 @@ class Devices:
 
     @classmethod
     def local(cls, num_devices: int | None = 1) -> "Devices":
-        """The first so many devices of this process; all where None.
+        """Return the first so many devices of this process; all where None.
 
         Raises:
           ValueError: there are not so many.
@@ -41,11 +41,11 @@ class Devices:
         return self.mesh.size
 
     def rounded_up(self, size: int) -> int:
-        """The least multiple of the number of devices that is not below `size`."""
+        """Return the least multiple of the number of devices that is not below `size`."""
         return -(-size // len(self)) * len(self)
 
     def spread(self, array: Any) -> jax.Array:
-        """Puts an array on the devices, its first axis divided among them.
+        """Put an array on the devices, its first axis divided among them.
 
         That axis is a multiple of their number.
         """
@@ -54,7 +54,7 @@ class Devices:
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
     def replicate(self, tree: Any) -> Any:
-        """Puts every array of a tree on every device, whole."""
+        """Put every array of a tree on every device, whole."""
         if len(self) == 1:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))

@@ -18,13 +18,13 @@ from jaxtyping import Array, UInt8
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import decode_expert
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.expert_pass import (
     ExpertBatch,
@@ -38,7 +38,7 @@ from qmoe_jax.pipeline.kernel_reader import BatchKey, KernelReader
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import KernelReport, kernel_report
-from qmoe_jax.pipeline.settings import CompressionSettings
+from qmoe_jax.quantization.settings import CompressionSettings
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ class ExpertLayers:
         self.reader = KernelReader(self.source, self.kernel_names, self._to_read())
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stop reading ahead."""
         self.reader.close()
 
     @property
@@ -97,13 +97,13 @@ class ExpertLayers:
         return [share[at : at + step] for at in range(0, len(share), step)]
 
     def _rounds(self) -> Iterator[list[range]]:
-        """A batch of experts for each process at a time; an empty one where it has no more."""
+        """Yield a batch of experts for each process; an empty one where it has no more."""
         all_batches = [self._batches(process) for process in range(self.processes.count)]
         for batches in itertools.zip_longest(*all_batches, fillvalue=range(0)):
             yield list(batches)
 
     def _to_read(self) -> Iterator[BatchKey]:
-        """The batches whose kernels this process will read."""
+        """Return the batches whose kernels this process will read."""
         for stack, layer in self.config.sparse_layers:
             dense = self.settings.for_layer(stack, layer).method == "none"
             if not dense and self.journal.load_layer(_layer_name(stack, layer)) is not None:
@@ -115,7 +115,7 @@ class ExpertLayers:
     def run(
         self, stack: str, layer: int, norm_scale: np.ndarray, tokens: LayerTokens | None
     ) -> dict[str, Any]:
-        """Compresses the experts of a layer and sends its tokens through the result.
+        """Compress the experts of a layer and send its tokens through the result.
 
         Args:
           stack: "encoder" or "decoder".
@@ -233,7 +233,7 @@ class ExpertLayers:
         batch: ExpertBatch,
         entry: str,
     ) -> tuple[dict[str, QuantizedKernel], FinishedKernels]:
-        """The codes of a batch of experts: from the journal, or computed and put there."""
+        """Return the codes of a batch of experts: from the journal, or computed and put there."""
         is_there = not batch.experts or self.journal.has_batch(entry)
         all_there = self.processes.gather_json(is_there)
         quantized: dict[str, QuantizedKernel] = {}
@@ -274,7 +274,7 @@ class ExpertLayers:
         kernel: str,
         entries: Sequence[str],
     ) -> dict[str, Any]:
-        """Moves a kernel's codes from the journal to the output; returns the layer's record."""
+        """Move a kernel's codes from the journal to the output; return the layer's record."""
         own = CodedOutline.join(outlines).to_json() if outlines else None
         known = [o for o in self.processes.gather_json(own) if o is not None]
         outline = CodedOutline.join([CodedOutline.from_json(o) for o in known])
@@ -305,7 +305,7 @@ class ExpertLayers:
         batches: Iterator[tuple[ExpertBatch, Callable[[int], None]]],
         record: dict[str, Any],
     ) -> None:
-        """Sends tokens through the codes of a layer that is in the output already."""
+        """Send tokens through the codes of a layer that is in the output already."""
         # What a kill between the record and this left behind.
         index = self.processes.index
         self.journal.forget_batches(
@@ -338,7 +338,7 @@ class ExpertLayers:
         layer: int,
         batches: Iterator[tuple[ExpertBatch, Callable[[int], None]]],
     ) -> None:
-        """Copies the kernels of a layer that is not to be compressed, and sends tokens through."""
+        """Copy the kernels of a layer that is not to be compressed, and send tokens through."""
         first_expert = self._share(self.processes.index).start
         parameters = {n: names.expert_kernel(stack, layer, n) for n in self.kernel_names}
         dtypes = {}
@@ -373,7 +373,7 @@ class ExpertLayers:
     def _quantized(
         self, name: str, coded: CodedTensor, statistics: dict[str, np.ndarray]
     ) -> QuantizedKernel:
-        """A kernel from its stored codes."""
+        """Return a kernel from its stored codes."""
         arrays = {key: jnp.asarray(array) for key, array in coded.arrays.items()}
         return QuantizedKernel(
             codes=np.asarray(_decode(coded.spec, arrays)),

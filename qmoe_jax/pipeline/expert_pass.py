@@ -24,8 +24,8 @@ from qmoe_jax.models.layers import (
 )
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
-from qmoe_jax.pipeline.settings import CompressionSettings
 from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
+from qmoe_jax.quantization.settings import CompressionSettings
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
@@ -60,7 +60,7 @@ def _normalised(scale: Array, x: Float[Array, "experts chunk embed"], dtype: str
 def _hidden(
     kernels: Kernels, z: Float[Array, "experts chunk embed"], activations: tuple[str, ...]
 ) -> Float[Array, "experts chunk mlp"]:
-    """The hidden layer of each expert on its own tokens."""
+    """Return the hidden layer of each expert on its own tokens."""
     precision = matmul_precision(z.dtype)
     projected = [
         jnp.einsum("ecd,edm->ecm", z, kernels[name].astype(z.dtype), precision=precision)
@@ -81,7 +81,7 @@ def _accumulate(
     activations: tuple[str, ...],
     dtype: str,
 ) -> dict[str, HessianState]:
-    """Adds a chunk to the Hessians of wi's inputs ("wi") and wo's ("wo"), whichever are asked."""
+    """Add a chunk to the Hessians of wi's inputs ("wi") and wo's ("wo"), whichever are asked."""
     z = _normalised(scale, x, dtype)
     updated = {}
     if "wi" in states:
@@ -101,7 +101,7 @@ def _run(
     activations: tuple[str, ...],
     dtype: str,
 ) -> Float[Array, "experts chunk embed"]:
-    """The residual stream behind the experts, float32."""
+    """Return the residual stream behind the experts, float32."""
     z = _normalised(scale, x, dtype)
     hidden = _hidden(kernels, z, activations)
     y = jnp.einsum(
@@ -119,7 +119,7 @@ _dequantize = jax.jit(dequantize_experts, static_argnames=("grid", "num_in"))
 def dequantized_kernel(
     batch: "ExpertBatch", kernel: QuantizedKernel, settings: CompressionSettings
 ) -> Float[Array, "experts in out"]:
-    """What the codes stand for, float32: what decoding the stored tensor gives, bit for bit.
+    """Return what the codes stand for, float32: what decoding the stored tensor gives, bit for bit.
 
     Padded to the size of the batch and spread over the devices.
     """
@@ -163,7 +163,7 @@ class ExpertBatch:
     size: int
 
     def spread(self, array: np.ndarray) -> Array:
-        """An array with an entry an expert, padded with zeros and spread over the devices."""
+        """Pad an array with an entry an expert with zeros and spread it over the devices."""
         missing = self.size - len(array)
         if missing:
             array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
@@ -176,7 +176,7 @@ def quantize_batch(
     settings: CompressionSettings,
     asking: Sequence[range],
 ) -> QuantizedKernels:
-    """Quantizes all kernels of a batch of experts.
+    """Quantize all kernels of a batch of experts.
 
     Args:
       batch: the experts and their tokens.
@@ -280,7 +280,7 @@ def _hessians(
 
 
 def run_batch(batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings) -> None:
-    """Sends all tokens of a batch of experts through its kernels; outputs replace inputs.
+    """Send all tokens of a batch of experts through its kernels; outputs replace inputs.
 
     Args:
       batch: the experts and their tokens.

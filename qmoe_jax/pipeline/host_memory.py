@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has held so far (resident set)."""
+    """Return the most memory that this process has held so far (resident set)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -17,7 +17,7 @@ def peak_host_bytes() -> int:
 
 
 def return_free_memory() -> None:
-    """Gives the system back what the allocator keeps of freed memory; glibc only, else nothing.
+    """Give the system back what the allocator keeps of freed memory; glibc only, else nothing.
 
     Arrays of a layer are freed in another order than they came, and what lies between the
     remaining ones would stay with the process and grow from layer to layer.

@@ -52,7 +52,7 @@ class Journal:
     """Finished expert batches and layers of a run, in a folder that only one process may hold."""
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any], *, discard: bool):
-        """Opens or begins a journal.
+        """Open or begin a journal.
 
         Args:
           folder: where the batches are.
@@ -86,11 +86,11 @@ class Journal:
                 raise
 
     def close(self) -> None:
-        """Lets other processes in."""
+        """Let other processes in."""
         self._lock.close()
 
     def clear(self) -> None:
-        """Deletes what the journal has written, and the folder if nothing else is in it."""
+        """Delete what the journal has written, and the folder if nothing else is in it."""
         self._forget_all()
         for name in (_RUN, _LOCK):
             (self._folder / name).unlink(missing_ok=True)
@@ -115,7 +115,7 @@ class Journal:
         return self._batch_path(name).exists()
 
     def load_batch(self, name: str, only: str | None = None) -> FinishedKernels:
-        """The kernels of a finished batch of experts by name, or `only` one of them.
+        """Return the kernels of a finished batch of experts by name, or `only` one of them.
 
         Raises:
           CheckpointError: the file is damaged.
@@ -130,7 +130,7 @@ class Journal:
             ) from error
 
     def save_batch(self, name: str, kernels: FinishedKernels) -> None:
-        """Stores a finished batch of experts.
+        """Store a finished batch of experts.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -140,7 +140,7 @@ class Journal:
         write_atomically(self._batch_path(name), content.getvalue())
 
     def load_layer(self, name: str) -> Any:
-        """The record of a finished layer; None where there is none.
+        """Return the record of a finished layer; None where there is none.
 
         Raises:
           CheckpointError: the file is damaged.
@@ -156,7 +156,7 @@ class Journal:
             ) from error
 
     def save_layer(self, name: str, record: Any) -> None:
-        """Stores what must be known of a layer whose codes are in the output.
+        """Store what must be known of a layer whose codes are in the output.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -164,7 +164,7 @@ class Journal:
         write_atomically(self._folder / (name + _LAYER), json.dumps(record).encode())
 
     def forget_batches(self, names: Iterable[str]) -> None:
-        """Deletes batches of experts, those that there are."""
+        """Delete batches of experts, those that there are."""
         for name in names:
             self._batch_path(name).unlink(missing_ok=True)
 

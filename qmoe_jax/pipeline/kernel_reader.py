@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.config import SwitchConfig
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
+from qmoe_jax.config import SwitchConfig
 
 Kernels = dict[str, Float[np.ndarray, "experts in out"]]
 
@@ -66,7 +66,7 @@ class KernelReader:
     def __init__(
         self, source: T5XCheckpoint, kernel_names: tuple[str, ...], batches: Iterator[BatchKey]
     ):
-        """Begins to read the first batch.
+        """Begin to read the first batch.
 
         Args:
           source: the native checkpoint.
@@ -83,7 +83,7 @@ class KernelReader:
         self._read_ahead()
 
     def take(self, key: BatchKey) -> Kernels:
-        """The kernels of a batch, float32 by name; begins to read the next.
+        """Return the kernels of a batch, float32 by name; begin to read the next.
 
         Raises:
           CheckpointError: they are damaged or unreachable.
@@ -96,7 +96,7 @@ class KernelReader:
         return kernels
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stop reading ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read_ahead(self) -> None:

@@ -29,7 +29,7 @@ class TokenChunk:
 
 
 def token_chunks(tokens: Sequence[Int[np.ndarray, "_"]], chunk: int) -> Iterator[TokenChunk]:
-    """Walks through the tokens of all experts side by side, `chunk` of each at a time."""
+    """Walk through the tokens of all experts side by side, `chunk` of each at a time."""
     longest = max((len(t) for t in tokens), default=0)
     for start in range(0, longest, chunk):
         rows = np.zeros((len(tokens), chunk), np.int64)
@@ -62,7 +62,7 @@ class LayerTokens:
     def chunks(
         self, batches: Sequence[range], chunk: int, *, hessian: bool
     ) -> Iterator[list[TokenChunk]]:
-        """Walks through the tokens of each process's batch of experts, in step.
+        """Walk through the tokens of each process's batch of experts, in step.
 
         Args:
           batches: experts of each process; an empty range takes part without tokens.
@@ -85,7 +85,7 @@ class LayerTokens:
             yield [part or nothing for part, nothing in zip(step, empty, strict=True)]
 
     def gather(self, chunks: Sequence[TokenChunk]) -> Float[np.ndarray, "experts chunk dim"]:
-        """The rows of this process's chunk, whoever holds them; anything where padded."""
+        """Return the rows of this process's chunk, whoever holds them; anything where padded."""
         mine = chunks[self.processes.index]
         if self.processes.count == 1:
             return self.buffer.rows[mine.rows]
@@ -102,7 +102,7 @@ class LayerTokens:
     def scatter(
         self, chunks: Sequence[TokenChunk], outputs: Float[np.ndarray, "experts chunk dim"]
     ) -> None:
-        """Puts outputs where `gather` took inputs; padding is left out."""
+        """Put outputs where `gather` took inputs; padding is left out."""
         mine = chunks[self.processes.index]
         if self.processes.count == 1:
             self.buffer.rows[mine.rows[mine.real]] = outputs[mine.real]

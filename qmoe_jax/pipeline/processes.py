@@ -36,24 +36,24 @@ class Processes:
         return self.index == 0
 
     def share(self, total: int, index: int | None = None) -> range:
-        """The part of 0 to total - 1 that a process (this one where None) owns: contiguous."""
+        """Return the contiguous part of 0 to total - 1 that a process owns; this one where None."""
         index = self.index if index is None else index
         return range(total * index // self.count, total * (index + 1) // self.count)
 
     def barrier(self, name: str) -> None:
-        """Waits until all processes have come to it."""
+        """Wait until all processes have come to it."""
         if self.count > 1:
             multihost_utils.sync_global_devices(name)
 
     def gather_json(self, value: Any) -> list[Any]:
-        """What each process has to say, in their order; JSON values."""
+        """Return what each process has to say, in their order; JSON values."""
         if self.count == 1:
             return [value]
         content = np.frombuffer(json.dumps(value).encode(), np.uint8)
         return [json.loads(part.tobytes()) for part in self.gather(content)]
 
     def gather(self, array: Shaped[np.ndarray, "rows *rest"]) -> list[np.ndarray]:
-        """The arrays of all processes, in their order; they differ in the first axis at most."""
+        """Gather the arrays of all processes, in order; they differ in the first axis at most."""
         if self.count == 1:
             return [array]
         # As bytes: JAX would turn 64-bit numbers into 32-bit ones.
@@ -72,7 +72,7 @@ class Processes:
     def exchange(
         self, parts: Sequence[Float[np.ndarray, "_ dim"]], capacity: int
     ) -> Float[np.ndarray, "processes capacity dim"]:
-        """Sends parts[p] to process p; returns what each process has sent here.
+        """Send parts[p] to process p; return what each process has sent here.
 
         Args:
           parts: float32, at most `capacity` rows each.
@@ -97,18 +97,18 @@ class Processes:
 
 
 def round_up_capacity(rows: int) -> int:
-    """A capacity for `exchange` from few possible ones."""
+    """Return a capacity for `exchange` from few possible ones."""
     return _round_up(rows)
 
 
 def _round_up(size: int) -> int:
-    """The next power of two, at least 64."""
+    """Return the next power of two, at least 64."""
     return max(64, 1 << max(size - 1, 0).bit_length())
 
 
 @functools.cache
 def _process_mesh() -> Mesh:
-    """The first device of each process."""
+    """Return the first device of each process."""
     first: dict[int, Any] = {}
     for device in jax.devices():
         first.setdefault(device.process_index, device)

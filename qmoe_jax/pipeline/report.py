@@ -106,7 +106,7 @@ class CompressionReport:
         return zeros / self.expert_weights
 
     def warnings(self) -> list[str]:
-        """What a user should know before trusting the result, in sentences."""
+        """Return what a user should know before trusting the result, in sentences."""
         found = []
         for kernel in self.kernels:
             if kernel.experts_without_tokens:
@@ -153,7 +153,7 @@ class CompressionReport:
         }
 
     def summary(self) -> str:
-        """The totals in a few lines."""
+        """Return the totals in a few lines."""
         lines = [
             f"{self.output}: {self.expert_weights:,} expert weights at "
             f"{self.bits_per_weight:.3f} bits (experts {self.expert_compression:.2f}x, whole model "
@@ -172,7 +172,7 @@ class CompressionReport:
 def kernel_report(
     name: str, outline: CodedOutline, batches: Sequence[Mapping[str, Any]]
 ) -> KernelReport:
-    """Sums up the batches of experts of one kernel.
+    """Sum up the batches of experts of one kernel.
 
     Args:
       name: module path of the kernel.

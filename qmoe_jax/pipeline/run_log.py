@@ -15,11 +15,11 @@ class RunLog:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None):
-        """Opens the log; None logs nothing."""
+        """Open the log; None logs nothing."""
         self._path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Adds a line.
+        """Add a line.
 
         Raises:
           CheckpointError: it cannot be written.

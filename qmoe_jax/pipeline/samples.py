@@ -37,7 +37,7 @@ class Samples:
     def build(
         cls, calibration: TokenFile, validation: TokenFile | None, *, premask_sentinels: bool
     ) -> "Samples":
-        """Puts calibration and validation examples behind one another.
+        """Put calibration and validation examples behind one another.
 
         Raises:
           TokensError: no example, an empty one, or padding before a token.
@@ -78,7 +78,7 @@ class Samples:
             )
 
     def ids(self, name: str, batch: SampleBatch, length: int) -> Int[np.ndarray, "batch length"]:
-        """A token array of a sample batch, padded to its shape."""
+        """Return a token array of a sample batch, padded to its shape."""
         padded = np.zeros((batch.batch_size, length), np.int32)
         padded[: len(batch.samples)] = getattr(self.tokens, name)[batch.samples, :length]
         return padded

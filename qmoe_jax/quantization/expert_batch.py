@@ -353,7 +353,7 @@ def dequantize_experts(
     levels: Float[Array, "experts rows 2"],
     num_in: int,
 ) -> Float[Array, "experts in out"]:
-    """What the codes of an expert batch stand for, as Flax kernels, float32.
+    """Return what the codes of an expert batch stand for, as Flax kernels, float32.
 
     Args:
       grid: of the codes.

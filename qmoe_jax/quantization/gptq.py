@@ -183,7 +183,7 @@ def default_block_size(num_in: int) -> int:
 def upper_factor(
     H: Float[Array, "in in"], added: Float[Array, " in"], block_size: int
 ) -> Float[Array, "in in"]:
-    """The upper triangular V with H + diag(added) = V V^T: Cholesky from the last column on.
+    """Return the upper triangular V with H + diag(added) = V V^T: Cholesky from the last column on.
 
     Only the upper triangle of H is read. A matrix that is not positive definite gives NaN.
     Panels of `block_size` columns, each by one matrix product with the panels to its right.
@@ -340,5 +340,5 @@ def _sweep_panel(
 
 
 def _matmul(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """A product in full float32: TF32 would cost more than the damping repairs."""
+    """Return a product in full float32: TF32 would cost more than the damping repairs."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

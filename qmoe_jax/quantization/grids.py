@@ -40,13 +40,13 @@ class Grid(Protocol):
         ...
 
     def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
-        """The levels of each output row, float32 with values that bfloat16 represents exactly."""
+        """Fit the levels of each output row, float32 values that bfloat16 represents exactly."""
         ...
 
     def quantize(
         self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
     ) -> UInt8[Array, "*rows out"]:
-        """The code of each weight: of the nearest value, any of those that are equally near.
+        """Return the code of each weight: of the nearest value, any of those that are equally near.
 
         `host_gptq` finds it from `dequantize` alone.
         """
@@ -55,7 +55,7 @@ class Grid(Protocol):
     def dequantize(
         self, codes: UInt8[Array, "*rows out"], levels: Float[Array, "out 2"]
     ) -> Float[Array, "*rows out"]:
-        """The float32 value of each code."""
+        """Return the float32 value of each code."""
         ...
 
 
@@ -125,7 +125,7 @@ class TwoBit:
     def quantize(
         self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
     ) -> UInt8[Array, "*rows out"]:
-        """The nearest of the four values, as a code from 0 to 3."""
+        """Return the nearest of the four values, as a code from 0 to 3."""
         scale, zero = levels[:, 0], levels[:, 1]
         return jnp.clip(jnp.round(weights / scale) + zero, 0.0, 3.0).astype(jnp.uint8)
 
@@ -155,7 +155,7 @@ def _round_to_bfloat16(*values: Float[Array, " out"]) -> tuple[Float[Array, " ou
 
 
 def grid_from_name(name: str) -> Grid:
-    """The grid of a config or file header: `ternary` or `two_bit`."""
+    """Return the grid of a config or file header: `ternary` or `two_bit`."""
     grids: dict[str, Grid] = {grid.name: grid for grid in (Ternary(), TwoBit())}
     if name not in grids:
         raise ValueError(f"grid {name!r} is unknown; choose one of {sorted(grids)}")

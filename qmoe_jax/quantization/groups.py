@@ -13,7 +13,7 @@ from qmoe_jax.quantization.grids import Grid
 
 
 def num_groups(num_in: int, group_size: int | None) -> int:
-    """Groups of a row of `num_in` weights; None is one.
+    """Return groups of a row of `num_in` weights; None is one.
 
     Raises:
       ValueError: the group size does not divide the row.
@@ -30,7 +30,7 @@ def num_groups(num_in: int, group_size: int | None) -> int:
 def fit_groups(
     grid: Grid, kernel: Float[Array, "in out"], group_size: int | None
 ) -> Float[Array, "groups out 2"]:
-    """The levels of every group."""
+    """Return the levels of every group."""
     groups = num_groups(kernel.shape[0], group_size)
     return jax.vmap(grid.fit)(kernel.reshape(groups, -1, kernel.shape[1]))
 
@@ -59,7 +59,7 @@ def kernel_of_rows(
 def quantize_groups(
     grid: Grid, kernel: Float[Array, "in out"], levels: Float[Array, "groups out 2"]
 ) -> Shaped[Array, "in out"]:
-    """The nearest code of each weight."""
+    """Return the nearest code of each weight."""
     grouped = kernel.reshape(levels.shape[0], -1, kernel.shape[1])
     return jax.vmap(grid.quantize)(grouped, levels).reshape(kernel.shape)
 
@@ -67,7 +67,7 @@ def quantize_groups(
 def dequantize_groups(
     grid: Grid, codes: Shaped[Array, "in out"], levels: Float[Array, "rows 2"]
 ) -> Float[Array, "in out"]:
-    """The float32 value of each code of a kernel; levels as the codec stores them."""
+    """Return the float32 value of each code of a kernel; levels as the codec stores them."""
     by_group = jnp.swapaxes(levels.reshape(codes.shape[1], -1, 2), 0, 1)
     grouped = codes.reshape(by_group.shape[0], -1, codes.shape[1])
     return jax.vmap(grid.dequantize)(grouped, by_group).reshape(codes.shape)

@@ -122,7 +122,7 @@ def workspace_bytes(num_in: int, num_out: int, threads: int) -> int:
 def _quantize_expert(
     W, H, values, codes, damping, act_order, scratch
 ) -> tuple[float, float, float] | None:
-    """Fills the codes `[out, in]`; layer error, weight error and zero share, or None on failure."""
+    """Fill the codes `[out, in]`; layer error, weight error and zero share, or None on failure."""
     num_in, num_out = W.shape
     # Half of H is not read otherwise. The sum is the cheaper test, but may overflow.
     if not (np.isfinite(H.sum()) or np.isfinite(H).all()):
@@ -173,7 +173,7 @@ def _quantize_expert(
 
 @functools.cache
 def _panel_kernel(num_codes: int) -> Callable[..., None]:
-    """The compiled column loop of one panel, for grids of so many codes.
+    """Return the compiled column loop of one panel, for grids of so many codes.
 
     What makes LLVM use vector registers: the number of codes and the size of a tile are constants
     of the program, a tile is copied to memory of its own, whose rows are a constant apart, and

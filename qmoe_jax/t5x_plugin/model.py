@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from t5x import decoding, models  # pyright: ignore[reportMissingImports]
 
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
-from qmoe_jax.checkpoints.config import SwitchConfig
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.t5x_plugin.variables import checkpoint_shapes, placeholder_variables
 
@@ -21,9 +21,9 @@ def switch_module(
     activation_dtype: DTypeLike = "float32",
     expert_capacity_factor: float | None = None,
 ) -> SwitchTransformer:
-    """The module of a checkpoint, without its parameters: geometry, and which kernels are codes."""
+    """Make the module of a checkpoint, without parameters: geometry, which kernels are codes."""
     dtype = jnp.dtype(activation_dtype)
-    config = SwitchConfig.from_checkpoint(checkpoint, eval_capacity_factor=expert_capacity_factor)
+    config = read_config(checkpoint, eval_capacity_factor=expert_capacity_factor)
     if not is_compressed_checkpoint(checkpoint):
         return SwitchTransformer(config, dtype)
     specs = open_compressed_checkpoint(checkpoint).specs
@@ -52,7 +52,7 @@ class SwitchModel(models.EncoderDecoderModel):
         loss_normalizing_factor: Any = None,
         default_decoder_params: Any = None,
     ):
-        """Reads metadata of the checkpoint.
+        """Read metadata of the checkpoint.
 
         Args:
           checkpoint: compressed or native checkpoint, local or gs://; the one that

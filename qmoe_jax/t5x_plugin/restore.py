@@ -35,7 +35,7 @@ class SwitchCheckpointer:
         require_step: bool = False,
         **unused: Any,
     ):
-        """Called by T5X, but for one argument.
+        """Take what T5X passes, and one argument more.
 
         Args:
           train_state: T5X's, with shapes in place of arrays.
@@ -66,7 +66,7 @@ class SwitchCheckpointer:
         fallback_state: Mapping[str, Any] | None = None,
         lazy_parameters: bool = False,
     ) -> Any:
-        """The train state with the parameters at `path`, and the step of its name (0 without one).
+        """Restore the train state: the parameters at `path`, the step of its name (0 without one).
 
         Args:
           path: folder of the checkpoint, local or gs://.

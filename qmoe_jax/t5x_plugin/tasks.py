@@ -13,7 +13,7 @@ SPLIT = "validation"
 
 
 def token_file_vocabulary(path: str | os.PathLike[str]) -> seqio.Vocabulary:
-    """A vocabulary that leaves ids as they are, of the size of the one the tokens were made with.
+    """Make a vocabulary that leaves ids as they are, of the size that the tokens were made with.
 
     T5X wants one of the model and of the task, and compares them. For readable predictions give
     both the `seqio.SentencePieceVocabulary` instead.
@@ -34,7 +34,7 @@ def token_file_task(
     name: str = "qmoe_jax_token_file",
     num_examples: int | None = None,
 ) -> str:
-    """Registers a seqio task with the examples of a token file, and returns its name.
+    """Register a seqio task with the examples of a token file, and return its name.
 
     In a gin file: `MIXTURE_OR_TASK_NAME = @tasks.token_file_task()`. Its only split is
     "validation". Its metric `loss_per_target_token` is the mean cross entropy in nats, as

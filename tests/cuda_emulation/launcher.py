@@ -1,4 +1,4 @@
-"""The launcher of `qmoe_jax.ops.cuda_launcher` that runs kernels on the CPU's own buffers.
+"""The launcher of `qmoe_jax.ops.cuda.launcher` that runs kernels on the CPU's own buffers.
 
     with cuda_launcher.use_launcher(EmulatedLauncher()):
         ...
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from cuda_emulation import emulator
 
-from qmoe_jax.ops.cuda_launcher import DeviceFacts, KernelCall
+from qmoe_jax.ops.cuda.launcher import DeviceFacts, KernelCall
 
 
 class PoisonedArrays:

@@ -31,9 +31,9 @@ from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.decode import device_arrays  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
 from qmoe_jax.ops import cuda_kernels, cuda_launcher, launch_settings  # noqa: E402
-from qmoe_jax.ops.compressed_product import compressed_product, expert_mlp  # noqa: E402
-from qmoe_jax.ops.cuda_launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.cuda.launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
 from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
+from qmoe_jax.ops.products import compressed_product, expert_mlp  # noqa: E402
 
 SEED = int(os.environ.get("QMOE_SEED") or secrets.randbits(30))
 BF16 = ml_dtypes.bfloat16
@@ -281,7 +281,7 @@ def test_model_logits_and_greedy_tokens(compressed):
     import golden_data
 
     import qmoe_jax
-    from qmoe_jax.models.sampling import greedy_generate
+    from qmoe_jax.generation.sampling import greedy_generate
 
     golden = golden_data.load_golden("base")
     names = ("encoder_input", "decoder_input", "decoder_target")

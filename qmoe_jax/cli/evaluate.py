@@ -1,0 +1,172 @@
+"""`python -m qmoe_jax.evaluate`: losses of checkpoints, native, compressed and rounded, on text."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+_DESCRIPTION = """\
+Loss per target token, accuracy, z-loss and router statistics of Switch Transformers.
+
+examples:
+  a token file (python -m qmoe_jax.prepare_tokens); needs no TensorFlow:
+    python -m qmoe_jax.evaluate --gin.CHECKPOINT="'compressed'" --gin.TOKENS="'validation.npz'"
+
+  C4 as T5X evaluates, from TensorFlow Datasets, against the uncompressed model and rounding:
+    python -m qmoe_jax.evaluate --gin_file=gin/models/switch_base.gin \\
+      --gin_file=gin/runs/eval.gin --gin.TASK="'c4_v220_span_corruption'" \\
+      --gin.DATA_DIR="'/data/tfds'" --gin.NUM_EXAMPLES=1024 --gin.OUTPUT="'eval_out'" \\
+      --gin.CHECKPOINT="[('uncompressed', '/data/checkpoint_550000'), ('GPTQ', 'compressed'),
+                         ('RTN', 'rtn:ternary:/data/checkpoint_550000')]"
+
+  the QMoE paper's protocol, from the released files:
+    ... --gin.TASK="'jsonl_whole_documents'" --gin.NUM_EXAMPLES=128 \\
+      --gin.FILES="'c4-validation.00000-of-00008.json.gz'"
+
+Required: CHECKPOINT, and either TOKENS or TASK with VOCABULARY and DATA_DIR or FILES.
+
+CHECKPOINT is a path, a list of paths or (name, path) pairs, or a dict from name to path; gaps are
+to the first. "rtn:ternary:PATH" and "rtn:2bit:PATH" round a native checkpoint's experts to nearest
+first.
+
+TASK is c4_v220, c4_v301, ... (TFDS c4/en of that version in DATA_DIR), jsonl (FILES of JSON lines)
+or text (FILES or a folder of .txt), then _span_corruption (T5X's: documents concatenated, cut to
+full length) or _whole_documents (the paper's). With TASK_MODULE, a seqio task that it registers.
+
+With OUTPUT, metrics.json and TensorBoard events are written there, and a stopped run goes on."""
+
+
+def evaluate(
+    checkpoint: Any,
+    tokens: str | None = None,
+    task: str | None = None,
+    tokenize: Callable[..., Any] | None = None,
+    *,
+    num_examples: int | None = None,
+    batch_size: int = 32,
+    activation_dtype: str = "float32",
+    expert_capacity_factor: float | None = None,
+    output: str | None = None,
+    overwrite: bool = False,
+    tensorboard: bool | None = None,
+    batches_per_shard: int = 16,
+    load: Callable[..., Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Find the tokens, round what is to be rounded, and evaluate.
+
+    Args:
+      checkpoint: see `evaluation.evaluate.evaluate`; a path may be `rtn:<grid>:<native path>`.
+      tokens: a token file; or
+      task: name of a task, see `calibration.sources.task_tokens`.
+      tokenize: `task_tokens`, with its other arguments bound.
+      num_examples: use the first so many; all where None.
+      batch_size: see `evaluation.evaluate.evaluate`, as for the following.
+      activation_dtype: "float32" or "bfloat16".
+      expert_capacity_factor: None is dropless; a number is T5X's capacity factor.
+      output: folder for results; tokens and rounded checkpoints are kept there too.
+      overwrite: throw away what `output` holds of a run with other settings.
+      tensorboard: write events; None does so where tensorboardX is installed.
+      batches_per_shard: batches that are stored together.
+      load: `load_switch`, or one with routing fields bound.
+      progress: show progress bars.
+
+    Raises:
+      ValueError: bad input; see `evaluation.evaluate.evaluate`.
+    """
+    from qmoe_jax.calibration.sources import task_tokens
+    from qmoe_jax.evaluation import evaluate as evaluation
+    from qmoe_jax.models.load import load_switch
+
+    if (tokens is None) == (task is None):
+        raise ValueError(
+            "give either TOKENS, a token file, or TASK, such as c4_v220_span_corruption "
+            f"(TOKENS is {tokens!r}, TASK is {task!r})"
+        )
+    examples: Any = tokens
+    if task is not None:
+        cache = None if output is None else os.path.join(output, "tokens.npz")
+        if cache is not None and overwrite and os.path.exists(cache):
+            os.remove(cache)
+        examples = (tokenize or task_tokens)(
+            task=task, num_examples=num_examples, cache=cache, progress=progress
+        )
+    named = evaluation.name_checkpoints(checkpoint)
+    with _rounded(named, output, progress) as checkpoints:
+        return evaluation.evaluate(
+            checkpoints,
+            examples,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            activation_dtype=activation_dtype,
+            expert_capacity_factor=expert_capacity_factor,
+            output=output,
+            overwrite=overwrite,
+            tensorboard=tensorboard,
+            batches_per_shard=batches_per_shard,
+            load=load or load_switch,
+            progress=progress,
+        )
+
+
+@contextlib.contextmanager
+def _rounded(
+    checkpoints: Mapping[str, Any], output: str | None, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """Return the checkpoints with each `rtn:<grid>:<path>` rounded into a folder.
+
+    In `output` the rounded checkpoints stay, so that a stopped run finds them; without an output
+    they are removed afterwards.
+    """
+    if not any(os.fspath(path).startswith("rtn:") for path in checkpoints.values()):
+        yield dict(checkpoints)
+        return
+    with contextlib.ExitStack() as stack:
+        if output is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qmoe_jax_rtn_"))
+        else:
+            folder = os.path.join(output, "rounded")
+        yield {
+            name: _round(path, folder, progress) if os.fspath(path).startswith("rtn:") else path
+            for name, path in checkpoints.items()
+        }
+
+
+def _round(spelled: str, folder: str, progress: bool) -> str:
+    from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint
+    from qmoe_jax.pipeline.compress import compress
+
+    _, grid, path = (*spelled.split(":", 2), "", "")[:3]
+    if grid not in ("ternary", "2bit") or not path:
+        raise ValueError(
+            f"{spelled!r}: write rtn:ternary:PATH or rtn:2bit:PATH, PATH a native checkpoint"
+        )
+    rounded = os.path.join(folder, f"{grid}_{hashlib.sha256(path.encode()).hexdigest()[:12]}")
+    if not is_compressed_checkpoint(rounded):
+        compress(path, rounded, method="rtn", grid=grid, progress=progress)
+    return rounded
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and print its figures as tables."""
+    from qmoe_jax.calibration.sources import task_tokens
+    from qmoe_jax.cli import flags as gin_flags
+    from qmoe_jax.evaluation.tables import summary
+    from qmoe_jax.models.load import load_switch
+
+    document = gin_flags.run(
+        "evaluate",
+        evaluate,
+        [load_switch, task_tokens],
+        description=_DESCRIPTION,
+        default_gin_file="gin/runs/eval.gin",
+        optional_macros=("VOCABULARY",),
+        argv=argv,
+    )
+    print(summary(document))
+
+
+if __name__ == "__main__":
+    main()

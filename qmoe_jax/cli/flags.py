@@ -1,0 +1,264 @@
+"""T5X's command-line flags for the entry points: `--gin_file`, `--gin.NAME=VALUE`.
+
+Only entry points import this module, and only it imports gin: the library takes arguments.
+"""
+
+import argparse
+import difflib
+import functools
+import inspect
+import itertools
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import IO, Any, NoReturn
+
+from qmoe_jax import resources
+
+_CONFIG_SUFFIX = ".operative_config.gin"
+
+_FLAGS = """\
+flags, as T5X's:
+  --gin_file=FILE          a gin file; may be given several times, later files win
+  --gin.NAME=VALUE         a binding; VALUE is Python, so strings need quotes inside the shell's:
+                           --gin.CHECKPOINT="'/data/checkpoint_500100'"
+  --gin_search_paths=A,B   folders in which gin files are looked for, besides the working folder
+
+The settings that a run used are saved beside its output, as OUTPUT.operative_config.gin.
+"""
+
+_DISTRIBUTED_FLAGS = """
+several processes, started alike but for the index, on storage that all of them see:
+  --coordinator_address=HOST:PORT  of process 0
+  --process_count=N
+  --process_index=I                0 to N - 1
+"""
+
+
+def run(
+    name: str,
+    function: Callable[..., Any],
+    configurables: Sequence[Callable[..., Any]],
+    *,
+    description: str,
+    default_gin_file: str,
+    optional_macros: Sequence[str] = (),
+    distributed: bool = False,
+    argv: Sequence[str] | None = None,
+) -> Any:
+    """Parse T5X's flags, let gin bind `function`, and call it.
+
+    Where `function` has an argument `output` and it is not None, the operative configuration (every
+    value that was used, defaults too) is written to `<output>.operative_config.gin` afterwards.
+
+    Args:
+      name: of the command, `compress`.
+      function: what the command runs; a configurable of that name in gin files.
+      configurables: other functions and classes that gin files may bind, by their own names.
+      description: for --help.
+      default_gin_file: read when no --gin_file is given, relative to the search paths.
+      optional_macros: macros that are None unless a gin file or binding sets them. A run file
+        cannot say that itself: it is read after the model's file, and would undo what that sets.
+      distributed: take the flags that make the command one of several processes.
+      argv: arguments; those of the process where None.
+
+    Raises:
+      SystemExit: with code 2, after one line on stderr, for whatever a user can mend.
+    """
+    parser = _parser(name, description, default_gin_file, distributed)
+    arguments = parser.parse_args(_split_bindings(name, sys.argv[1:] if argv is None else argv))
+    try:
+        import gin
+        import gin.config
+    except ImportError:
+        _fail(
+            name,
+            f"python -m qmoe_jax.{name} needs gin-config: pip install 'qmoe-jax[gin]'. "
+            f"Without it, call qmoe_jax.{name} from Python.",
+        )
+    try:
+        gin.clear_config()  # of an earlier run in this process
+        configured, calls = _configurable(function, name)
+        calls.clear()
+        for other in configurables:
+            _configurable(other, other.__name__)
+        folders = [f for f in (*arguments.gin_search_paths.split(","), ".") if f]
+        for folder in folders:
+            gin.add_config_file_search_path(folder)  # for the files' own includes
+        # Includes of the package's own files, which an installed package has under another name.
+        gin.config.register_file_reader(_open_own_file, _is_own_file)
+        gin.parse_config([f"{macro} = None" for macro in optional_macros])
+        files = [_find_file(file, folders) for file in arguments.gin_file or [default_gin_file]]
+        gin.parse_config_files_and_bindings(files, [], finalize_config=False)
+        _check_macros(gin.config_str(), arguments.gin_bindings)
+        gin.parse_config(arguments.gin_bindings)
+        gin.finalize()
+        if distributed and arguments.coordinator_address:
+            _join_processes(arguments)
+        result = configured()
+        output = calls[0].get("output")
+        if output is not None:
+            _save_beside(os.fspath(output), gin.operative_config_str())
+        return result
+    except SyntaxError as error:
+        _fail(name, f"{error.msg} In: {(error.text or '').strip()}")
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can mend (a misspelt binding, a missing file, a bad checkpoint) is one
+        # message, not a traceback.
+        _fail(name, _message(error))
+
+
+def _join_processes(arguments: argparse.Namespace) -> None:
+    import jax
+
+    count, index = arguments.process_count, arguments.process_index
+    if count is None or index is None or not 0 <= index < count:
+        raise ValueError(
+            f"--coordinator_address needs --process_count and --process_index, from 0 to the count "
+            f"less 1; got {count} and {index}"
+        )
+    jax.distributed.initialize(arguments.coordinator_address, count, index)
+
+
+def operative_config_path(output: str) -> str:
+    """Where the settings of the run that made `output` are saved."""
+    return output.rstrip("/") + _CONFIG_SUFFIX
+
+
+@functools.cache
+def _configurable(
+    function: Callable[..., Any], name: str
+) -> tuple[Callable[..., Any], list[dict[str, Any]]]:
+    """Make `function` gin's `name`, once a process; return it and the arguments of its calls."""
+    import gin
+
+    if inspect.isclass(function):
+        return gin.external_configurable(function, name, module="qmoe_jax"), []
+    signature = inspect.signature(function)
+    calls: list[dict[str, Any]] = []
+
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        return function(*args, **kwargs)
+
+    # gin looks at this, and not through the wrapper.
+    recorded.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+    # gin would bind any name to a function that takes **keywords, misspelt ones too.
+    named = [
+        key
+        for key, parameter in signature.parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    configured = gin.external_configurable(recorded, name, module="qmoe_jax", allowlist=named)
+    return configured, calls
+
+
+def _find_file(file: str, folders: Sequence[str]) -> str:
+    """Path of a gin file; gin's own search would log an error for each place where it is not."""
+    for folder in folders:
+        path = os.path.join(folder, file)
+        if os.path.isfile(path):
+            return os.path.abspath(path)
+    if _is_own_file(file):
+        return os.fspath(resources.gin_file(file))
+    raise ValueError(f"there is no gin file {file} in any of {', '.join(folders)}")
+
+
+def _is_own_file(file: str) -> bool:
+    return file.startswith("gin/") and resources.gin_file(file).is_file()
+
+
+def _open_own_file(file: str) -> IO[str]:
+    return open(resources.gin_file(file), encoding="utf-8")
+
+
+def _check_macros(config: str, bindings: Sequence[str]) -> None:
+    """Refuse `--gin.NAME=` of a macro that nothing uses: gin would set it and say nothing.
+
+    Raises:
+      ValueError: a name that no gin file sets and neither files nor bindings refer to.
+    """
+    known = set(re.findall(r"%(\w+)", config + "\n".join(bindings)))
+    known |= set(re.findall(r"^(\w+) = ", config, re.MULTILINE))
+    for binding in bindings:
+        name = binding.partition("=")[0].strip()
+        if name.isidentifier() and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"--gin.{name}: nothing is called {name}; {meant}known are "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+def _save_beside(output: str, text: str) -> None:
+    """Write the configuration beside a local or gs:// output, whole or not at all."""
+    import tensorstore as ts
+
+    from qmoe_jax.checkpoints.storage import kvstore_spec
+
+    path = operative_config_path(output)
+    folder, _, file = path.rpartition("/")
+    if not folder:
+        folder = "/" if path.startswith("/") else "."
+    ts.KvStore.open(kvstore_spec(folder)).result().write(file, text.encode()).result()
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    print(f"qmoe_jax.{name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _message(error: Exception) -> str:
+    """Put an error in the user's terms and in one line, without gin's own call stack."""
+    text = str(error).split("\n  In call to configurable")[0]
+    if macro := re.search(r"(\w+)/(?:gin\.)?macro", text):
+        return f"{macro[1]} is required; pass --gin.{macro[1]}=VALUE or a gin file that sets it"
+    return " ".join(text.split()) or repr(error)
+
+
+def _split_bindings(name: str, argv: Sequence[str]) -> list[str]:
+    """`--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`, T5X's own rewriting."""
+    rewritten = []
+    for argument in argv:
+        if argument.startswith("--gin."):
+            key, separator, value = argument.removeprefix("--gin.").partition("=")
+            if not separator:
+                _fail(name, f"{argument}: write --gin.NAME=VALUE")
+            argument = f"--gin_bindings={key} = {value}"
+        rewritten.append(argument)
+    return rewritten
+
+
+def _about(gin_file: str) -> str:
+    """Return what a gin file says of itself: the comment that it begins with."""
+    path = resources.gin_file(gin_file)
+    if not path.is_file():
+        return ""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+    return f"\n{gin_file}:\n" + textwrap.indent(text, "  ") + "\n"
+
+
+def _parser(
+    name: str, description: str, default_gin_file: str, distributed: bool
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m qmoe_jax.{name}",
+        description=description,
+        epilog=_FLAGS + _about(default_gin_file) + (_DISTRIBUTED_FLAGS if distributed else ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--gin_search_paths=DIRS]",
+    )
+    parser.add_argument("--gin_file", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--gin_bindings", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--gin_search_paths", default="", help=argparse.SUPPRESS)
+    if distributed:
+        parser.add_argument("--coordinator_address", help=argparse.SUPPRESS)
+        parser.add_argument("--process_count", type=int, help=argparse.SUPPRESS)
+        parser.add_argument("--process_index", type=int, help=argparse.SUPPRESS)
+    parser.description = f"{description}\n\nWithout --gin_file: {default_gin_file}."
+    return parser

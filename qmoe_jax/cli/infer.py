@@ -1,0 +1,268 @@
+"""`python -m qmoe_jax.infer`: fill the blanks of texts with a checkpoint, native or compressed."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmoe_jax.generation.settings import GenerationSettings
+    from qmoe_jax.generation.text import Filled, Vocabulary
+
+_DESCRIPTION = """\
+Fill the blanks of texts with a Switch Transformer, native or compressed.
+
+A blank is written <extra_id_0>, the next <extra_id_1>, and so on. Prompts are arguments, or the
+list PROMPTS, or the lines of PROMPTS_FILE ('-' is stdin; JSON lines with a text 'inputs' or 'text'
+are welcome). Each is printed with what was generated (->) and with its blanks filled (=>).
+
+examples:
+  python -m qmoe_jax.infer --gin.CHECKPOINT="'compressed'" \\
+    --gin.VOCABULARY="'sentencepiece.model'" 'Return the <extra_id_0> of the array.'
+  ... --gin.PROMPTS_FILE="'prompts.txt'" --gin.OUTPUT="'answers.jsonl'" --gin.METHOD="'beam'"
+  ... --gin.METHOD="'sample'" --gin.TOP_P=0.9 --gin.SEED=1 --gin.STREAM=True 'A <extra_id_0>.'
+
+Required: CHECKPOINT, VOCABULARY, and prompts.
+How to generate: METHOD 'greedy', 'beam' (BEAM_SIZE, ALPHA) or 'sample' (TEMPERATURE, TOP_K, TOP_P,
+  SEED), NUM_DECODES, MAX_DECODE_LENGTH, MAX_INPUT_LENGTH, BATCH_SIZE.
+OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was.
+STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
+DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
+
+# Flags whose value may be the next argument, which then is no prompt.
+_FLAGS_WITH_VALUE = ("--gin_file", "--gin_bindings", "--gin_search_paths")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    from qmoe_jax.cli import flags as gin_flags
+    from qmoe_jax.generation.settings import GenerationSettings
+    from qmoe_jax.models.load import load_switch
+
+    flags, prompts = split_prompts(sys.argv[1:] if argv is None else argv)
+    if prompts:
+        flags = [*flags, f"--gin.PROMPTS={prompts!r}"]
+    gin_flags.run(
+        "infer",
+        infer,
+        [load_switch, GenerationSettings],
+        description=_DESCRIPTION,
+        default_gin_file="gin/runs/infer.gin",
+        argv=flags,
+    )
+
+
+def split_prompts(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return flags and prompts among command-line arguments; everything after `--` is a prompt."""
+    flags: list[str] = []
+    prompts: list[str] = []
+    for i, argument in enumerate(argv):
+        if argument == "--":
+            return flags, [*prompts, *argv[i + 1 :]]
+        is_value = bool(flags) and i > 0 and argv[i - 1] in _FLAGS_WITH_VALUE
+        (flags if is_value or argument.startswith("-") else prompts).append(argument)
+    return flags, prompts
+
+
+def infer(
+    checkpoint: str | os.PathLike[str],
+    vocabulary: str | os.PathLike[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    prompts_file: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    stream: bool = False,
+    dequantize: bool = False,
+    activation_dtype: str = "float32",
+    expert_capacity_factor: float | None = None,
+    settings: "GenerationSettings | None" = None,
+    load: Callable[..., Any] | None = None,
+) -> "list[list[Filled]]":
+    """Fill the blanks (`<extra_id_0>`, `<extra_id_1>`, ...) of prompts, and print the answers.
+
+    Progress, speed and memory go to stderr.
+
+    Args:
+      checkpoint: native T5X or compressed, local or gs://.
+      vocabulary: sentencepiece model file of the checkpoint, local.
+      prompts: texts with blanks.
+      prompts_file: instead, a file of them; see `prompt_files.read_prompts`.
+      output: also write the answers here, as JSON lines.
+      stream: print tokens as they come, one prompt at a time.
+      dequantize: expand codes once instead of at each step: faster, and as large as the
+        uncompressed model.
+      activation_dtype: "float32" or "bfloat16".
+      expert_capacity_factor: None is dropless; a number is T5X's capacity factor.
+      settings: how to generate; `GenerationSettings()` where None.
+      load: `load_switch`, or one with routing fields bound.
+
+    Returns:
+      The answers to each prompt, the best first.
+
+    Raises:
+      CheckpointError: no readable checkpoint.
+      TokensError: prompts or vocabulary that cannot be used.
+      ValueError: settings that exclude each other.
+    """
+    from qmoe_jax.generation import text
+    from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
+    from qmoe_jax.generation.prompts import check_prompt_lengths
+    from qmoe_jax.generation.settings import GenerationSettings
+    from qmoe_jax.models.load import dequantized, load_switch
+
+    settings = settings or GenerationSettings()
+    if stream:
+        settings.check_streamable()
+    if (prompts is None) == (prompts_file is None):
+        raise ValueError(
+            "give prompts in one way: as arguments, as the list PROMPTS, or by PROMPTS_FILE"
+        )
+    if prompts is None:
+        assert prompts_file is not None
+        prompts = read_prompts(prompts_file)
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"PROMPTS is {prompts!r}; give a list of texts")
+    words = text.Vocabulary(vocabulary)
+    ids = text.encode_prompts(words, prompts)
+    check_prompt_lengths(ids, settings.max_input_length)
+    text.check_vocabulary(words, _num_embeddings(checkpoint))
+    if stream:
+        settings = dataclasses.replace(settings, batch_size=1)
+    answer_file = None
+    if output is not None:
+        identity = run_identity(
+            checkpoint,
+            settings,
+            ids=ids,
+            dequantize=dequantize,
+            activation_dtype=activation_dtype,
+            expert_capacity_factor=expert_capacity_factor,
+        )
+        answer_file = AnswerFile(output, identity)
+    try:
+        module, variables = (load or load_switch)(
+            checkpoint, activation_dtype, expert_capacity_factor
+        )
+        if dequantize:
+            module, variables = dequantized(module, variables, activation_dtype)
+        fill = _stream if stream else _fill
+        answers = fill(module, variables, words, prompts, ids, settings, answer_file)
+        if answer_file is not None:
+            answer_file.finish()
+    finally:
+        if answer_file is not None:
+            answer_file.close()
+    return answers
+
+
+def _fill(
+    module: Any,
+    variables: Any,
+    vocabulary: "Vocabulary",
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    settings: "GenerationSettings",
+    answer_file: Any,
+) -> "list[list[Filled]]":
+    """Batch by batch with a progress bar; the answers are printed at the end, in order."""
+    from tqdm import tqdm
+
+    from qmoe_jax.cli.infer_report import Speed, from_line, print_answers, to_line
+    from qmoe_jax.generation.prompts import generate_batches
+    from qmoe_jax.generation.text import Filled, filled
+
+    answers: list[list[Filled]] = [[] for _ in prompts]
+    finished = {} if answer_file is None else dict(answer_file.finished)
+    for lines in finished.values():
+        for i, line in lines.items():
+            answers[i] = from_line(line)
+    speed = Speed()
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", file=sys.stderr) as bar:
+        bar.update(sum(len(lines) for lines in finished.values()))
+        for batch in generate_batches(
+            module,
+            variables,
+            ids,
+            settings,
+            eos_id=vocabulary.eos_id,
+            skip=frozenset(finished),
+        ):
+            for i, best_first in zip(batch.indices, batch.answers, strict=True):
+                answers[i] = [filled(prompts[i], answer, vocabulary) for answer in best_first]
+            if answer_file is not None:
+                answer_file.add(batch.number, {i: to_line(answers[i]) for i in batch.indices})
+            count = sum(len(answer.tokens) for best in batch.answers for answer in best)
+            speed.add(count, batch.seconds, batch.compiled)
+            bar.update(len(batch.indices))
+    for best_first in answers:
+        print_answers(best_first, scores=settings.num_decodes > 1)
+    print(speed.summary(), file=sys.stderr)
+    return answers
+
+
+def _stream(
+    module: Any,
+    variables: Any,
+    vocabulary: "Vocabulary",
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    settings: "GenerationSettings",
+    answer_file: Any,
+) -> "list[list[Filled]]":
+    """Prompt by prompt, printing as tokens come. No scores: only tokens are streamed."""
+    from qmoe_jax.cli.infer_report import Speed, from_line, marked, print_answers, to_line
+    from qmoe_jax.generation.prompts import Answer, padded_length, stream_prompt
+    from qmoe_jax.generation.text import filled
+
+    answers = []
+    finished = {} if answer_file is None else dict(answer_file.finished)
+    speed = Speed()
+    lengths = set()
+    for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True)):
+        if number in finished:
+            answers.append(from_line(finished[number][number]))
+            print_answers(answers[-1])
+            continue
+        print(f"{prompt}\n  -> ", end="", flush=True)
+        start = time.perf_counter()
+        tokens: list[int] = []
+        printed = ""
+        for token in stream_prompt(
+            module, variables, prompt_ids, settings, number=number, eos_id=vocabulary.eos_id
+        ):
+            tokens.append(token)
+            text = vocabulary.decode(tokens)
+            # A later piece may change what the earlier ones read like; then print no further.
+            if text.startswith(printed):
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+        seconds = time.perf_counter() - start
+        answer = filled(prompt, Answer(tuple(tokens), float("nan")), vocabulary)
+        if printed != answer.generated:
+            print(f"\n  -> {answer.generated}", end="")
+        print(f"\n  => {marked(answer)}", flush=True)
+        answers.append([answer])
+        if answer_file is not None:
+            answer_file.add(number, {number: to_line([answer])})
+        length = padded_length(len(prompt_ids), settings.max_input_length)
+        speed.add(len(tokens), seconds, length not in lengths)
+        lengths.add(length)
+    print(speed.summary(), file=sys.stderr)
+    return answers
+
+
+def _num_embeddings(checkpoint: str | os.PathLike[str]) -> int:
+    """From names and shapes alone: a wrong vocabulary is refused before parameters are read."""
+    from qmoe_jax.checkpoints import compressed
+    from qmoe_jax.checkpoints.read_config import read_config
+    from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+
+    if compressed.is_compressed_checkpoint(checkpoint):
+        return compressed.open_compressed_checkpoint(checkpoint).config.num_embeddings
+    return read_config(open_t5x_checkpoint(checkpoint)).num_embeddings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Says what a compression run will need, before it starts and without reading a weight.
+
+    python -m qmoe_jax.plan --list
+    python -m qmoe_jax.plan switch_base_128 --device a100
+    python -m qmoe_jax.plan switch_c_2048 --device h100 --num_examples 160000 \\
+      --buffer_dir /scratch --host_gb 256 --disk_gb 2000 --expert_batch 32
+    python -m qmoe_jax.plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
+
+Of a checkpoint only metadata are read: names, shapes, dtypes, chunks. Of a public checkpoint, given
+by its name, geometry comes from configs/public_checkpoints.json, and its dtype is assumed. Memory
+is an upper estimate, time a rough one. Host memory and disk are those of this machine unless given.
+
+Exit status: 0 the run fits, 1 it does not, 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qmoe_jax.calibration.tokens import read_tokens
+from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.planning import public_checkpoints as registry
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.limits import Resources
+from qmoe_jax.planning.plan import Plan, make_plan
+from qmoe_jax.planning.sizes import ZeroShare
+from qmoe_jax.planning.text import format_list, format_plan
+from qmoe_jax.quantization.settings import CompressionSettings
+
+# As the paper: 10,000 examples for 128 experts, 160,000 for 2048.
+_EXAMPLES_PER_128_EXPERTS = 10_000
+
+
+# --- From arguments to a plan ---
+
+
+def plan_from_arguments(arguments: argparse.Namespace) -> Plan:
+    """Return the plan that a command line asks for.
+
+    Raises:
+      CheckpointError: no such checkpoint, or no public one of that name.
+      TokensError: unreadable or unfitting tokens.
+      ValueError: a bad setting.
+    """
+    chosen = {f.name: getattr(arguments, f.name) for f in _setting_fields()}
+    settings = CompressionSettings(**{k: v for k, v in chosen.items() if v is not None})
+    _check_positive(arguments)
+    model = _model(arguments)
+    zeros = None
+    if arguments.zero_share is not None:
+        zeros = ZeroShare(arguments.zero_share, "given")
+    tokens = _tokens(arguments, model, settings)
+    return make_plan(model, tokens, settings, _resources(arguments), zeros=zeros)
+
+
+def _model(arguments: argparse.Namespace) -> ModelFacts:
+    given = arguments.checkpoint
+    if "/" in given or os.path.exists(given):
+        return ModelFacts.from_checkpoint(given)
+    return ModelFacts.from_registry(registry.public_checkpoint(given), arguments.source_dtype)
+
+
+def _tokens(
+    arguments: argparse.Namespace, model: ModelFacts, settings: CompressionSettings
+) -> TokenFacts:
+    embeddings = model.config.num_embeddings
+    if arguments.tokens is not None:
+        calibration = read_tokens(arguments.tokens, num_embeddings=embeddings)
+        validation = None
+        if arguments.validation_tokens is not None:
+            validation = read_tokens(arguments.validation_tokens, num_embeddings=embeddings)
+        return TokenFacts.from_files(
+            calibration[slice(arguments.num_examples)],
+            validation,
+            premask_sentinels=settings.premask_sentinels,
+        )
+    if arguments.validation_tokens is not None:
+        raise TokensError("--validation_tokens without --tokens; give both or neither")
+    num_examples = arguments.num_examples
+    if num_examples is None:
+        num_examples = _EXAMPLES_PER_128_EXPERTS * max(1, model.config.num_experts // 128)
+    return TokenFacts.from_means(
+        num_examples,
+        arguments.num_validation,
+        {
+            "encoder": float(arguments.mean_inputs_length or arguments.inputs_length),
+            "decoder": float(arguments.mean_targets_length or arguments.targets_length),
+        },
+        {"encoder": arguments.inputs_length, "decoder": arguments.targets_length},
+    )
+
+
+def _resources(arguments: argparse.Namespace) -> Resources:
+    device = registry.devices()[arguments.device]
+    memory = device.memory_bytes
+    if arguments.device_gb is not None:
+        memory = round(1e9 * arguments.device_gb)
+    local = not arguments.output.startswith("gs://")
+    buffer_dir = arguments.buffer_dir
+    output_free, buffer_free, same_disk = None, None, True
+    if arguments.disk_gb is not None:
+        output_free = round(1e9 * arguments.disk_gb)
+    elif local:
+        output_free = shutil.disk_usage(_existing(arguments.output)).free
+    if buffer_dir is not None and arguments.disk_gb is None:
+        same_disk = local and _file_system(buffer_dir) == _file_system(arguments.output)
+        buffer_free = shutil.disk_usage(_existing(buffer_dir)).free
+    host = free_host_memory()
+    if arguments.host_gb is not None:
+        host = round(1e9 * arguments.host_gb)
+    return Resources(
+        device=device,
+        device_bytes=None if memory is None else round(arguments.memory_fraction * memory),
+        host_bytes=host,
+        output_disk_bytes=output_free,
+        buffer_disk_bytes=buffer_free,
+        same_disk=same_disk,
+        buffers_on_disk=buffer_dir is not None,
+        journal=local,
+        read_bytes_per_second=1e9 * arguments.read_gbps,
+        write_bytes_per_second=1e9 * arguments.write_gbps,
+    )
+
+
+def _existing(path: str) -> Path:
+    """Return the folder itself, or the nearest that exists above it."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _file_system(path: str) -> int:
+    return _existing(path).stat().st_dev
+
+
+def free_host_memory() -> int | None:
+    """Bytes that a process may still take: the system's, or its container's if that is less."""
+    free = None
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    except OSError:
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        limit -= int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return limit if free is None else min(free, max(limit, 0))
+
+
+def _check_positive(arguments: argparse.Namespace) -> None:
+    names = ("read_gbps", "write_gbps", "host_gb", "device_gb", "disk_gb", "memory_fraction")
+    for name in (*names, "inputs_length", "targets_length"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if arguments.memory_fraction > 1:
+        raise ValueError(f"memory_fraction is {arguments.memory_fraction}; it is at most 1")
+
+
+# --- Command line ---
+
+
+def _setting_fields() -> list[dataclasses.Field]:
+    """All settings: each is an option of its own name."""
+    return list(dataclasses.fields(CompressionSettings))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m qmoe_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="folder of a native checkpoint, local or gs://, or the name of a public one",
+    )
+    parser.add_argument("--list", action="store_true", help="print the public checkpoints")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan to this file")
+    parser.add_argument(
+        "--source_dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="dtype of a public checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--zero_share", type=float, help="expected share of zero weights (default: the paper's)"
+    )
+    _add_tokens(parser.add_argument_group("tokens"))
+    _add_resources(parser.add_argument_group("resources"))
+    group = parser.add_argument_group("settings of the run, as CompressionSettings has them")
+    hints = typing.get_type_hints(CompressionSettings)
+    meanings = _meanings(CompressionSettings)
+    for field in _setting_fields():
+        kind = _without_none(hints[field.name])
+        if kind is bool:
+            option: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif kind in (str, int, float):
+            option = {"type": kind}
+        else:
+            option = {"type": _overrides, "metavar": "JSON"}
+        default = "none" if field.default is dataclasses.MISSING else repr(field.default)
+        meaning = meanings.get(field.name, "").replace("%", "%%")
+        group.add_argument(f"--{field.name}", help=f"{meaning} (default: {default})", **option)
+    return parser
+
+
+def _without_none(hint: Any) -> Any:
+    """`int` of `int | None`; any other type as it is."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if isinstance(hint, types.UnionType) and len(kinds) == 1 else hint
+
+
+def _meanings(documented: type) -> dict[str, str]:
+    """Return what the docstring of a class says of each attribute, without its last full stop."""
+    lines = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")[2].splitlines()
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line.startswith("    "):
+            meanings[name] += " " + line.strip()
+        elif line.startswith("  "):
+            name, _, meaning = line.strip().partition(": ")
+            meanings[name] = meaning
+    return {name: meaning.removesuffix(".") for name, meaning in meanings.items()}
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    """Return a JSON object of objects with plain values; what they may say the settings check."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    parts = value.values() if isinstance(value, dict) else [None]
+    plain = (str, int, float)  # bool is an int
+    if not all(
+        isinstance(p, dict) and all(isinstance(v, plain) for v in p.values()) for p in parts
+    ):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no object of objects, as {{"decoder/*": {{"grid": "2bit"}}}}'
+        )
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of forty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"qmoe_jax.plan: {message}; --help shows all options\n")
+
+
+def _add_tokens(group: Any) -> None:
+    group.add_argument("--tokens", metavar="FILE", help="calibration tokens: their exact lengths")
+    group.add_argument("--validation_tokens", metavar="FILE", help="validation tokens")
+    group.add_argument(
+        "--num_examples", type=int, help="calibration examples (default: 10,000 per 128 experts)"
+    )
+    group.add_argument("--num_validation", type=int, default=0, help="validation examples")
+    for name, default in (("inputs", 512), ("targets", 114)):
+        group.add_argument(
+            f"--{name}_length", type=int, default=default, help="of arrays (default: %(default)s)"
+        )
+        group.add_argument(
+            f"--mean_{name}_length", type=float, help="without padding (default: all of it)"
+        )
+
+
+def _add_resources(group: Any) -> None:
+    # No choices: --help must also work where configs/ is missing.
+    group.add_argument(
+        "--device", default="cpu", help="one of configs/devices.json (default: %(default)s)"
+    )
+    group.add_argument("--device_gb", type=float, help="device memory (default: the device's)")
+    group.add_argument(
+        "--memory_fraction",
+        type=float,
+        default=0.75,
+        help="share of device memory that JAX takes, as XLA_PYTHON_CLIENT_MEM_FRACTION "
+        "(default: %(default)s, JAX's own)",
+    )
+    group.add_argument("--host_gb", type=float, help="free host memory (default: this machine's)")
+    group.add_argument("--disk_gb", type=float, help="free disk space (default: --output's)")
+    group.add_argument("--output", default=".", help="where the output would go (default: here)")
+    group.add_argument("--buffer_dir", help="folder for memory-mapped hidden states")
+    group.add_argument(
+        "--read_gbps", type=float, default=1.0, help="GB/s from the checkpoint (default: 1)"
+    )
+    group.add_argument(
+        "--write_gbps", type=float, default=1.0, help="GB/s to the output (default: 1)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.list or arguments.checkpoint is None:
+            print(format_list())
+            return 0
+        if arguments.device not in registry.devices():
+            raise ValueError(
+                f"device is {arguments.device!r}; choose one of {', '.join(registry.devices())}"
+            )
+        plan = plan_from_arguments(arguments)
+        if arguments.json is not None:
+            _write_json(Path(arguments.json), plan)
+    except (CheckpointError, TokensError, ValueError, OSError) as error:
+        print(f"qmoe_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(format_plan(plan))
+    return 1 if plan.problems else 0
+
+
+def _write_json(path: Path, plan: Plan) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

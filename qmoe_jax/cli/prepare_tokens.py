@@ -1,0 +1,155 @@
+"""Writes a token file: documents, tokenised and corrupted, for calibration or evaluation.
+
+This is the only step that needs TensorFlow; the file is then read without it.
+
+Docstrings of what is installed, for the demo model:
+
+    python -m qmoe_jax.prepare_tokens --source demo --vocabulary sentencepiece.model \\
+        --num_examples 1280 --output demo_train.npz
+
+C4 for a public Switch Transformer, from the released files or from TensorFlow Datasets:
+
+    python -m qmoe_jax.prepare_tokens --source c4_jsonl --files 'c4-train.0000?-of-01024.json.gz' \\
+        --num_examples 10000 --output c4_train.npz
+    python -m qmoe_jax.prepare_tokens --source c4_tfds --data_dir gs://my-bucket/tfds \\
+        --split validation --num_examples 128 --output c4_validation.npz
+
+Any text: a folder of .txt files, each one document (JSON lines: --source c4_jsonl):
+
+    python -m qmoe_jax.prepare_tokens --source text --files books/ --split validation \\
+        --protocol paper --output books.npz
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qmoe_jax.calibration import tokens
+from qmoe_jax.errors import TokensError
+
+PUBLIC_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        token_file = _tokenize(arguments)
+        tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
+    except (TokensError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    batch = token_file.tokens
+    print(
+        f"{arguments.output}: {len(batch)} examples of {batch.encoder_input_tokens.shape[1]} input "
+        f"and {batch.decoder_target_tokens.shape[1]} target positions, "
+        f"{int((batch.encoder_input_tokens != tokens.PAD_ID).sum())} input and "
+        f"{batch.num_target_tokens} target tokens, task {token_file.metadata.task}"
+    )
+    return 0
+
+
+def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
+    from qmoe_jax.calibration import tasks
+    from qmoe_jax.demo.run import docstrings
+
+    inputs_length = arguments.inputs_length or (128 if arguments.source == "demo" else 512)
+    common = {
+        "seed": arguments.seed,
+        "inputs_length": inputs_length,
+        "targets_length": arguments.targets_length,
+        "progress": True,
+    }
+    if arguments.source == "demo":
+        if arguments.num_examples is None:
+            raise TokensError("--source demo needs --num_examples.")
+        if arguments.protocol != "t5x":
+            raise TokensError("--source demo has only --protocol t5x: its documents are short.")
+        print("collecting docstrings (about 15 s) ...", file=sys.stderr)
+        if arguments.targets_length is None and inputs_length == 128:
+            common["targets_length"] = 32
+        return docstrings.demo_tokens(
+            arguments.vocabulary, arguments.split, arguments.num_examples, **common
+        )
+    if arguments.source == "c4_tfds":
+        task = tasks.c4_task(
+            arguments.vocabulary,
+            data_dir=arguments.data_dir,
+            version=arguments.version,
+            protocol=arguments.protocol,
+        )
+        source = f"TFDS c4/en:{arguments.version} in {arguments.data_dir or 'the default folder'}"
+    else:
+        kind, make_task = {
+            "c4_jsonl": ("JSON lines", tasks.c4_jsonl_task),
+            "text": ("text files", tasks.text_files_task),
+        }[arguments.source]
+        if not arguments.files:
+            raise TokensError(
+                f"--source {arguments.source} needs --files: paths, globs or folders of {kind}."
+            )
+        task = make_task(
+            arguments.vocabulary, {arguments.split: arguments.files}, protocol=arguments.protocol
+        )
+        source = f"{kind} {' '.join(arguments.files)}"
+    return tasks.tokenize_task(
+        task, split=arguments.split, num_examples=arguments.num_examples, source=source, **common
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qmoe_jax.prepare_tokens",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        choices=("demo", "c4_tfds", "c4_jsonl", "text"),
+        help="demo: docstrings of installed packages; c4_tfds: C4 prepared by TensorFlow Datasets; "
+        "c4_jsonl: C4 as released, or any JSON lines with a text each; text: text files, each one "
+        "document",
+    )
+    parser.add_argument("--output", required=True, help="token file to write, .npz")
+    parser.add_argument(
+        "--num_examples",
+        type=int,
+        help="how many; fewer is an error (default: all of the split)",
+    )
+    parser.add_argument("--split", default="train", help="train or validation (default: train)")
+    parser.add_argument(
+        "--vocabulary",
+        default=PUBLIC_VOCABULARY,
+        help="sentencepiece model of the checkpoint, local or gs:// (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data_dir", help="c4_tfds: folder that has c4/en/<version> (default: that of TFDS)"
+    )
+    parser.add_argument("--version", default="3.0.1", help="c4_tfds: version (default: 3.0.1)")
+    parser.add_argument(
+        "--files", nargs="+", help="c4_jsonl, text: paths, globs or folders, .gz too"
+    )
+    parser.add_argument(
+        "--protocol",
+        default="t5x",
+        choices=("t5x", "paper"),
+        help="t5x: documents concatenated and cut to full length, as in pretraining; paper: whole "
+        "documents that fit, one an example, as in QMoE (default: t5x)",
+    )
+    parser.add_argument(
+        "--inputs_length", type=int, help="encoder tokens an example (default: 512; demo: 128)"
+    )
+    parser.add_argument(
+        "--targets_length",
+        type=int,
+        help="decoder tokens an example (default: what --inputs_length gives; demo: 32)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the corruption, and of the demo's order (0)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The demo's results: a table for the terminal, JSON, and one HTML page with plots."""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.evaluation.metrics import LossReport
+from qmoe_jax.generation.text import Filled
+from qmoe_jax.pipeline.report import CompressionReport
+
+Row = dict[str, Any]
+
+_COLUMNS = (
+    ("model", "name", "{}"),
+    ("loss", "loss", "{:.4f}"),
+    ("gap", "gap", "{:+.4f}"),
+    ("+-", "gap_standard_error", "{:.4f}"),
+    ("bits/weight", "bits_per_weight", "{:.3f}"),
+    ("experts", "expert_compression", "{:.2f}x"),
+    ("model size", "model_compression", "{:.2f}x"),
+    ("zeros", "zeros", "{:.1%}"),
+    ("seconds", "seconds", "{:.1f}"),
+)
+
+
+def _samples(filled: Sequence[Filled]) -> list[dict[str, str]]:
+    return [{"prompt": f.prompt, "generated": f.generated, "text": f.text} for f in filled]
+
+
+def baseline_row(loss: LossReport, filled: Sequence[Filled], seconds: float) -> Row:
+    """Return the uncompressed model; `seconds` is loading, evaluating and generating."""
+    return {
+        "name": "uncompressed",
+        "loss": loss.loss,
+        "accuracy": loss.accuracy,
+        "num_target_tokens": int(loss.num_target_tokens.sum()),
+        "gap": 0.0,
+        "gap_standard_error": 0.0,
+        "bits_per_weight": 16.0,
+        "expert_compression": 1.0,
+        "model_compression": 1.0,
+        "zeros": 0.0,
+        "seconds": seconds,
+        "samples": _samples(filled),
+    }
+
+
+def variant_row(
+    name: str,
+    report: CompressionReport,
+    loss: LossReport,
+    baseline: LossReport,
+    filled: Sequence[Filled],
+) -> Row:
+    """Return a compressed model; `seconds` is the compression alone."""
+    gap, standard_error = loss.gap_to(baseline)
+    compression = report.to_json()
+    compression.pop("output")
+    return {
+        "name": name,
+        "loss": loss.loss,
+        "accuracy": loss.accuracy,
+        "num_target_tokens": int(loss.num_target_tokens.sum()),
+        "gap": gap,
+        "gap_standard_error": standard_error,
+        "bits_per_weight": report.bits_per_weight,
+        "expert_compression": report.expert_compression,
+        "model_compression": report.model_compression,
+        "zeros": report.zeros,
+        "seconds": report.seconds,
+        "compression": compression,
+        "samples": _samples(filled),
+    }
+
+
+def document(rows: list[Row], **facts: Any) -> dict[str, Any]:
+    """All results as one JSON object."""
+    return {
+        "units": {
+            "loss": "nats per target token, dropless routing",
+            "gap": "loss above the uncompressed model on the same tokens, with paired standard "
+            "error",
+            "bits_per_weight": "stored bits per expert weight: codes, levels and offsets",
+            "expert_compression": "bfloat16 size over stored size of the experts",
+            "model_compression": "bfloat16 size over stored size of the whole model",
+            "zeros": "share of expert weights that are exactly zero",
+            "seconds": "of compression; of evaluation for the uncompressed model",
+        },
+        **facts,
+        "models": rows,
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the results as a text table."""
+    cells = [[title for title, _, _ in _COLUMNS]]
+    for row in document["models"]:
+        cells.append([form.format(row[key]) for _, key, form in _COLUMNS])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+    lines = []
+    for line in cells:
+        padded = [line[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join(padded))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    first = document["models"][0]
+    lines.append(
+        f"\n{first['num_target_tokens']:,} validation target tokens, "
+        f"{document['num_calibration_examples']:,} calibration examples, "
+        f"{document['seconds']:.0f} seconds in all."
+    )
+    for row in document["models"]:
+        lines.append(f"\n{row['name']}:")
+        lines += [f"  {sample['text']}" for sample in row["samples"]]
+    return "\n".join(lines)
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write the results atomically."""
+    _write(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_html(document: dict[str, Any], path: Path) -> None:
+    """Write one self-contained page: table, plots, samples."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in _COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{form.format(row[key])}</td>" for _, key, form in _COLUMNS) + "</tr>"
+        for row in document["models"]
+    )
+    units = "".join(
+        f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>"
+        for name, text in document["units"].items()
+    )
+    samples = "".join(
+        f"<h3>{html.escape(row['name'])}</h3><ul>"
+        + "".join(f"<li>{html.escape(sample['text'])}</li>" for sample in row["samples"])
+        + "</ul>"
+        for row in document["models"]
+    )
+    image = base64.b64encode(_plots(document)).decode()
+    _write(
+        path,
+        f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }}
+img {{ max-width: 100% }}
+</style>
+<h1>Compressed experts against the uncompressed model</h1>
+<p>{html.escape(str(document["checkpoint"]))}: {document["models"][0]["num_target_tokens"]:,}
+validation target tokens, {document["num_calibration_examples"]:,} calibration examples.</p>
+<table><tr>{head}</tr>{body}</table>
+<ul>{units}</ul>
+<img alt="Loss against bits, error and zeros per layer" src="data:image/png;base64,{image}">
+<h2>Filled blanks</h2>{samples}
+""",
+    )
+
+
+def _plots(document: dict[str, Any]) -> bytes:
+    """Loss against bits, relative layer error and zeros per kernel, as PNG."""
+    from matplotlib.figure import Figure
+
+    compressed = [row for row in document["models"] if "compression" in row]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    loss, error, zeros = figure.subplots(1, 3)
+
+    loss.axhline(document["models"][0]["loss"], color="gray", linestyle="--", label="uncompressed")
+    for index, row in enumerate(compressed):
+        loss.errorbar(
+            row["bits_per_weight"],
+            row["loss"],
+            yerr=row["gap_standard_error"],
+            fmt="o",
+            capsize=3,
+            color=f"C{index}",
+            label=row["name"],
+        )
+    loss.set(xlabel="stored bits per expert weight", ylabel="loss (nats per target token)")
+    loss.set_title("Loss against size")
+    loss.legend()
+
+    names = [kernel["name"] for kernel in compressed[0]["compression"]["kernels"]]
+    labels = [name.replace("/layers_", " ").replace("/mlp/expert/", "\n") for name in names]
+    for index, row in enumerate(compressed):
+        kernels = row["compression"]["kernels"]
+        places = [i + (index - (len(compressed) - 1) / 2) * 0.2 for i in range(len(names))]
+        style = {"width": 0.18, "color": f"C{index}", "label": row["name"]}
+        error.bar(places, [k["relative_layer_error"] or 0.0 for k in kernels], **style)
+        zeros.bar(places, [k["zeros"] for k in kernels], **style)
+    error.set(ylabel="|(W - Q) X|² / |W X|²", title="Layer error on calibration tokens")
+    zeros.set(ylabel="share of zero weights", title="Zeros")
+    for axes in (error, zeros):
+        axes.set_xticks(range(len(names)), labels)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

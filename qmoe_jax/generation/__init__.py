@@ -1,0 +1,1 @@
+"""Autoregressive generation: the cached step, the loops over it, and text in and out."""

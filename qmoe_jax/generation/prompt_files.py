@@ -1,0 +1,171 @@
+"""Prompts from files, and answers to a file that a stopped run goes on with."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.errors import TokensError
+
+# Fields of a JSON line that may hold its prompt, the first one found.
+_FIELDS = ("inputs", "text")
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Prompts of a file, one a line; "-" is stdin. Empty lines are left out.
+
+    A line that is a JSON object with a text `inputs` or `text` stands for that text; in a file
+    named .jsonl or .json every line must be one.
+
+    Raises:
+      TokensError: the file cannot be read, holds no prompt, or a line that is no prompt.
+    """
+    name = os.fspath(path)
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokensError(
+            f"cannot read prompts from {name!r} ({reason}); give a UTF-8 text file with a prompt a "
+            "line, or '-' for stdin"
+        ) from error
+    only_json = name.endswith((".jsonl", ".json"))
+    prompts = []
+    # Not splitlines: a prompt may hold a form feed or U+2028.
+    for number, line in enumerate(content.split("\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        prompt = _json_prompt(line)
+        if prompt is None and only_json:
+            raise TokensError(
+                f"line {number} of {name!r} is no JSON object with a text 'inputs' or 'text': "
+                f"{line[:60]!r}"
+            )
+        prompts.append(line if prompt is None else prompt)
+    if not prompts:
+        raise TokensError(f"{name!r} holds no prompt; write one a line")
+    return prompts
+
+
+def _json_prompt(line: str) -> str | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    texts = (record.get(field) for field in _FIELDS)
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
+class AnswerFile:
+    """Answers as JSON lines, in the order of the prompts, written as a whole at the end.
+
+    Until then finished batches are kept in `<path>.partial`. A run with the same `run` goes on from
+    there; any other begins anew.
+
+    Attributes:
+      finished: the lines of finished batches, by batch number and then by prompt.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: Any):
+        """Open the file for a run.
+
+        Args:
+          path: a local file; an older one is replaced at the end.
+          run: whatever decides the answers, as JSON.
+
+        Raises:
+          TokensError: the file cannot be written.
+        """
+        self._path = Path(path)
+        self._partial = Path(f"{os.fspath(path)}.partial")
+        text = json.dumps(run, sort_keys=True)
+        header = {"run": hashlib.sha256(text.encode()).hexdigest()}
+        if "://" in os.fspath(path) or self._path.is_dir() or not self._path.parent.is_dir():
+            raise TokensError(
+                f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
+                "exists"
+            )
+        self.finished: dict[int, dict[int, Any]] = _read_partial(self._partial, header)
+        try:
+            # Written anew: a killed run may have left half a line.
+            self._write(self._partial, [header, *map(_batch_line, self.finished.items())])
+        except OSError as error:
+            raise TokensError(
+                f"cannot write answers to {os.fspath(path)!r}: {error.strerror}"
+            ) from error
+
+    def add(self, number: int, lines: dict[int, Any]) -> None:
+        """Keep the lines of a finished batch, by prompt."""
+        self.finished[number] = lines
+        with open(self._partial, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_batch_line((number, lines))) + "\n")
+
+    def finish(self) -> None:
+        """Write the answers of all batches, by temporary name and rename."""
+        by_prompt = {i: line for batch in self.finished.values() for i, line in batch.items()}
+        self._write(self._path, [by_prompt[i] for i in sorted(by_prompt)])
+        self._partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the partial file of a run that finished no batch; any other stays."""
+        if not self.finished:
+            self._partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def _write(path: Path, lines: Sequence[Any]) -> None:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:
+    number, lines = item
+    return {"batch": number, "lines": list(lines.items())}
+
+
+def _read_partial(path: Path, header: dict[str, str]) -> dict[int, dict[int, Any]]:
+    """Finished batches of an earlier run with this header; none where there is no such run."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if json.loads(lines[0]) != header:
+            return {}
+    except (OSError, ValueError):
+        return {}
+    finished = {}
+    for line in lines[1:]:
+        try:
+            batch = json.loads(line)
+            finished[int(batch["batch"])] = {int(i): record for i, record in batch["lines"]}
+        except (ValueError, KeyError, TypeError):
+            break  # half a line: the run was killed while it wrote
+    return finished
+
+
+def run_identity(checkpoint: str | os.PathLike[str], settings: Any, **more: Any) -> dict[str, Any]:
+    """Return what decides a run's answers: checkpoint (and when it was written) and settings."""
+    path = os.fspath(checkpoint)
+    written = None
+    if "://" not in path:
+        with contextlib.suppress(OSError):
+            written = max(os.stat(file).st_mtime_ns for file in (path, *Path(path).glob("*")))
+    return {
+        "checkpoint": path,
+        "written": written,
+        "settings": dataclasses.asdict(settings),
+        **more,
+    }

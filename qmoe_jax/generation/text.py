@@ -1,0 +1,209 @@
+"""Text in, text out: prompts with blanks, and the spans that are generated for them."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+
+from qmoe_jax.errors import TokensError
+from qmoe_jax.generation.prompts import Answer, generate_batches
+from qmoe_jax.generation.settings import GenerationSettings
+from qmoe_jax.generation.step import Variables
+from qmoe_jax.models.switch import SwitchTransformer
+
+_SENTINEL = re.compile(r"(<extra_id_\d+>)")
+_WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+# T5X rounds the number of embeddings up to a multiple of 128; others round more generously. Beyond
+# this the vocabulary is another model's.
+_MOST_UNUSED_EMBEDDINGS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A prompt, what the model generated for its blanks, and the two put together.
+
+    Attributes:
+      prompt: text with blanks.
+      generated: sentinels, each followed by its span.
+      text: the prompt with its blanks filled.
+      tokens: ids of `generated`, with eos if the model ended.
+      score: as in `prompts.Answer`.
+    """
+
+    prompt: str
+    generated: str
+    text: str
+    tokens: tuple[int, ...] = ()
+    score: float = 0.0
+
+
+class Vocabulary:
+    """A sentencepiece vocabulary whose model file holds T5's sentinels, `<extra_id_0>` on top.
+
+    Raises:
+      TokensError: no readable sentencepiece model, or one without sentinels.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
+        except (OSError, RuntimeError) as error:
+            raise TokensError(
+                f"cannot read a sentencepiece model from {os.fspath(path)!r} ({error}); give the "
+                "sentencepiece.model that the checkpoint was trained with (copy gs:// files first)"
+            ) from error
+        self.eos_id = self._model.eos_id()
+        # T5's models spell their sentinels with sentencepiece's word mark in front.
+        pieces = [self._model.id_to_piece(i) for i in range(len(self))]
+        self._sentinels = {
+            i: piece.removeprefix(_WORD_MARK)
+            for i, piece in enumerate(pieces)
+            if _SENTINEL.fullmatch(piece.removeprefix(_WORD_MARK))
+        }
+        self._sentinel_ids = {piece: i for i, piece in self._sentinels.items()}
+        if not self._sentinels:
+            raise TokensError(
+                f"the vocabulary {os.fspath(path)!r} has no piece <extra_id_0>; use the one with "
+                "T5's 100 extra ids inside"
+            )
+
+    def __len__(self) -> int:
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; sentinels written as `<extra_id_N>` become their ids. No eos.
+
+        Raises:
+          TokensError: a sentinel that the vocabulary does not have.
+        """
+        ids: list[int] = []
+        for part in _SENTINEL.split(text):
+            if _SENTINEL.fullmatch(part):
+                if part not in self._sentinel_ids:
+                    raise TokensError(
+                        f"{part} is no sentinel of this vocabulary, which has "
+                        f"{len(self._sentinel_ids)}; number the blanks from <extra_id_0>"
+                    )
+                ids.append(self._sentinel_ids[part])
+            elif part:
+                ids.extend(self._model.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids up to eos; sentinels readable; padding and ids without piece left out."""
+        words: list[str] = []
+        run: list[int] = []
+        for token in [*ids, self.eos_id]:
+            if token == self.eos_id or token in self._sentinels:
+                words.append(self._model.decode(run))
+                run = []
+                if token == self.eos_id:
+                    break
+                words.append(self._sentinels[token])
+            elif 0 < token < len(self):
+                run.append(token)
+        return " ".join(word for word in words if word)
+
+
+def fill_blanks(prompt: str, generated: str, *, before: str = "", after: str = "") -> str:
+    """Put generated spans into the blanks of a prompt; a blank without a span stays.
+
+    Args:
+      prompt: text with blanks `<extra_id_0>`, `<extra_id_1>`, ...
+      generated: sentinels, each followed by its span; the first span of a sentinel counts.
+      before: put in front of each span, to make it stand out.
+      after: put behind each span.
+    """
+    parts = _SENTINEL.split(generated)
+    spans: dict[str, str] = {}
+    for i in range(1, len(parts) - 1, 2):
+        spans.setdefault(parts[i], parts[i + 1].strip())
+
+    def fill(match: re.Match[str]) -> str:
+        span = spans.get(match[1])
+        return f"{before}{span}{after}" if span else match[1]
+
+    return _SENTINEL.sub(fill, prompt)
+
+
+def filled(prompt: str, answer: Answer, vocabulary: Vocabulary) -> Filled:
+    """Return an answer as text."""
+    generated = vocabulary.decode(answer.tokens)
+    text = fill_blanks(prompt, generated)
+    return Filled(prompt, generated, text, answer.tokens, answer.score)
+
+
+def check_vocabulary(vocabulary: Vocabulary, num_embeddings: int) -> None:
+    """Refuse a vocabulary that cannot be the model's.
+
+    Raises:
+      TokensError: more pieces than embeddings, or far fewer.
+    """
+    if not 0 <= num_embeddings - len(vocabulary) < _MOST_UNUSED_EMBEDDINGS:
+        raise TokensError(
+            f"the vocabulary has {len(vocabulary)} pieces, but the model {num_embeddings} "
+            "embeddings; give the vocabulary that the checkpoint was trained with"
+        )
+
+
+def encode_prompts(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of prompts, each with its eos.
+
+    Raises:
+      TokensError: a prompt is empty, or has a sentinel that the vocabulary does not have.
+    """
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = vocabulary.encode(prompt)
+        if not ids:
+            raise TokensError(f"prompt {number} is empty ({prompt!r}); write a text with blanks")
+        encoded.append([*ids, vocabulary.eos_id])
+    return encoded
+
+
+def fill_prompts(
+    module: SwitchTransformer,
+    variables: Variables,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str],
+    *,
+    max_decode_length: int = 32,
+) -> list[Filled]:
+    """Fill the blanks of prompts greedily, all in one batch."""
+    settings = GenerationSettings(
+        max_decode_length=max_decode_length, batch_size=max(len(prompts), 1)
+    )
+    answers = fill_all(module, variables, vocabulary, prompts, settings)
+    return [best_first[0] for best_first in answers]
+
+
+def fill_all(
+    module: SwitchTransformer,
+    variables: Variables,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+) -> list[list[Filled]]:
+    """Fill the blanks of prompts: every answer to each, the best first.
+
+    Args:
+      module: the model.
+      variables: its parameters, dense or codes.
+      vocabulary: the model's.
+      prompts: texts with blanks.
+      settings: how to generate.
+
+    Raises:
+      TokensError: another model's vocabulary, or a prompt that is empty or too long.
+    """
+    check_vocabulary(vocabulary, module.config.num_embeddings)
+    ids = encode_prompts(vocabulary, prompts)
+    answers: list[list[Filled]] = [[] for _ in prompts]
+    for batch in generate_batches(module, variables, ids, settings, eos_id=vocabulary.eos_id):
+        for i, best_first in zip(batch.indices, batch.answers, strict=True):
+            answers[i] = [filled(prompts[i], answer, vocabulary) for answer in best_first]
+    return answers

@@ -1,0 +1,1 @@
+"""CUDA kernels inside `jax.jit`: the launcher, their arguments and launch sizes."""

@@ -1,0 +1,136 @@
+"""Sizes of kernel launches, by device: `configs/kernel_launch.json`, else the defaults here.
+
+The file stands beside the package in a checkout; `benchmarks/tune_kernels.py` writes it. It has an
+object a device, by its name ("NVIDIA H100 80GB HBM3"), by its compute capability ("compute
+capability 9.0"), or "default": the first that is there counts. Each has an object a coding, with
+the fields of `LaunchSettings`; what it leaves out is as here.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax import resources
+
+PATH = resources.configs() / "kernel_launch.json"
+_CODINGS = ("tunstall", "tunstall_2bit", "qmoe", "packed2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How rows are spread.
+
+    Attributes:
+      threads: threads of a block: a multiple of 32, at most 256.
+      rows_per_block: rows of codes that a block takes.
+      rows_per_warp: rows that a warp takes at a time, 1 or 4; the codings `qmoe` and `packed2`
+        have 1 only, and expansion has no choice.
+    """
+
+    threads: int
+    rows_per_block: int
+    rows_per_warp: int = 1
+
+    def __post_init__(self) -> None:
+        right = (
+            self.threads in range(32, 257, 32)
+            and self.rows_per_block >= 1
+            and self.rows_per_warp in (1, 4)
+        )
+        if not right:
+            raise ValueError(
+                f"{self}: threads must be a multiple of 32 up to 256, rows_per_block at least 1, "
+                f"rows_per_warp 1 or 4. Run benchmarks/tune_kernels.py anew, or mend {PATH}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchSettings:
+    """What a coding's launches are like on a device. The defaults are estimates.
+
+    Attributes:
+      few: products of at most `few_tokens` tokens: few blocks, so little work for each.
+      many: products of more tokens.
+      few_tokens: see `few`.
+      expand: expansion to dense kernels.
+      fused_tokens_per_expert: with more tokens than that for each expert of the layer, on average,
+        experts are expanded and multiplied by XLA.
+      fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
+    """
+
+    few: Launch = Launch(256, 8, 1)
+    many: Launch = Launch(256, 64, 4)
+    few_tokens: int = 4
+    expand: Launch = Launch(256, 16)
+    fused_tokens_per_expert: int = 64
+    fused_tokens: int = 8192
+
+
+def launch_settings(device_name: str, compute_capability: str, coding: str) -> LaunchSettings:
+    """Return settings of a coding on a device.
+
+    Args:
+      device_name: as the driver names it.
+      compute_capability: "9.0".
+      coding: "tunstall" and so on.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    devices = _read(PATH)
+    for key in (device_name, f"compute capability {compute_capability}", "default"):
+        if key in devices:
+            return devices[key].get(coding, LaunchSettings())
+    return LaunchSettings()
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, dict[str, LaunchSettings]]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        return {
+            device: {coding: settings_from_json(fields) for coding, fields in codings.items()}
+            for device, codings in content["devices"].items()
+        }
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not as it should be: {error!r}") from error
+
+
+def settings_from_json(fields: dict[str, Any]) -> LaunchSettings:
+    """Return settings of a coding from the file's object.
+
+    Raises:
+      TypeError: an unknown field.
+      ValueError: a value out of range.
+    """
+    launches = {"few", "many", "expand"}
+    values: dict[str, Any] = {
+        name: Launch(**value) if name in launches else value for name, value in fields.items()
+    }
+    return LaunchSettings(**values)
+
+
+def write_settings(
+    device_name: str, settings: dict[str, LaunchSettings], path: Path = PATH
+) -> None:
+    """Set a device's object in the file, whole or not at all.
+
+    Args:
+      device_name: as the driver names it.
+      settings: by coding.
+      path: the file.
+    """
+    if unknown := set(settings) - set(_CODINGS):
+        raise ValueError(f"settings for {sorted(unknown)}; codings are {', '.join(_CODINGS)}.")
+    content = json.loads(path.read_text()) if path.exists() else {"devices": {}}
+    content["devices"][device_name] = {
+        coding: dataclasses.asdict(chosen) for coding, chosen in settings.items()
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
+    _read.cache_clear()

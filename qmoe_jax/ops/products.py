@@ -1,0 +1,191 @@
+"""Experts' products with tokens, by `implementation`: "xla" anywhere, "cuda" on NVIDIA's GPUs.
+
+"xla" expands an expert when its tokens are reached. "cuda" has two ways, and which is taken follows
+from shapes alone, so nothing waits for the host:
+
+- few tokens for each expert: one launch a kernel decodes and multiplies, for all experts at once;
+- many: an expert is expanded to bfloat16 by a kernel, and XLA multiplies, as with "xla".
+
+Both round as the model's activation dtype does. bfloat16 tokens are multiplied as they are, and
+sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its products are
+float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit codes rounded, where
+"xla" with float32 activations has them unrounded).
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda.kernels import TokenOrder
+from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
+from qmoe_jax.ops.experts import CodedExperts, Experts
+from qmoe_jax.ops.grouped_mlp import KernelFetch, dot_precision, grouped_apply, grouped_mlp
+
+IMPLEMENTATIONS = ("xla", "cuda")
+
+
+def compressed_product(
+    x: Float[Array, "tokens in"],
+    expert_index: Int[Array, "tokens"],
+    experts: Experts,
+    *,
+    num_experts: int,
+    out_features: int,
+    implementation: str = "xla",
+) -> Float[Array, "tokens out"]:
+    """y[t] = x[t] times the kernel of its expert.
+
+    Args:
+      x: tokens, float32 or bfloat16.
+      expert_index: expert of each token in [0, num_experts); a negative index yields zeros.
+      experts: dense kernels (multiplied by XLA in any case) or codes.
+      num_experts: number of experts.
+      out_features: width of the result.
+      implementation: "xla" or "cuda".
+
+    Returns:
+      Products in the order and dtype of `x`.
+
+    Raises:
+      CudaError: "cuda" without a GPU or CuPy, or a case that its kernels do not have.
+    """
+    check_implementation(implementation)
+    if implementation == "cuda" and isinstance(experts, CodedExperts) and x.shape[0]:
+        launcher = current_launcher()
+        if _is_fused(launcher, x, [experts], num_experts):
+            return _FusedProducts(launcher, x, expert_index, num_experts).multiply(x, experts)
+    fetch = kernel_fetch(experts, x.dtype, implementation)
+    precision = dot_precision(x)
+    return grouped_apply(
+        x,
+        expert_index,
+        num_experts=num_experts,
+        out_features=out_features,
+        fetch=fetch,
+        run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
+    )
+
+
+def expert_mlp(
+    x: Float[Array, "tokens embed"],
+    expert_index: Int[Array, "tokens"],
+    *,
+    num_experts: int,
+    wi: Sequence[Experts],
+    wo: Experts,
+    activation: Callable[[list[Array]], Array],
+    implementation: str = "xla",
+) -> Float[Array, "tokens embed"]:
+    """activation(x wi) wo, with the kernels of each token's expert.
+
+    Args:
+      x: tokens, float32 or bfloat16.
+      expert_index: expert of each token in [0, num_experts); a negative index yields zeros.
+      num_experts: number of experts.
+      wi: kernels `wi`, or gated `wi_0` and `wi_1`.
+      wo: kernels `wo`.
+      activation: maps the list of input projections [tokens, mlp] to the hidden layer; of a zero
+        row it makes a zero row.
+      implementation: "xla" or "cuda".
+
+    Returns:
+      Outputs in the order and dtype of `x`.
+
+    Raises:
+      CudaError: "cuda" without a GPU or CuPy, or a case that its kernels do not have.
+    """
+    check_implementation(implementation)
+    coded = [kernel for kernel in (*wi, wo) if isinstance(kernel, CodedExperts)]
+    if implementation == "cuda" and len(coded) == len(wi) + 1 and x.shape[0]:
+        launcher = current_launcher()
+        if _is_fused(launcher, x, coded, num_experts):
+            products = _FusedProducts(launcher, x, expert_index, num_experts)
+            hidden = activation([products.multiply(x, kernel) for kernel in coded[:-1]])
+            return products.multiply(hidden, coded[-1])
+    return grouped_mlp(
+        x,
+        expert_index,
+        num_experts=num_experts,
+        fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
+        fetch_wo=kernel_fetch(wo, x.dtype, implementation),
+        activation=activation,
+    )
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise ValueError for a name that is no implementation."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+
+
+def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> KernelFetch:
+    """How the loop over experts gets an expert's kernel, [in, out]."""
+    if implementation == "cuda" and isinstance(experts, CodedExperts):
+        launcher = current_launcher()
+
+        def expand(expert: Int[Array, ""]) -> Float[Array, "in out"]:
+            ids = expert.astype(jnp.int32)[None]
+            return cuda_kernels.expand_experts(launcher, experts, ids)[0].T.astype(dtype)
+
+        return expand
+    return lambda expert: experts.fetch(expert, dtype)
+
+
+def _is_fused(
+    launcher: Launcher, x: Array, experts: Sequence[CodedExperts], num_experts: int
+) -> bool:
+    """Whether products are decoded on the way: few tokens for each expert, and rows that fit."""
+    for kernel in experts:
+        cuda_kernels.check_coded(kernel)
+        settings = cuda_kernels.settings_for(launcher, kernel)
+        most = min(settings.fused_tokens_per_expert * num_experts, settings.fused_tokens)
+        if x.shape[0] > most or not cuda_kernels.largest_tile(launcher, kernel):
+            return False
+    return True
+
+
+class _FusedProducts:
+    """Products of one layer's tokens; sorted once for all its kernels."""
+
+    def __init__(self, launcher: Launcher, x: Array, expert_index: Array, num_experts: int):
+        self._launcher = launcher
+        self._parts = 3 if x.dtype == jnp.float32 else 1
+        self._dtype = x.dtype
+        self._order: TokenOrder = cuda_kernels.sort_tokens(
+            jnp.tile(expert_index, self._parts), num_experts
+        )
+        self._expected = self._parts * max(1.0, x.shape[0] / num_experts)
+
+    def multiply(self, x: Array, experts: CodedExperts) -> Array:
+        y = cuda_kernels.fused_product(
+            self._launcher,
+            experts,
+            jnp.concatenate(split_float32(x)) if self._parts == 3 else x,
+            self._order,
+            expected_tokens=self._expected,
+            dtype=self._dtype,
+        )
+        if self._parts == 3:
+            high, middle, low = jnp.split(y, 3)
+            return high + (middle + low)
+        return y
+
+
+def split_float32(x: Float[Array, "..."]) -> list[Array]:
+    """Three bfloat16 arrays whose sum is x, float32, exactly.
+
+    But for what is below bfloat16's range: |x| from 2**-110 up splits exactly.
+    """
+    parts = []
+    for _ in range(3):
+        # reduce_precision, since XLA may leave out a conversion to bfloat16 and back.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts

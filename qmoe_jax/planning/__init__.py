@@ -1,0 +1,1 @@
+"""What a compression run will read, need and write, from metadata alone."""

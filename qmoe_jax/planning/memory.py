@@ -1,0 +1,258 @@
+"""Peak host and device memory, and disk, of a compression run.
+
+Each function names what is held at the peak, in bytes. What XLA needs beside arrays is an upper
+estimate, held against its own account of the compiled programs in tests.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.codec.outline import item_bytes
+from qmoe_jax.host_threads import num_threads
+from qmoe_jax.planning.inputs import CACHE_BYTES, ModelFacts, TokenFacts
+from qmoe_jax.planning.sizes import layer_bytes, layer_settings
+from qmoe_jax.quantization import host_gptq
+from qmoe_jax.quantization.settings import CompressionSettings
+
+Parts = dict[str, int]
+
+_FLOAT32 = 4
+_PROGRAM_BYTES = 10**9  # Python, JAX, compiled programs; 0.25 GB on CPU, more with CUDA's libraries
+# float32 copies that GPTQ works on, per expert at once: of the kernel (the kernel itself, its
+# updated block, errors, codes) and of the Hessian (damped, factor, panel, corner).
+_GPTQ_COPIES = 4
+_ATTENTION_COPIES = 3  # scores, their bias, probabilities
+_HIDDEN_COPIES = 6  # residual stream, norm, query, key, value, attended
+_OUTPUT_CHUNK_BYTES = 1 << 24  # as `checkpoints.stored_arrays` has it
+
+
+def hidden_state_bytes(model: ModelFacts, tokens: TokenFacts) -> dict[str, int]:
+    """Return the list buffers, by stack."""
+    return {s: n * model.config.embed_dim * _FLOAT32 for s, n in tokens.tokens.items()}
+
+
+def batch_weights(model: ModelFacts, expert_batch: int) -> int:
+    """Weights of a batch of experts of one layer."""
+    config = model.config
+    batch = min(expert_batch, config.num_experts)
+    return batch * (len(config.wi_names) + 1) * config.embed_dim * config.expert_mlp_dim
+
+
+def host_memory(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    *,
+    zeros: Mapping[str, float],
+    buffers_on_disk: bool,
+) -> Parts:
+    """Return what the host holds at its peak: in the decoder, when a batch of experts is done.
+
+    Args:
+      model: the checkpoint.
+      tokens: what flows through it.
+      settings: of the run.
+      zeros: share of zero weights, by grid.
+      buffers_on_disk: hidden states are memory-mapped.
+    """
+    config = model.config
+    batch = min(settings.expert_batch, config.num_experts)
+    weights = batch_weights(model, settings.expert_batch)
+    rows = max(tokens.tokens.values())
+    file_bytes = 4 * (tokens.file_lengths["encoder"] + 3 * tokens.file_lengths["decoder"])
+    expert_bytes = sum(math.prod(model.shapes[n]) for n in model.expert_names)
+    coded = coded_layer_bytes(model, settings, zeros) * batch // config.num_experts
+    batch_rows = settings.batch_size * max(tokens.lengths.values()) * config.embed_dim
+    chunk_rows = batch * settings.token_chunk * config.embed_dim
+    # Kernels become float32 as they are read.
+    kernels = _FLOAT32 * weights
+    parts = {
+        "program": _PROGRAM_BYTES,
+        "dense parameters of a layer, embedding": _resident_dense(model),
+        "chunks of the checkpoint": min(CACHE_BYTES, expert_bytes * model.expert_itemsize())
+        + model.largest_chunk_bytes(),
+        "kernels of an expert batch": kernels,
+        "kernels of the next, prefetched": kernels,
+        # A byte a weight as they come from the device, and again where they are padded for it.
+        "codes of an expert batch": 2 * weights,
+        # As they will be stored, and twice more as the journal's file.
+        "coded expert batch": 3 * coded,
+        "chunks of the output": 2 * _OUTPUT_CHUNK_BYTES,
+    }
+    if tokens.num_examples:
+        hidden = sum(hidden_state_bytes(model, tokens).values())
+        parts |= {
+            "hidden states": 0 if buffers_on_disk else hidden,
+            # Calibration as read, and joined with validation.
+            "tokens": 2 * tokens.num_examples * file_bytes,
+            # Expert and gate, rows sorted by expert twice over, and what sorting takes.
+            "routing": rows * (4 + 4 + 8 + 8 + 16),
+            "rows on their way to the device": 3 * _FLOAT32 * max(batch_rows, chunk_rows),
+        }
+    return parts
+
+
+def coded_layer_bytes(
+    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
+) -> int:
+    """Coded bytes of the largest sparse layer."""
+    layers = layer_settings(model.config, settings).values()
+    return round(max(layer_bytes(model.config, own, zeros) for own in layers))
+
+
+def device_memory(
+    model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings, *, on_cpu: bool
+) -> dict[str, Parts]:
+    """Return what one device holds in each phase; the largest phase is the peak."""
+    config = model.config
+    batch = min(settings.expert_batch, config.num_experts)
+    embed, mlp, num_wi = config.embed_dim, config.expert_mlp_dim, len(config.wi_names)
+    kernels = _FLOAT32 * batch_weights(model, settings.expert_batch)
+    activation = item_bytes(settings.activation_dtype)
+    # float32 kernels are cast inside the program, the hidden layer's all at once.
+    cast = 0 if activation == _FLOAT32 else activation * batch * num_wi * embed * mlp
+    row = embed * (_FLOAT32 + activation) + mlp * (num_wi + 1) * activation
+    chunk = batch * settings.token_chunk
+    hessians = {"wi": _FLOAT32 * batch * embed**2, "wo": _FLOAT32 * batch * mlp**2}
+    layers = [own for own in layer_settings(config, settings).values() if own.method != "none"]
+    calibrated = tokens.num_calibration > 0
+    # With true_sequential the quantized input kernels are there beside the original ones.
+    if any(own.true_sequential for own in layers):
+        kernels += _FLOAT32 * batch * num_wi * embed * mlp
+    phases: dict[str, Parts] = {}
+    if calibrated:
+        phases["Hessians"] = {
+            "kernels": kernels + cast,
+            "Hessians": sum(hessians.values()),
+            "product that is added": max(hessians.values()),
+            "tokens": chunk * (row + 2 * _FLOAT32 * max(embed, mlp)),
+        }
+    phases["quantize"] = _largest(
+        _quantize(model, batch, own.method, kernels, hessians if calibrated else {}, kernel, on_cpu)
+        for kernel in ("wi", "wo")
+        for own in layers
+    )
+    if tokens.num_examples:
+        phases["run experts"] = {
+            "kernels": kernels + cast,
+            "codes": batch * embed * mlp,
+            "tokens": chunk * (row + embed * (activation + 2 * _FLOAT32)),
+        }
+        phases |= _dense_phases(model, tokens, settings, activation)
+    return phases
+
+
+def _quantize(
+    model: ModelFacts,
+    batch: int,
+    method: str,
+    kernels: int,
+    hessians: dict[str, int],
+    kernel: str,
+    on_cpu: bool,
+) -> Parts:
+    width, out = model.config.embed_dim, model.config.expert_mlp_dim
+    if kernel == "wo":
+        width, out = out, width
+    parts = {"kernels": kernels}
+    if hessians:
+        # The sums of both, and one of them divided by its counts.
+        parts["Hessians"] = sum(hessians.values()) + hessians[kernel]
+    if method != "gptq":
+        parts["rounding"] = _FLOAT32 * (1 if on_cpu else batch) * 3 * width * out
+    elif on_cpu:
+        parts["GPTQ"] = host_gptq.workspace_bytes(width, out, min(batch, num_threads()))
+    else:
+        parts["GPTQ"] = gptq_workspace(width, out, batch)
+    parts["codes"] = 2 * batch * width * out
+    return parts
+
+
+def gptq_workspace(width: int, out: int, experts_at_once: int) -> int:
+    """Temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
+    return _FLOAT32 * experts_at_once * _GPTQ_COPIES * (width * out + width**2)
+
+
+def _dense_phases(
+    model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings, activation: int
+) -> dict[str, Parts]:
+    config = model.config
+    encoder, decoder = tokens.lengths["encoder"], tokens.lengths["decoder"]
+    longest = max(encoder, decoder)
+    joined = max(config.embed_dim, config.num_heads * config.head_dim)
+    pairs = max(encoder * encoder, decoder * encoder, decoder * decoder)
+    hidden = settings.batch_size * longest * joined
+    mlp = settings.batch_size * longest * config.mlp_dim * (len(config.wi_names) + 1)
+    phases = {
+        "dense pass": {
+            "parameters of a layer": _largest_layer(model),
+            "hidden states": hidden * (2 * _FLOAT32 + _HIDDEN_COPIES * activation),
+            "attention": _ATTENTION_COPIES * _FLOAT32 * settings.batch_size * config.num_heads
+            * pairs,
+            "hidden layer": mlp * activation,
+        },
+        "embed": {
+            "embedding": _embedding_bytes(model),
+            "hidden states": 2 * _FLOAT32 * hidden,
+        },
+    }  # fmt: skip
+    if tokens.num_validation:
+        targets = settings.batch_size * decoder
+        phases["validation loss"] = {
+            "embedding": _embedding_bytes(model),
+            "hidden states": _FLOAT32 * targets * config.embed_dim,
+            "logits": 2 * _FLOAT32 * targets * config.num_embeddings,
+        }
+    return phases
+
+
+def peak(phases: dict[str, Parts]) -> tuple[str, int]:
+    """Return the largest phase, and its bytes."""
+    return max(((name, sum(parts.values())) for name, parts in phases.items()), key=lambda p: p[1])
+
+
+def disk(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    output_bytes: int,
+    *,
+    zeros: Mapping[str, float],
+    buffers_on_disk: bool,
+    journal: bool,
+) -> tuple[Parts, Parts]:
+    """Bytes at the output, and in the folder of the buffers, at the end of the last layer.
+
+    The journal holds the batches of one layer, until they are in the output.
+    """
+    output = {"compressed checkpoint": output_bytes}
+    if journal:
+        output["journal"] = coded_layer_bytes(model, settings, zeros)
+    buffers: Parts = {}
+    if buffers_on_disk:
+        buffers = {f"{s} states": n for s, n in hidden_state_bytes(model, tokens).items()}
+    return output, buffers
+
+
+def _resident_dense(model: ModelFacts) -> int:
+    return _embedding_bytes(model) + _largest_layer(model)
+
+
+def _embedding_bytes(model: ModelFacts) -> int:
+    name = "token_embedder/embedding"
+    return math.prod(model.shapes[name]) * item_bytes(model.dtypes[name])
+
+
+def _largest_layer(model: ModelFacts) -> int:
+    layers: dict[tuple[str, int], int] = {}
+    for name, shape in model.shapes.items():
+        layer = names.layer_of(name)
+        if layer and not names.is_expert_kernel(name):
+            num_bytes = math.prod(shape) * item_bytes(model.dtypes[name])
+            layers[layer] = layers.get(layer, 0) + num_bytes
+    return max(layers.values())
+
+
+def _largest(candidates: Iterable[Parts]) -> Parts:
+    return max(candidates, key=lambda parts: sum(parts.values()))

@@ -1,0 +1,256 @@
+"""What a compression run will need, said before it starts, from metadata alone."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qmoe_jax.planning import memory as plan_memory
+from qmoe_jax.planning import sizes as plan_sizes
+from qmoe_jax.planning import time as plan_work
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts, check_tokens
+from qmoe_jax.planning.limits import (
+    Resources,
+    format_bytes,
+    host_memory,
+    largest_expert_batch,
+)
+from qmoe_jax.planning.sizes import CompressedSize, ZeroShare
+from qmoe_jax.quantization.settings import CompressionSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will need. Sizes are bytes, times seconds.
+
+    Attributes:
+      model: the checkpoint.
+      tokens: what flows through it.
+      settings: how it is compressed.
+      resources: what there is.
+      zero_shares: expected share of zero weights, by grid that the run uses.
+      bytes_to_read: decoded from the checkpoint.
+      host: parts of the host's peak, without what a CPU device holds.
+      device: parts of each phase on the device.
+      output_disk: parts of what is written to the output's folder, at its peak.
+      buffer_disk: parts of what is written to the folder of the buffers.
+      sizes: of the compressed model, the chosen coding first; ternary ones also in the paper's
+        coding and in the published layout.
+      work: on the device, by kind.
+      seconds: by kind.
+      largest_expert_batch: that fits device and host; 0 where none does.
+      problems: why the run cannot fit, a sentence each; empty where it can.
+    """
+
+    model: ModelFacts
+    tokens: TokenFacts
+    settings: CompressionSettings
+    resources: Resources
+    zero_shares: Mapping[str, ZeroShare]
+    bytes_to_read: int
+    host: dict[str, int]
+    device: dict[str, dict[str, int]]
+    output_disk: dict[str, int]
+    buffer_disk: dict[str, int]
+    sizes: tuple[CompressedSize, ...]
+    work: dict[str, plan_work.Work]
+    seconds: dict[str, float]
+    largest_expert_batch: int
+    problems: tuple[str, ...]
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory, with the device's where they are one."""
+        on_device = self.device_peak if self.resources.device.is_host else 0
+        return sum(self.host.values()) + on_device
+
+    @property
+    def device_peak(self) -> int:
+        """Bytes of device memory."""
+        return plan_memory.peak(self.device)[1]
+
+    @property
+    def total_seconds(self) -> float:
+        """The estimate."""
+        return plan_work.total_seconds(self.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as a JSON object."""
+        resources = dataclasses.asdict(self.resources)
+        return {
+            "model": self.model.name,
+            "config": self.model.config.to_json(),
+            "parameters": self.model.num_parameters(),
+            "source_num_bytes": self.model.num_bytes(),
+            "bytes_to_read": self.bytes_to_read,
+            "settings": self.settings.to_json(),
+            "tokens": dataclasses.asdict(self.tokens),
+            "resources": resources,
+            "zero_shares": {g: dataclasses.asdict(z) for g, z in self.zero_shares.items()},
+            "host_memory": self.host | {"peak": self.host_peak},
+            "device_memory": self.device,
+            "device_memory_peak": dict(
+                zip(("phase", "num_bytes"), plan_memory.peak(self.device), strict=True)
+            ),
+            "output_disk": self.output_disk,
+            "buffer_disk": self.buffer_disk,
+            "sizes": [
+                dataclasses.asdict(size)
+                | {
+                    "total": size.total,
+                    "bits_per_weight": size.bits_per_weight,
+                    "expert_compression": size.expert_compression,
+                    "model_compression": size.model_compression,
+                }
+                for size in self.sizes
+            ],
+            "flops": {kind: part.flops for kind, part in self.work.items()},
+            "seconds": self.seconds | {"total": self.total_seconds},
+            "largest_expert_batch": self.largest_expert_batch,
+            "fits": not self.problems,
+            "problems": list(self.problems),
+        }
+
+
+def make_plan(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    resources: Resources,
+    *,
+    zeros: ZeroShare | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+      model: the checkpoint.
+      tokens: what flows through it.
+      settings: how it is compressed.
+      resources: what there is to run on.
+      zeros: expected share of zero weights; `plan_sizes.zero_share` where None.
+
+    Raises:
+      TokensError: settings that need other tokens.
+      ValueError: a zero share that is not between 0 and 1.
+    """
+    settings.check_layers(model.config.sparse_layers)
+    check_tokens(tokens, settings)
+    layers = plan_sizes.layer_settings(model.config, settings).values()
+    shares = {
+        own.grid: zeros or plan_sizes.zero_share(model.config, own.grid)
+        for own in layers
+        if own.method != "none"
+    }
+    values = {grid: share.value for grid, share in shares.items()}
+    for value in values.values():
+        if not 0 < value < 1:
+            raise ValueError(f"zero_share is {value}; it must be above 0 and below 1")
+    sizes = _sizes(model, settings, values)
+    output_disk, buffer_disk = plan_memory.disk(
+        model,
+        tokens,
+        settings,
+        sizes[0].total,
+        zeros=values,
+        buffers_on_disk=resources.buffers_on_disk,
+        journal=resources.journal,
+    )
+    bytes_to_read = model.bytes_to_read(settings.expert_batch)
+    on_cpu = resources.device.is_host
+    plan = Plan(
+        model=model,
+        tokens=tokens,
+        settings=settings,
+        resources=resources,
+        zero_shares=shares,
+        bytes_to_read=bytes_to_read,
+        host=host_memory(model, tokens, settings, resources, values),
+        device=plan_memory.device_memory(model, tokens, settings, on_cpu=on_cpu),
+        output_disk=output_disk,
+        buffer_disk=buffer_disk,
+        sizes=sizes,
+        work=plan_work.device_work(model, tokens, settings),
+        seconds=plan_work.seconds(
+            model,
+            tokens,
+            settings,
+            resources.device,
+            bytes_to_read=bytes_to_read,
+            bytes_to_write=sum(output_disk.values()) + sum(buffer_disk.values()),
+            read_bytes_per_second=resources.read_bytes_per_second,
+            write_bytes_per_second=resources.write_bytes_per_second,
+        ),
+        largest_expert_batch=largest_expert_batch(model, tokens, settings, resources, values),
+        problems=(),
+    )
+    return dataclasses.replace(plan, problems=tuple(_problems(plan)))
+
+
+def _sizes(
+    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
+) -> tuple[CompressedSize, ...]:
+    config = model.config
+    sizes = [plan_sizes.compressed_size(config, model.shapes, model.dtypes, settings, zeros)]
+    own_settings = plan_sizes.layer_settings(config, settings).values()
+    kinds = {(own.method == "none", own.grid) for own in own_settings}
+    whole_rows = all(own.group_size is None for own in own_settings)
+    if kinds == {(False, "ternary")}:
+        if sizes[0].layout != "qmoe":
+            plain = dataclasses.replace(settings, layer_overrides={}, skip="", grid="ternary")
+            plain = dataclasses.replace(plain, expert_coding="qmoe")
+            sizes.append(
+                plan_sizes.compressed_size(config, model.shapes, model.dtypes, plain, zeros)
+            )
+        # Hugging Face's models have no gated experts, the published layout no groups.
+        if len(config.wi_names) == 1 and whole_rows:
+            sizes.append(plan_sizes.published_size(config, model.shapes, zeros["ternary"]))
+    return tuple(sizes)
+
+
+def _problems(plan: Plan) -> list[str]:
+    resources, largest = plan.resources, plan.largest_expert_batch
+    smaller = (
+        f"The largest expert_batch that fits is {largest}." if largest else "No expert_batch fits."
+    )
+    problems = []
+    limit = resources.device_bytes
+    if not resources.device.is_host and limit is not None and plan.device_peak > limit:
+        phase, needed = plan_memory.peak(plan.device)
+        remedy = (
+            smaller
+            if phase in ("Hessians", "quantize", "run experts")
+            else f"Lower batch_size, which is {plan.settings.batch_size}."
+        )
+        problems.append(
+            f"device memory: {phase} needs {format_bytes(needed)}, and JAX may use "
+            f"{format_bytes(limit)} of the {resources.device.label}. {remedy}"
+        )
+    if resources.host_bytes is not None and plan.host_peak > resources.host_bytes:
+        hidden = plan.host.get("hidden states", 0)
+        if hidden > plan.host_peak - resources.host_bytes:
+            remedy = (
+                f"Hidden states take {format_bytes(hidden)} of it: give a buffer_dir on a disk, or "
+                "fewer examples."
+            )
+        else:
+            remedy = smaller
+        problems.append(
+            f"host memory: the run needs {format_bytes(plan.host_peak)}, and "
+            f"{format_bytes(resources.host_bytes)} are free. {remedy}"
+        )
+    return problems + _disk_problems(plan)
+
+
+def _disk_problems(plan: Plan) -> list[str]:
+    resources = plan.resources
+    output, buffers = sum(plan.output_disk.values()), sum(plan.buffer_disk.values())
+    needs = [("the output", output, resources.output_disk_bytes)]
+    if buffers and resources.same_disk:
+        needs = [("output and buffers together", output + buffers, resources.output_disk_bytes)]
+    elif buffers:
+        needs.append(("the buffers", buffers, resources.buffer_disk_bytes))
+    return [
+        f"disk: {what} need {format_bytes(needed)}, and {format_bytes(free)} are free. Choose "
+        "another disk or make room."
+        for what, needed, free in needs
+        if free is not None and needed > free
+    ]

@@ -1,0 +1,268 @@
+"""How large a compressed checkpoint will be, from geometry and the expected share of zeros.
+
+A sample of independent codes with that share is encoded by the very coders of `codec/`; nothing is
+fitted. What independence leaves out is a factor that was measured on real codes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.geometry import Shape
+from qmoe_jax.codec import codings, stats
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.outline import item_bytes
+from qmoe_jax.config import SwitchConfig
+from qmoe_jax.quantization.groups import num_groups
+from qmoe_jax.quantization.settings import CompressionSettings
+
+# Zero share of GPTQ's codes by (grid, embed_dim) of base-128, large-128 and c-2048, as the QMoE
+# paper reports it (arXiv 2310.16795, "Natural sparsity for different compressed models"; means over
+# all layers, standard deviation under 5 %).
+PAPER_ZERO_SHARES = {
+    "ternary": {768: 0.857, 1024: 0.864, 2080: 0.886},
+    "2bit": {768: 0.722, 1024: 0.731, 2080: 0.765},
+}
+_PAPER_MODELS = {(768, 128): "base-128", (1024, 128): "large-128", (2080, 2048): "c-2048"}
+
+# Bits that real codes take, over bits of independent codes with the same zero share. "qmoe": the
+# paper's section 4.3.2 has both on c-2048, 20.07x and 21.11x, each with 64 bits a row beside the
+# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others:
+# GPTQ's codes of the demo's model, whose tensors a coding of several dictionaries fits.
+_ROW_BITS = 64 / 2 * (1 / 2080 + 1 / 6144)
+REAL_OVER_INDEPENDENT = {
+    "qmoe": (16 / 20.07 - _ROW_BITS) / (16 / 21.11 - _ROW_BITS),
+    "tunstall": 1.0,
+    "tunstall_2bit": 1.0,
+    "packed2": 1.0,
+}
+
+# How non-zero 2-bit codes fall on the two values beside zero and the fourth, in GPTQ's codes of the
+# demo's model.
+_TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
+_TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
+
+# The one array with codes of each coding; what else is indexed [experts, rows] costs by the row.
+_CODE_ARRAYS = ("words", "codewords", "packed")
+
+_SAMPLE_WEIGHTS = 1 << 20
+_SAMPLE_EXPERTS = 2
+_PUBLISHED_ROW_BITS = 32 + 32  # an int32 offset, two bfloat16 levels
+_PUBLISHED_EXPERT_BITS = 32  # the offset behind the last row
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShare:
+    """Expected share of zero weights, and where the figure is from."""
+
+    value: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedSize:
+    """A compressed model in bytes.
+
+    Attributes:
+      layout: name of a coding, or "published" for the paper's own files.
+      experts: codes, levels and lengths of all experts that are compressed.
+      dense: everything else.
+      expert_weights: parameters in those experts.
+      parameters: parameters of the model.
+      bfloat16_bytes: the uncompressed model in bfloat16, in the same layout.
+    """
+
+    layout: str
+    experts: int
+    dense: int
+    expert_weights: int
+    parameters: int
+    bfloat16_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole model."""
+        return self.experts + self.dense
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of an expert weight, everything counted."""
+        return 8 * self.experts / self.expert_weights
+
+    @property
+    def expert_compression(self) -> float:
+        """Experts in bfloat16 over experts here."""
+        return 16 / self.bits_per_weight
+
+    @property
+    def model_compression(self) -> float:
+        """Model in bfloat16 over model here."""
+        return self.bfloat16_bytes / self.total
+
+
+def zero_share(config: SwitchConfig, grid: str) -> ZeroShare:
+    """Return the paper's zero share for its three models; for others that of the nearest width."""
+    shares = PAPER_ZERO_SHARES[grid]
+    width = min(shares, key=lambda known: abs(math.log(known / config.embed_dim)))
+    known = {w: name for (w, _), name in _PAPER_MODELS.items()}[width]
+    if (config.embed_dim, config.num_experts) in _PAPER_MODELS:
+        return ZeroShare(shares[width], f"the QMoE paper's for {known}")
+    return ZeroShare(shares[width], f"assumed: the QMoE paper's for {known}, nearest in width")
+
+
+def expert_kernel_shapes(config: SwitchConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of each kernel of an expert, in the orientation of the codec."""
+    embed, mlp = config.embed_dim, config.expert_mlp_dim
+    return {name: (mlp, embed) for name in config.wi_names} | {"wo": (embed, mlp)}
+
+
+def layer_settings(
+    config: SwitchConfig, settings: CompressionSettings
+) -> dict[tuple[str, int], CompressionSettings]:
+    """Return the settings of each sparse layer."""
+    return {at: settings.for_layer(*at) for at in config.sparse_layers}
+
+
+def layer_bytes(
+    config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, float]
+) -> float:
+    """Coded bytes of all experts of one sparse layer; `zeros` is the zero share by grid."""
+    if settings.method == "none":
+        return 0.0
+    bits = 0.0
+    for out, width in expert_kernel_shapes(config).values():
+        groups = num_groups(width, settings.group_size)  # stored as rows of their own
+        bits += _expert_bits(settings.coding, out * groups, width // groups, zeros[settings.grid])
+    return config.num_experts * bits / 8
+
+
+def _expert_bits(coding: str, out: int, width: int, zeros: float) -> float:
+    sample = sample_bits(coding, out, width, zeros)
+    codes = sample.codes_per_weight * REAL_OVER_INDEPENDENT.get(coding, 1.0)
+    return out * (width * codes + sample.per_row) + sample.per_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleBits:
+    """What a coding stores of independent codes: bits a weight, a row and an expert."""
+
+    codes_per_weight: float
+    per_row: float
+    per_expert: float
+
+    def per_weight(self, out: int, width: int) -> float:
+        """Return stored bits of a weight in experts of that shape, codes taken as independent."""
+        return self.codes_per_weight + self.per_row / width + self.per_expert / (out * width)
+
+
+@functools.lru_cache(maxsize=256)
+def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
+    """Encode a fixed sample of independent codes; cached in the process.
+
+    Args:
+      coding: one of `codec.codings.coding_names()`.
+      out: rows of an expert; fewer are sampled where that would be over a million weights.
+      width: weights in a row.
+      zeros: share of zeros.
+    """
+    rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
+    codes, levels = _independent_codes(coding, rows, width, zeros)
+    coded = encode(codes, levels, coding)
+    bits = {name: 8 * array.nbytes for name, array in coded.arrays.items()}
+    by_row = sum(
+        bits[name]
+        for name, array in coded.arrays.items()
+        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and name not in _CODE_ARRAYS
+    )
+    in_codes = stats.bits(coded)["codes"]
+    return SampleBits(
+        codes_per_weight=in_codes / codes.size,
+        per_row=by_row / (_SAMPLE_EXPERTS * rows),
+        per_expert=(sum(bits.values()) - in_codes - by_row) / _SAMPLE_EXPERTS,
+    )
+
+
+def _independent_codes(
+    coding: str, rows: int, width: int, zeros: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 [experts, rows, width] and levels, of a fixed seed."""
+    rng = np.random.default_rng(0)
+    draws = rng.random((_SAMPLE_EXPERTS, rows, width))
+    levels = np.ones((_SAMPLE_EXPERTS, rows, 2))
+    if codings.get_coding(coding).num_symbols == 3:
+        codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
+    else:
+        shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]
+        levels[..., 1] = rng.integers(1, 3, levels.shape[:2])
+        codes = _TWO_BIT_CODES[levels[..., 1, None].astype(int) - 1, np.searchsorted(shares, draws)]
+    return codes.astype(np.uint8), levels.astype(ml_dtypes.bfloat16)
+
+
+def compressed_size(
+    config: SwitchConfig,
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
+    settings: CompressionSettings,
+    zeros: Mapping[str, float],
+) -> CompressedSize:
+    """Return the checkpoint that `compress` writes.
+
+    Args:
+      config: geometry.
+      shapes: of all parameters.
+      dtypes: name of each parameter's dtype in the source.
+      settings: of the run.
+      zeros: share of zero weights, by grid.
+    """
+    layers = layer_settings(config, settings)
+    coded = {at: own for at, own in layers.items() if own.method != "none"}
+    weights = dense = 0
+    for name, shape in shapes.items():
+        if names.is_expert_kernel(name) and names.layer_of(name) in coded:
+            weights += math.prod(shape)
+            continue
+        exact = name.endswith("/scale") or "/router/" in name
+        narrow = settings.dense_dtype == "bfloat16" and not exact
+        dense += math.prod(shape) * (2 if narrow else item_bytes(dtypes[name]))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return CompressedSize(
+        layout=" + ".join(sorted({own.coding for own in coded.values()})),
+        experts=round(sum(layer_bytes(config, own, zeros) for own in coded.values())),
+        dense=dense,
+        expert_weights=weights,
+        parameters=parameters,
+        bfloat16_bytes=2 * parameters,
+    )
+
+
+def published_size(
+    config: SwitchConfig, shapes: Mapping[str, Shape], zeros: float
+) -> CompressedSize:
+    """Return the paper's own files: coding "qmoe" with row offsets, all else in bfloat16.
+
+    `checkpoints/published.py` describes the layout. Hugging Face's models, from which it is made,
+    hold a matrix of output logits also where ours take the embedding.
+    """
+    bits = 0.0
+    for out, width in expert_kernel_shapes(config).values():
+        codes = sample_bits("qmoe", out, width, zeros).codes_per_weight
+        codes *= REAL_OVER_INDEPENDENT["qmoe"]
+        bits += out * (width * codes + _PUBLISHED_ROW_BITS) + _PUBLISHED_EXPERT_BITS
+    experts = len(config.sparse_layers) * config.num_experts * bits / 8
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    weights = sum(size for name, size in sizes.items() if names.is_expert_kernel(name))
+    parameters = sum(sizes.values())
+    copies = config.num_embeddings * config.embed_dim if config.tied_logits else 0
+    return CompressedSize(
+        layout="published",
+        experts=round(experts),
+        dense=2 * (parameters - weights + copies),
+        expert_weights=weights,
+        parameters=parameters,
+        bfloat16_bytes=2 * (parameters + copies),
+    )

@@ -1,0 +1,187 @@
+"""Operations of a compression run, and an estimate of its time.
+
+A roofline: operations over the device's rate or bytes over its bandwidth, whichever takes longer,
+and beside it what GPTQ's column loop, the host and the disk take. It knows nothing of compilation,
+of uneven routing, or of what runs beside it: an estimate, no promise.
+"""
+
+import dataclasses
+import math
+
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.public_checkpoints import Device
+from qmoe_jax.planning.sizes import expert_kernel_shapes, layer_settings
+from qmoe_jax.quantization.settings import CompressionSettings
+
+# Host rates, measured on 2 cores: weights coded a second (benchmarks/results/codec.json), and rows
+# of hidden states gathered or scattered, bytes a second.
+_CODED_WEIGHTS_PER_SECOND = 3.5e8
+_HOST_BYTES_PER_SECOND = 2e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Work of one kind on the device.
+
+    Attributes:
+      flops: operations.
+      num_bytes: bytes read or written in device memory.
+      dtype: of the matrix products.
+      steps: steps of GPTQ's column loop, one after the other.
+    """
+
+    flops: int | float
+    num_bytes: int | float
+    dtype: str
+    steps: int = 0
+
+    def plus(self, other: "Work") -> "Work":
+        """Both, one after the other; of one dtype."""
+        return Work(
+            self.flops + other.flops,
+            self.num_bytes + other.num_bytes,
+            self.dtype,
+            self.steps + other.steps,
+        )
+
+    def seconds(self, device: Device) -> float:
+        """Time on a device."""
+        rate = device.float32_flops if self.dtype == "float32" else device.bfloat16_flops
+        roofline = max(self.flops / rate, self.num_bytes / device.bytes_per_second)
+        return roofline + self.steps * device.column_seconds
+
+
+def device_work(
+    model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings
+) -> dict[str, Work]:
+    """Work by kind. Tokens are taken to spread evenly over the experts of a layer."""
+    work: dict[str, Work] = {}
+    for (stack, _), own in layer_settings(model.config, settings).items():
+        for kind, part in _layer_work(model, tokens, own, stack).items():
+            work[kind] = work[kind].plus(part) if kind in work else part
+    if tokens.num_examples:
+        work["dense parts"] = Work(_dense_flops(model, tokens), 0, settings.activation_dtype)
+    if tokens.num_validation:
+        config = model.config
+        flops = 2 * tokens.validation_targets * config.embed_dim * config.num_embeddings
+        work["validation logits"] = Work(flops, 0, "float32")
+    return work
+
+
+def _layer_work(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    stack: str,
+) -> dict[str, Work]:
+    """Return the experts of one sparse layer."""
+    config = model.config
+    experts, num_wi = config.num_experts, len(config.wi_names)
+    embed, mlp = config.embed_dim, config.expert_mlp_dim
+    weights = (num_wi + 1) * embed * mlp
+    shapes = list(expert_kernel_shapes(config).values())
+    gptq, activation = settings.method == "gptq", settings.activation_dtype
+
+    def padded(count: int) -> tuple[int, int]:
+        """Tokens that are computed, filled up to chunks, and chunks of all experts."""
+        chunks = experts * math.ceil(count / experts / settings.token_chunk)
+        return chunks * settings.token_chunk, chunks
+
+    work: dict[str, Work] = {}
+    if settings.method != "none" and tokens.num_calibration:
+        entering, chunks = padded(tokens.hessian_tokens[stack])
+        passes = 2 if settings.true_sequential else 1
+        hidden = passes * num_wi * embed * mlp
+        work["wo's inputs"] = Work(2 * entering * hidden, 4 * chunks * hidden, activation)
+        # Sums of Hessians are read, added to and written with every chunk.
+        squares = embed**2 + passes * mlp**2
+        work["Hessians"] = Work(2 * entering * squares, 3 * 4 * chunks * squares, "float32")
+        # H W for the energies; without GPTQ once more for the errors.
+        products = sum(2 * width**2 * out for out, width in shapes)
+        work["layer errors"] = Work(experts * products * (1 if gptq else 2), 0, "float32")
+    if gptq:
+        work["Cholesky"] = Work(
+            experts * sum(width**3 / 3 for _, width in shapes),
+            experts * 4 * sum(2 * width**2 for _, width in shapes),
+            "float32",
+        )
+        work["sweep"] = Work(
+            experts * sum(width**2 * out for out, width in shapes),
+            experts * 4 * 4 * weights,
+            "float32",
+            math.ceil(experts / settings.expert_batch) * sum(width for _, width in shapes),
+        )
+    if tokens.num_examples:
+        passing, chunks = padded(tokens.tokens[stack])
+        work["experts' outputs"] = Work(2 * passing * weights, 4 * chunks * weights, activation)
+    return work
+
+
+def _dense_flops(model: ModelFacts, tokens: TokenFacts) -> int | float:
+    config = model.config
+    embed, joined = config.embed_dim, config.num_heads * config.head_dim
+    encoder, decoder = tokens.tokens["encoder"], tokens.tokens["decoder"]
+    lengths = tokens.lengths
+    projections = 2 * 4 * embed * joined
+    dense_mlp = 2 * (len(config.wi_names) + 1) * embed * config.mlp_dim
+    router = 2 * embed * config.num_experts
+
+    def scores(queries: int, keys: int) -> int:
+        return 2 * 2 * queries * keys * joined
+
+    def mlps(count: int, num_layers: int, sparse: int) -> int:
+        return count * ((num_layers - sparse) * dense_mlp + sparse * router)
+
+    in_encoder = encoder * projections + scores(encoder, lengths["encoder"])
+    in_decoder = (
+        decoder * projections + scores(decoder, lengths["decoder"])  # itself
+        + (decoder + encoder) * projections / 2 + scores(decoder, lengths["encoder"])  # the encoder
+    )  # fmt: skip
+    return (
+        config.num_encoder_layers * in_encoder
+        + config.num_decoder_layers * in_decoder
+        + mlps(encoder, config.num_encoder_layers, len(config.encoder_sparse_layers))
+        + mlps(decoder, config.num_decoder_layers, len(config.decoder_sparse_layers))
+    )
+
+
+def seconds(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    device: Device,
+    *,
+    bytes_to_read: int,
+    bytes_to_write: int,
+    read_bytes_per_second: float,
+    write_bytes_per_second: float,
+) -> dict[str, float]:
+    """Seconds by kind, `read` first; the device's kinds are those of `device_work`."""
+    config = model.config
+    work = device_work(model, tokens, settings)
+    weights = model.num_parameters()["experts"]
+    # Bytes of hidden states that are fetched and put back: in every layer for its dense part, and
+    # in sparse ones for Hessians and outputs.
+    row = 4 * config.embed_dim
+    moved = 0
+    stacks = (
+        ("encoder", config.num_encoder_layers, len(config.encoder_sparse_layers)),
+        ("decoder", config.num_decoder_layers, len(config.decoder_sparse_layers)),
+    )
+    for stack, num_layers, sparse in stacks:
+        count = tokens.tokens[stack]
+        moved += row * (2 * count * (num_layers + sparse) + tokens.hessian_tokens[stack] * sparse)
+    found = {"read": bytes_to_read / read_bytes_per_second}
+    found |= {kind: part.seconds(device) for kind, part in work.items()}
+    if device.link_bytes_per_second is not None:
+        # float32 kernels go there, codes come back and go there again.
+        found["to and from the device"] = (moved + 6 * weights) / device.link_bytes_per_second
+    found["hidden states in host memory"] = moved / _HOST_BYTES_PER_SECOND
+    found["coding"] = weights / _CODED_WEIGHTS_PER_SECOND
+    found["write"] = bytes_to_write / write_bytes_per_second
+    return found
+
+
+def total_seconds(parts: dict[str, float]) -> float:
+    """Return reading goes on beside everything else; the rest is one after the other."""
+    return max(parts["read"], sum(parts.values()) - parts["read"])

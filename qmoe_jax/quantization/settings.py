@@ -1,0 +1,156 @@
+"""What can be chosen in a compression run, checked before work starts."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qmoe_jax.quantization.expert_batch import METHODS
+from qmoe_jax.quantization.grids import Grid, Ternary, TwoBit
+
+# name -> (grid, the codings that store its codes, the smallest first)
+GRIDS: dict[str, tuple[Grid, tuple[str, ...]]] = {
+    "ternary": (Ternary(), ("tunstall", "qmoe")),
+    "2bit": (TwoBit(), ("tunstall_2bit", "packed2")),
+}
+
+# What `layer_overrides` may change.
+OVERRIDABLE = (
+    "grid",
+    "expert_coding",
+    "method",
+    "damping",
+    "act_order",
+    "true_sequential",
+    "group_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionSettings:
+    """Settings of a compression run; recorded in the compressed checkpoint.
+
+    Attributes:
+      grid: "ternary" or "2bit".
+      expert_coding: how codes are stored: "tunstall" or "qmoe" (the paper's dictionary) for
+        ternary, "tunstall_2bit" or "packed2" for 2bit; "auto" is the first of each.
+      method: "gptq", "rtn" (round to nearest, the baseline), or "none" (experts stay dense).
+      skip: "encoder" or "decoder" leaves the experts of that stack dense; "" skips nothing.
+      layer_overrides: other settings for some sparse layers: a pattern as "decoder/layers_1" or
+        "encoder/*" to the fields that differ, of those that concern quantization
+        (`OVERRIDABLE`). Of several patterns that match, later ones win.
+      damping: share of a Hessian's mean diagonal that is added to its diagonal (`percdamp` in the
+        paper's code).
+      act_order: quantize input features by falling Hessian diagonal.
+      true_sequential: measure wo's inputs behind the already quantized wi of the same expert.
+      group_size: input features that share a pair of levels; None is the whole row, as the paper
+        has it. It divides the widths of the model.
+      max_tokens_factor: an expert's Hessian sees at most this multiple of the mean tokens per
+        expert; all tokens pass through the expert.
+      premask_sentinels: leave sentinel inputs, and decoder positions that predict a sentinel or
+        stand last, out of Hessians.
+      activation_dtype: "float32" or "bfloat16", of the activations during calibration.
+      dense_dtype: "bfloat16" (as the paper; routers and norms keep their dtype) or "source", for
+        the parameters that are not compressed.
+      expert_batch: experts that are quantized together.
+      batch_size: samples that go through the dense part of a layer together.
+      token_chunk: tokens of each expert that are multiplied together.
+    """
+
+    grid: str = "ternary"
+    expert_coding: str = "auto"
+    method: str = "gptq"
+    skip: str = ""
+    layer_overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    damping: float = 0.1
+    act_order: bool = False
+    true_sequential: bool = False
+    group_size: int | None = None
+    max_tokens_factor: float = 4.0
+    premask_sentinels: bool = True
+    activation_dtype: str = "float32"
+    dense_dtype: str = "bfloat16"
+    expert_batch: int = 16
+    batch_size: int = 32
+    token_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        _one_of("grid", self.grid, tuple(GRIDS))
+        _one_of("expert_coding", self.expert_coding, ("auto", *GRIDS[self.grid][1]))
+        _one_of("method", self.method, (*METHODS, "none"))
+        _one_of("skip", self.skip, ("", "encoder", "decoder"))
+        for pattern, fields in self.layer_overrides.items():
+            if unknown := sorted(set(fields) - set(OVERRIDABLE)):
+                raise ValueError(
+                    f"layer_overrides[{pattern!r}] has {', '.join(unknown)}; a layer may override "
+                    f"{', '.join(OVERRIDABLE)}"
+                )
+            dataclasses.replace(self, layer_overrides={}, **fields)  # refuses bad values
+        _one_of("activation_dtype", self.activation_dtype, ("float32", "bfloat16"))
+        _one_of("dense_dtype", self.dense_dtype, ("bfloat16", "source"))
+        for name, least in (("damping", 0.0), ("max_tokens_factor", 0.0)):
+            if not getattr(self, name) > least:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be above {least}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it must be at least 1, or None")
+        for name in ("expert_batch", "batch_size", "token_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
+
+    @property
+    def quantization_grid(self) -> Grid:
+        """The grid that `grid` names."""
+        return GRIDS[self.grid][0]
+
+    @property
+    def coding(self) -> str:
+        """The coding that stores the grid's codes."""
+        return GRIDS[self.grid][1][0] if self.expert_coding == "auto" else self.expert_coding
+
+    def for_layer(self, stack: str, layer: int) -> "CompressionSettings":
+        """Return the settings of one sparse layer."""
+        name = f"{stack}/layers_{layer}"
+        fields: dict[str, Any] = {}
+        if self.skip == stack:
+            fields["method"] = "none"
+        for pattern, changes in self.layer_overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                fields |= changes
+        return dataclasses.replace(self, layer_overrides={}, skip="", **fields)
+
+    def check_layers(self, layers: Iterable[tuple[str, int]]) -> None:
+        """Refuse overrides that concern no sparse layer, and settings that compress none.
+
+        Args:
+          layers: (stack, layer) of all sparse layers.
+
+        Raises:
+          ValueError: a pattern matches no sparse layer, or no layer is left to compress.
+        """
+        names = [f"{stack}/layers_{layer}" for stack, layer in layers]
+        for pattern in self.layer_overrides:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"layer_overrides has {pattern!r}, which matches no sparse layer; they are "
+                    f"{', '.join(names)}"
+                )
+        if all(self.for_layer(stack, layer).method == "none" for stack, layer in layers):
+            raise ValueError(
+                'no layer is left to compress: method "none" or skip takes them all; '
+                "compress at least one"
+            )
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether some layer may be quantized with GPTQ."""
+        methods = {self.method} | {f.get("method") for f in self.layer_overrides.values()}
+        return "gptq" in methods
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
