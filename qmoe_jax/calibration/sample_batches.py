@@ -46,7 +46,7 @@ def plan_sample_batches(
       decoder_lengths: tokens of each sample's targets.
       batch_size: samples of a batch.
       full_encoder_length: upper bound of the padded lengths.
-      full_decoder_length: likewise.
+      full_decoder_length: upper bound of theirs.
       first_sample: number of the first of these samples in the list buffers.
     """
     order = np.lexsort((decoder_lengths, encoder_lengths))

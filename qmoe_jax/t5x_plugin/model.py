@@ -58,15 +58,15 @@ class SwitchModel(models.EncoderDecoderModel):
           checkpoint: compressed or native checkpoint, local or gs://; the one that
             `RestoreCheckpointConfig.path` names.
           input_vocabulary: of the task; T5X compares them.
-          output_vocabulary: likewise.
+          output_vocabulary: of the task.
           activation_dtype: "float32" or "bfloat16".
           expert_capacity_factor: T5X's `EVAL_EXPERT_CAPACITY_FACTOR`; None is dropless.
           decode_fn: T5X's `decoding.beam_search` or `decoding.temperature_sample`.
-          feature_converter_cls: as `t5x.models.EncoderDecoderModel`, and so the following.
-          label_smoothing: likewise.
-          z_loss: likewise; part of the loss that T5X's training evaluation reports.
-          loss_normalizing_factor: likewise.
-          default_decoder_params: likewise.
+          feature_converter_cls: as `t5x.models.EncoderDecoderModel` takes it.
+          label_smoothing: as `EncoderDecoderModel` takes it.
+          z_loss: its factor in the loss that T5X's training evaluation reports.
+          loss_normalizing_factor: as `EncoderDecoderModel` takes it.
+          default_decoder_params: as `EncoderDecoderModel` takes it.
 
         Raises:
           CheckpointError: nothing readable at `checkpoint`.
