@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
 
 _SETTINGS = "run.json"
@@ -76,27 +77,6 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a local file: after a kill at any moment it is the old one or the new one, whole.
-
-    Raises:
-      CheckpointError: it cannot be written.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path} ({error}); free some space and run the same command again"
-        ) from error
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.run_folder import RunFolder, difference, write_atomically
+from qmoe_jax.run_folder import RunFolder, difference
 
 
 def test_the_same_settings_go_on_and_others_are_refused(tmp_path):

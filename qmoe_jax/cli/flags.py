@@ -70,7 +70,6 @@ def run(
     parser = _parser(name, description, default_gin_file, distributed)
     arguments = parser.parse_args(_split_bindings(name, sys.argv[1:] if argv is None else argv))
     try:
-        import gin
         import gin.config
     except ImportError:
         _fail(

@@ -15,6 +15,7 @@ import jax
 from tqdm import tqdm
 
 import qmoe_jax
+from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
@@ -27,7 +28,7 @@ from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
-from qmoe_jax.run_folder import RunFolder, write_atomically
+from qmoe_jax.run_folder import RunFolder
 
 PathLike = str | os.PathLike[str]
 # One; or several: paths, (name, path) pairs, or a mapping from name to path.

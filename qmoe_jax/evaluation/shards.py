@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import BatchSums
-from qmoe_jax.run_folder import RunFolder, write_atomically
+from qmoe_jax.run_folder import RunFolder
 
 Arrays = dict[str, np.ndarray]
 _SUMS = ("cross_entropy", "log_z_squared", "num_target_tokens", "num_correct")

@@ -21,11 +21,12 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CheckpointError, CodecError
-from qmoe_jax.run_folder import difference, write_atomically
+from qmoe_jax.run_folder import difference
 
 _RUN = "run.json"
 _LAYER = ".layer.json"

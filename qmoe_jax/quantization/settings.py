@@ -140,6 +140,18 @@ class CompressionSettings:
                 "compress at least one"
             )
 
+    def stored_dtype(self, name: str, source_dtype: str) -> str:
+        """Return the dtype that a parameter which is not compressed is stored in, by name.
+
+        Routers decide and norms are small: both keep what they have.
+
+        Args:
+          name: '/'-joined.
+          source_dtype: what the checkpoint has it in.
+        """
+        keeps = self.dense_dtype == "source" or name.endswith("/scale") or "/router/" in name
+        return source_dtype if keeps else "bfloat16"
+
     @property
     def needs_tokens(self) -> bool:
         """Whether some layer may be quantized with GPTQ."""
