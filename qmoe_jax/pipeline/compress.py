@@ -23,14 +23,14 @@ from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
-from qmoe_jax.pipeline.expert_layer import ExpertLayers
-from qmoe_jax.pipeline.host_memory import peak_host_bytes
 from qmoe_jax.pipeline.journal import Journal
-from qmoe_jax.pipeline.kernel_reader import cache_bytes
+from qmoe_jax.pipeline.kernel_reader import KernelReader, cache_bytes
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
-from qmoe_jax.pipeline.run_log import RunLog
+from qmoe_jax.pipeline.run import Run
+from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
+from qmoe_jax.pipeline.schedule import Finished, kernel_reads, make_schedule
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -124,7 +124,7 @@ def compress(
             premask_sentinels=chosen.premask_sentinels,
         )
     described = _describe(calibration)
-    run = _determining_facts(source, config, chosen, described, devices, processes)
+    facts = _determining_facts(source, config, chosen, described, devices, processes)
     bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
@@ -135,22 +135,28 @@ def compress(
             work = stack.enter_context(tempfile.TemporaryDirectory())
         if processes.count > 1:
             work = os.path.join(work, f"process_{processes.index}")
-        journal = stack.enter_context(contextlib.closing(Journal(work, run, discard=overwrite)))
-        if progress and len(journal) + journal.num_layers:
+        journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
+        finished = journal.finished()
+        if progress and (finished.layers or finished.batches):
             print(
-                f"Resuming: {journal.num_layers} finished layers and {len(journal)} finished "
-                "expert batches are there already."
+                f"Resuming: {len(finished.layers)} finished layers and {len(finished.batches)} "
+                "finished expert batches are there already."
             )
         processes.barrier("output claimed")
-        experts = stack.enter_context(
-            contextlib.closing(
-                ExpertLayers(source, config, chosen, writer, journal, devices, processes, bar)
-            )
+        run = Run(source, config, chosen, writer, journal, devices, processes, bar)
+        schedule = make_schedule(
+            config.sparse_layers,
+            chosen,
+            num_experts=config.num_experts,
+            batch_size=run.batch_size,
+            finished=[Finished.from_json(own) for own in processes.gather_json(finished.to_json())],
         )
+        reads = kernel_reads(schedule, processes.index)
+        reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
         run_log = RunLog(log)
         if processes.is_primary:
-            run_log.write("start", output=os.fspath(output), run=run)
-        loop = BlockLoop(source, config, chosen, samples, experts, run_log, buffer_dir)
+            run_log.write("start", output=os.fspath(output), run=facts)
+        loop = BlockLoop(run, reader, schedule, samples, run_log, buffer_dir)
         report = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:
