@@ -30,7 +30,7 @@ from qmoe_jax.pipeline.report import CompressionReport
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
-from qmoe_jax.pipeline.schedule import Finished, kernel_reads, make_schedule
+from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -82,7 +82,7 @@ def compress(
       separate_evaluation: load the output again and evaluate it on the validation tokens.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
-      **changes: single fields of `pipeline.settings.CompressionSettings`, as `grid="2bit"`.
+      **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
 
     Returns:
       A report per kernel and in total.
@@ -105,14 +105,7 @@ def compress(
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
     devices, processes = Devices.local(num_devices), Processes()
-    source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
-    config = read_config(source)
-    if needed := cache_bytes(source, config, chosen.expert_batch * len(devices)):
-        source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
-    chosen.check_layers(config.sparse_layers)
-    for layer in config.sparse_layers:
-        for num_in in (config.embed_dim, config.expert_mlp_dim):
-            num_groups(num_in, chosen.for_layer(*layer).group_size)
+    source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config)[slice(num_examples)]
@@ -136,21 +129,9 @@ def compress(
         if processes.count > 1:
             work = os.path.join(work, f"process_{processes.index}")
         journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
-        finished = journal.finished()
-        if progress and (finished.layers or finished.batches):
-            print(
-                f"Resuming: {len(finished.layers)} finished layers and {len(finished.batches)} "
-                "finished expert batches are there already."
-            )
         processes.barrier("output claimed")
         run = Run(source, config, chosen, writer, journal, devices, processes, bar)
-        schedule = make_schedule(
-            config.sparse_layers,
-            chosen,
-            num_experts=config.num_experts,
-            batch_size=run.batch_size,
-            finished=[Finished.from_json(own) for own in processes.gather_json(finished.to_json())],
-        )
+        schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
         reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
         run_log = RunLog(log)
@@ -171,6 +152,38 @@ def compress(
     if processes.is_primary:
         run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})
     return report
+
+
+def _open(
+    checkpoint: PathLike, settings: CompressionSettings, devices: Devices
+) -> tuple[T5XCheckpoint, SwitchConfig]:
+    """Open the source, and refuse settings that do not fit it."""
+    source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
+    config = read_config(source)
+    if needed := cache_bytes(source, config, settings.expert_batch * len(devices)):
+        source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
+    settings.check_layers(config.sparse_layers)
+    for layer in config.sparse_layers:
+        for num_in in (config.embed_dim, config.expert_mlp_dim):
+            num_groups(num_in, settings.for_layer(*layer).group_size)
+    return source, config
+
+
+def _schedule(run: Run, *, tell: bool) -> tuple[LayerSchedule, ...]:
+    """Schedule the run after what all processes have finished; each says what it goes on from."""
+    finished = run.journal.finished()
+    if tell and (finished.layers or finished.batches):
+        print(
+            f"Resuming: {len(finished.layers)} finished layers and {len(finished.batches)} "
+            "finished expert batches are there already."
+        )
+    return make_schedule(
+        run.config.sparse_layers,
+        run.settings,
+        num_experts=run.config.num_experts,
+        batch_size=run.batch_size,
+        finished=[Finished.from_json(own) for own in run.processes.gather_json(finished.to_json())],
+    )
 
 
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
