@@ -11,7 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "qmoe_jax"
 
 # In the order of the data flow; a module imports only from its own layer and those before it.
 LAYERS = (
-    ("errors", "atomic_file", "config", "formatting", "host_threads", "resources", "run_folder"),
+    (
+        "errors",
+        "atomic_file",
+        "config",
+        "formatting",
+        "host_threads",
+        "outputs",
+        "resources",
+        "run_folder",
+    ),
     ("codec",),
     ("checkpoints",),
     ("quantization",),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.outputs import FolderKind, OutputFolder, check_no_input
 
 # The checksum of a process's part of each array: name -> [stop, sha256].
 Checksums = dict[str, list[Any]]
@@ -41,50 +43,51 @@ class CompressedCheckpointWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, is_primary: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+        is_primary: bool = True,
     ):
         """Claim `path`.
 
         Args:
           path: local folder or gs:// prefix, which becomes the checkpoint.
-          overwrite: replace what is there, once the new checkpoint is whole.
+          overwrite: replace a compressed checkpoint that is there, once the new one is whole.
+          inputs: what the new one is made from; never replaced.
           is_primary: False for all but one of the processes that write one checkpoint.
 
         Raises:
-          CheckpointError: something is there and `overwrite` is not set.
+          CheckpointError: something is there and `overwrite` is not set, or it is no compressed
+            checkpoint, holds other files too, or is or holds an input.
         """
-        final = Folder(kvstore_spec(path), make_context(cache_bytes=0))
-        self._local = final.spec["driver"] == "file"
-        self._final_path = final.spec["path"].rstrip("/")
-        occupied = (
-            os.path.lexists(self._final_path)
-            if self._local
-            else final.read("manifest.json") is not None
-        )
-        if occupied and not overwrite and is_primary:
-            raise CheckpointError(
-                f"{final.url} exists already; choose another output, or pass overwrite=True to "
-                "replace it"
+        self.folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+        self._output: OutputFolder | None = None
+        if self.folder.spec["driver"] == "file":
+            self._output = OutputFolder(
+                self.folder.spec["path"],
+                _KIND,
+                inputs=inputs,
+                overwrite=overwrite or not is_primary,  # the primary refuses for all
             )
-        self.folder = final
-        if self._local:
-            self.folder = Folder(kvstore_spec(self._partial_path), final.context)
-            try:
-                os.makedirs(self._partial_path, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"cannot write to {self._partial_path}: {error}") from error
+            self._output.begin(anew=False)
+            self.folder = Folder(kvstore_spec(self._output.partial), self.folder.context)
+        elif is_primary:
+            check_no_input(self.folder.url, inputs)
+            if self.folder.read("manifest.json") is not None and not overwrite:
+                raise CheckpointError(
+                    f"{self.folder.url} exists already; choose another output, or pass "
+                    "overwrite=True to replace it"
+                )
         self._dense: dict[str, dict[str, Any]] = {}
         self._coded: dict[str, dict[str, Any]] = {}
         self._outlines: dict[str, CodedOutline] = {}
 
     @property
-    def _partial_path(self) -> str:
-        return self._final_path + ".partial"
-
-    @property
     def work_folder(self) -> str | None:
         """Folder for work that is worth keeping until `finish`, which removes it; None on gs://."""
-        return os.path.join(self._partial_path, "work") if self._local else None
+        return None if self._output is None else os.fspath(self._output.partial / _WORK)
 
     def write_dense(self, name: str, array: np.ndarray) -> None:
         """Write a parameter as it is, under its '/'-joined name."""
@@ -225,14 +228,25 @@ class CompressedCheckpointWriter:
                 f"cannot write {self.folder.url}/manifest.json: {short_message(error)}. "
                 "Check free space and permissions, then run again."
             ) from error
-        if self._local:
-            shutil.rmtree(os.path.join(self._partial_path, "work"), ignore_errors=True)
-            previous = self._final_path + ".previous"
-            if os.path.lexists(self._final_path):
-                shutil.rmtree(previous, ignore_errors=True)
-                os.rename(self._final_path, previous)
-            os.rename(self._partial_path, self._final_path)
-            shutil.rmtree(previous, ignore_errors=True)
+        if self._output is not None:
+            shutil.rmtree(self._output.partial / _WORK, ignore_errors=True)
+            self._output.finish()
+
+
+def _is_compressed(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+_WORK = "work"
+_KIND = FolderKind(
+    "a compressed checkpoint",
+    lambda name: name in ("manifest.json", "dense", "coded", _WORK),
+    _is_compressed,
+)
 
 
 def _dense_file(name: str) -> str:

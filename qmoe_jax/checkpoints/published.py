@@ -16,7 +16,6 @@ only how they are laid out. Source: `sub1.py` and `sub1_cuda_kernel.cu` of the Q
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,6 +38,7 @@ from qmoe_jax.codec.tensor import (
 )
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CodecError
+from qmoe_jax.outputs import FolderKind, OutputFolder
 
 _CODING = "qmoe"
 _KERNELS = ("wi", "wo")
@@ -49,6 +49,26 @@ _MOST_LISTED = 4
 
 def _expert_file(index: int) -> str:
     return f"exp{index:02d}.pt"
+
+
+# In the config.json of what `export_published` writes, which it may therefore replace; a model from
+# elsewhere lacks it.
+_MARK = {"written_by": "qmoe_jax"}
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+    try:
+        fields = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.items() >= _MARK.items()
+
+
+_KIND = FolderKind(
+    "a model that this package exported",
+    lambda name: re.fullmatch(r"config\.json|(noexp|sizes|exp\d+)\.pt", name) is not None,
+    _is_ours,
+)
 
 
 # --- Import ---
@@ -81,7 +101,7 @@ def import_published(
     layers = published_names.sparse_layers(config)
     _check_expert_files(folder, len(layers))
     sizes = _read_sizes(folder, config)
-    writer = CompressedCheckpointWriter(output, overwrite=overwrite)
+    writer = CompressedCheckpointWriter(output, overwrite=overwrite, inputs=[path])
     for name, array in _read_dense(folder, config).items():
         writer.write_dense(name, array)
     for index, (stack, layer) in enumerate(
@@ -274,16 +294,11 @@ def export_published(
     config = source.config
     fields = published_config.config_to_hf(config)
     _check_exportable(source)
-    final = pathlib.Path(output).expanduser()
-    if os.path.lexists(final) and not overwrite:
-        raise CheckpointError(
-            f"{final} exists already; choose another output, or pass overwrite=True to replace it"
-        )
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder = OutputFolder(output, _KIND, inputs=[checkpoint], overwrite=overwrite)
+    folder.begin(anew=True)
+    partial = folder.partial
     try:
-        content = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        content = json.dumps(fields | _MARK, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(content)
         published_files.save(partial / "noexp.pt", _dense_to_hf(source))
         sizes: dict[str, int] = {}
@@ -301,13 +316,10 @@ def export_published(
                     tensors |= {f"{module}.{part}": array for part, array in parts.items()}
             published_files.save(partial / _expert_file(index), tensors)
         published_files.save(partial / "sizes.pt", sizes)
-        if final.is_symlink() or final.is_file():
-            final.unlink()
-        elif final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.finish()
+    except BaseException:
+        folder.discard()
+        raise
 
 
 def _check_exportable(source: CompressedCheckpoint) -> None:

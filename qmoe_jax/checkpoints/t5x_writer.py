@@ -5,7 +5,6 @@ the layout, and reads it.
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,14 @@ from flax import serialization
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.storage import short_message
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.outputs import FolderKind, OutputFolder
 
 _VERSION = 3
+_KIND = FolderKind(
+    "a T5X checkpoint",
+    lambda name: name == "checkpoint" or name.startswith("target."),
+    lambda folder: (folder / "checkpoint").is_file(),
+)
 _CHUNK_BYTES = 1 << 24
 _DTYPES = {"float32": ("<f4", 4), "bfloat16": ("bfloat16", 2)}  # zarr's name, bytes
 
@@ -42,19 +47,13 @@ class T5XCheckpointWriter:
             raise CheckpointError(f"{folder} is no local folder; write to one and copy it there")
         if step < 0:
             raise CheckpointError(f"step is {step}; a training step is at least 0")
-        self.path = Path(folder).expanduser().absolute() / f"checkpoint_{step}"
-        if os.path.lexists(self.path):
-            raise CheckpointError(f"{self.path} exists already; choose another folder or step")
+        path = Path(folder).expanduser().absolute() / f"checkpoint_{step}"
+        if os.path.lexists(path):
+            raise CheckpointError(f"{path} exists already; choose another folder or step")
         self._step = step
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        try:
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot create {self._partial}: {error.strerror}; choose a folder that can be "
-                "written"
-            ) from error
+        self._folder = OutputFolder(path, _KIND)
+        self._folder.begin(anew=True)
+        self.path, self._partial = self._folder.path, self._folder.partial
         self._specs: dict[str, dict[str, Any]] = {}
         self._arrays: dict[str, ts.TensorStore] = {}
 
@@ -129,12 +128,11 @@ class T5XCheckpointWriter:
         self._checked(
             "the msgpack file", lambda: (self._partial / "checkpoint").write_bytes(content)
         )
-        self._checked("the checkpoint", lambda: os.rename(self._partial, self.path))
-        return self.path
+        return self._folder.finish()
 
     def discard(self) -> None:
         """Delete what was written, for a caller that cannot finish."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._folder.discard()
 
     def _checked(self, name: str, action: Any) -> Any:
         try:

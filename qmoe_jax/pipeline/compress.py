@@ -120,7 +120,10 @@ def compress(
     bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
-            output, overwrite=overwrite, is_primary=processes.is_primary
+            output,
+            overwrite=overwrite,
+            inputs=_paths(checkpoint, tokens, validation_tokens),
+            is_primary=processes.is_primary,
         )
         work = writer.work_folder if work_dir is None else os.fspath(work_dir)
         if work is None:
@@ -183,6 +186,10 @@ def _schedule(run: Run, *, tell: bool) -> tuple[LayerSchedule, ...]:
         batch_size=run.batch_size,
         finished=[Finished.from_json(own) for own in run.processes.gather_json(finished.to_json())],
     )
+
+
+def _paths(*given: PathLike | TokenFile | None) -> list[PathLike]:
+    return [path for path in given if isinstance(path, str | os.PathLike)]
 
 
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
