@@ -15,6 +15,7 @@ from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
 
 _SETTINGS = "run.json"
+_MARK = "qmoe_jax_run"  # tells our file from others of that name
 _MAX_NAMED = 8
 
 
@@ -22,14 +23,20 @@ class RunFolder:
     """Claims a folder for a run with these settings; a context manager that lets it go again."""
 
     def __init__(
-        self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, discard: bool = False
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        *,
+        discard: bool = False,
+        results: str = "shard_*.npz",
     ):
         """Make the folder or go on in it.
 
         Args:
           path: the folder.
           settings: what determines the results, JSON; kept in `run.json`.
-          discard: where the folder belongs to other settings, throw its `.npz` files away.
+          discard: throw away what an earlier run of ours left: the files that match `results`.
+          results: pattern of the names of the files that hold results.
 
         Raises:
           CheckpointError: another process holds the folder, it belongs to a run with other
@@ -44,29 +51,39 @@ class RunFolder:
             ) from error
         self._lock = lock_folder(self.path, ".lock", what=f"working in {self.path}")
         try:
-            self._claim(json.loads(json.dumps(settings)), discard)
+            self._claim(json.loads(json.dumps(settings)), results if discard else None)
         except BaseException:
             self.close()
             raise
 
-    def _claim(self, settings: dict[str, Any], discard: bool) -> None:
+    def _claim(self, settings: dict[str, Any], discarded: str | None) -> None:
         file = self.path / _SETTINGS
         if file.exists():
-            try:
-                previous = json.loads(file.read_bytes())
-            except ValueError:
-                previous = {}
-            if previous == settings:
+            previous = self._previous(file)
+            if discarded is not None:
+                for path in self.path.glob(discarded):
+                    path.unlink()
+            elif previous == settings:
                 return
-            if not discard:
+            else:
                 raise CheckpointError(
                     f"{self.path} holds a run with other settings "
                     f"({difference(previous, settings)}). Use the same settings, choose another "
                     "output, or pass overwrite=True to throw it away."
                 )
-            for path in self.path.glob("*.npz"):
-                path.unlink()
-        write_atomically(file, json.dumps(settings, indent=1, sort_keys=True).encode())
+        content = json.dumps({_MARK: settings}, indent=1, sort_keys=True)
+        write_atomically(file, content.encode())
+
+    @staticmethod
+    def _previous(file: Path) -> dict[str, Any]:
+        """Read the settings of the run that the folder belongs to."""
+        try:
+            return dict(json.loads(file.read_bytes())[_MARK])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{file} is not that of a run of qmoe_jax, or is damaged; it stays as it is. "
+                "Choose another output, or remove it yourself."
+            ) from error
 
     def close(self) -> None:
         """Let other processes in."""

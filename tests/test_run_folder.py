@@ -12,16 +12,18 @@ from qmoe_jax.run_folder import RunFolder, difference
 def test_the_same_settings_go_on_and_others_are_refused(tmp_path):
     settings = {"model": {"path": "a", "step": 3}, "seed": 0}
     with RunFolder(tmp_path / "run", settings) as folder:
-        write_atomically(folder.path / "part.npz", b"part")
+        write_atomically(folder.path / "shard_0.npz", b"part")
+        write_atomically(folder.path / "mine.npz", b"mine")
     with RunFolder(tmp_path / "run", settings):
         pass
     other = {"model": {"path": "a", "step": 4}, "seed": 0}
     for _ in range(2):  # a refusal lets go of the lock
         with pytest.raises(CheckpointError, match=r"other settings \(model\.step: 3 became 4\)"):
             RunFolder(tmp_path / "run", other)
-    assert (tmp_path / "run" / "part.npz").read_bytes() == b"part"
+    assert (tmp_path / "run" / "shard_0.npz").read_bytes() == b"part"
     with RunFolder(tmp_path / "run", other, discard=True) as folder:
-        assert not list(folder.path.glob("*.npz"))
+        # What no run of ours made is not deleted.
+        assert [path.name for path in folder.path.glob("*.npz")] == ["mine.npz"]
     with RunFolder(tmp_path / "run", other):
         pass
 
@@ -35,10 +37,22 @@ def test_one_process_at_a_time(tmp_path):
     RunFolder(tmp_path, {}).close()
 
 
-def test_damaged_settings_are_other_settings(tmp_path):
-    (tmp_path / "run.json").write_text('{"seed": ')
-    with pytest.raises(CheckpointError, match="seed: None became 0"):
-        RunFolder(tmp_path, {"seed": 0})
+def test_discard_throws_equal_settings_away_too(tmp_path):
+    with RunFolder(tmp_path, {"seed": 0}) as folder:
+        write_atomically(folder.path / "shard_0.npz", b"part")
+    with RunFolder(tmp_path, {"seed": 0}) as folder:
+        assert (folder.path / "shard_0.npz").exists()
+    with RunFolder(tmp_path, {"seed": 0}, discard=True) as folder:
+        assert not (folder.path / "shard_0.npz").exists()
+
+
+@pytest.mark.parametrize("content", ['{"seed": ', '{"seed": 0}', "[]", "3"])
+@pytest.mark.parametrize("discard", [False, True])
+def test_settings_that_are_not_ours_are_refused_and_stay(tmp_path, content, discard):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is not that of a run of qmoe_jax"):
+        RunFolder(tmp_path, {"seed": 0}, discard=discard)
+    assert (tmp_path / "run.json").read_text() == content
 
 
 def test_what_cannot_be_written(tmp_path):

@@ -117,6 +117,21 @@ class TokenFile:
         num_examples = len(arrays["encoder_input_tokens"])
         return TokenFile(TokenBatch(**arrays, num_real=num_examples), self.metadata)
 
+    def first(self, num_examples: int | None) -> "TokenFile":
+        """Return the first so many examples; all where None.
+
+        Raises:
+          TokensError: fewer than 1 are asked for, or more than there are.
+        """
+        if num_examples is None:
+            return self
+        if type(num_examples) is not int or not 1 <= num_examples <= len(self):
+            raise TokensError(
+                f"num_examples is {num_examples!r}, but there are {len(self)} examples; give an "
+                "integer from 1 to that, or None for all, or make a larger token file"
+            )
+        return self[:num_examples]
+
     def batches(self, batch_size: int) -> Iterator[TokenBatch]:
         """Yield batches of exactly `batch_size` rows, so that one compilation serves all.
 

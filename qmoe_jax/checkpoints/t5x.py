@@ -11,6 +11,7 @@ import tensorstore as ts
 from jaxtyping import DTypeLike, Float
 
 from qmoe_jax.checkpoints import names as parameter_names
+from qmoe_jax.checkpoints.fingerprint import fingerprint
 from qmoe_jax.checkpoints.layouts import ArrayLocation, CheckpointFiles, Layout, find_checkpoint
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
 from qmoe_jax.errors import CheckpointError
@@ -68,6 +69,7 @@ class T5XCheckpoint:
 
     def __init__(self, files: CheckpointFiles):
         """Open the arrays of a checkpoint; use `open_t5x_checkpoint`."""
+        self._folder = files.folder
         self.url = files.folder.url
         self.layout = files.layout
         self.names = tuple(sorted(files.parameters))
@@ -78,6 +80,14 @@ class T5XCheckpoint:
             name: _finish_open(f"parameter {name}", self._locations[name], future)
             for name, future in opening.items()
         }
+        # Where the array says what an absent chunk stands for, absent chunks are no damage.
+        reopening = {
+            name: _start_open(self._locations[name], context, fill=True)
+            for name, array in self._arrays.items()
+            if array.fill_value is not None
+        }
+        for name, future in reopening.items():
+            self._arrays[name] = _finish_open(f"parameter {name}", self._locations[name], future)
         for name in self.names:
             _check_metadata(name, self._locations[name], self._arrays[name])
         self.shapes = MappingProxyType({n: tuple(a.shape) for n, a in self._arrays.items()})
@@ -90,6 +100,10 @@ class T5XCheckpoint:
 
     def __repr__(self) -> str:
         return f"T5XCheckpoint({self.url!r}, {self.layout}, {len(self.names)} parameters)"
+
+    def fingerprint(self) -> str:
+        """Digest names, sizes and times of its files, to tell whether it is still the same."""
+        return fingerprint(self._folder)
 
     def chunk_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the chunks a parameter is stored in: reading less costs as much as a chunk."""
@@ -185,12 +199,13 @@ class T5XCheckpoint:
         return values
 
 
-def _start_open(location: ArrayLocation, context: ts.Context) -> ts.Future:
+def _start_open(location: ArrayLocation, context: ts.Context, *, fill: bool = False) -> ts.Future:
     spec = {
         "driver": "zarr",
         "kvstore": location.kvstore,
-        # The default turns a missing chunk into zeros. T5X stores every chunk, zeros included.
-        "fill_missing_data_reads": False,
+        # Without a fill value (T5X writes none) every chunk is stored, zeros included: a missing
+        # one is damage, which TensorStore's default would turn into zeros.
+        "fill_missing_data_reads": fill,
         # A checkpoint does not change: never ask the storage whether a cached chunk is fresh.
         "recheck_cached_data": "open",
     }

@@ -79,7 +79,7 @@ def _tokens(
         if arguments.validation_tokens is not None:
             validation = read_tokens(arguments.validation_tokens, num_embeddings=embeddings)
         return TokenFacts.from_files(
-            calibration[slice(arguments.num_examples)],
+            calibration.first(arguments.num_examples),
             validation,
             premask_sentinels=settings.premask_sentinels,
         )

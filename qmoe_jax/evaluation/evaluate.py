@@ -94,8 +94,6 @@ def evaluate(
       ValueError: a setting out of its range.
     """
     checkpoints = name_checkpoints(checkpoint)
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"num_examples is {num_examples}; give 1 or more, or None for all")
     if batches_per_shard < 1:
         raise ValueError(f"batches_per_shard is {batches_per_shard}; give 1 or more")
     if output is not None and "://" in os.fspath(output):
@@ -109,12 +107,7 @@ def evaluate(
     else:
         tensorboard = check_tensorboard(tensorboard)
     token_file = tokens if isinstance(tokens, TokenFile) else read_tokens(tokens)
-    if num_examples is not None and num_examples > len(token_file):
-        raise TokensError(
-            f"num_examples is {num_examples}, but there are {len(token_file)} examples; ask for "
-            "fewer, or make a larger token file"
-        )
-    token_file = token_file[:num_examples]
+    token_file = token_file.first(num_examples)
     batches = list(token_file.batches(batch_size))
     description = {
         "num_examples": len(token_file),
@@ -237,6 +230,7 @@ def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
         native = open_t5x_checkpoint(path)
         config = read_config(native)
         identity["step"] = native.step
+        identity["fingerprint"] = native.fingerprint()
     size = tokens.metadata.vocabulary_size
     if size > config.num_embeddings:
         raise TokensError(

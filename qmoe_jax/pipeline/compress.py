@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
+from qmoe_jax.checkpoints.compressed import FORMAT_VERSION
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
@@ -107,7 +108,7 @@ def compress(
     source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
     if tokens is not None:
-        calibration = _load_tokens(tokens, config)[slice(num_examples)]
+        calibration = _load_tokens(tokens, config).first(num_examples)
         if validation_tokens is not None:
             validation = _load_tokens(validation_tokens, config)
         samples = Samples.build(
@@ -240,12 +241,17 @@ def _determining_facts(
         "checkpoint": {
             "url": source.url,
             "step": source.step,
+            "fingerprint": source.fingerprint(),
             "dtypes": {name: dtype.name for name, dtype in source.dtypes.items()},
         },
         "config": config.to_json(),
         "settings": settings.to_json(),
         "tokens": tokens,
-        "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
+        "versions": {
+            "qmoe_jax": qmoe_jax.__version__,
+            "jax": jax.__version__,
+            "format": FORMAT_VERSION,
+        },
         "device": jax.devices()[0].device_kind,
         "num_devices": len(devices),
         "num_processes": processes.count,

@@ -49,8 +49,7 @@ def token_file_task(
     Raises:
       TokensError: the file is missing or damaged.
     """
-    file = read_tokens(path)
-    file = file if num_examples is None else file[:num_examples]
+    file = read_tokens(path).first(num_examples)
     vocabulary = vocabulary or token_file_vocabulary(path)
     feature = seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)
     if name in seqio.TaskRegistry.names():
