@@ -245,10 +245,7 @@ def _bits_per_weight(path: PathLike) -> float | None:
     if not is_compressed_checkpoint(path):
         return None
     checkpoint = open_compressed_checkpoint(path)
-    weights = sum(
-        spec.num_experts * spec.out_features * spec.in_features
-        for spec in checkpoint.specs.values()
-    )
+    weights = sum(spec.num_experts * spec.rows * spec.width for spec in checkpoint.specs.values())
     return 8 * checkpoint.num_bytes()["coded"] / weights
 
 
