@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, check_manifest
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
 from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
-
-FORMAT = "qmoe_jax"
-FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,8 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
     """Open a compressed checkpoint, local or gs://, by reading its manifest.
 
     Raises:
-      CheckpointError: no manifest, a damaged one, or one of another format version.
+      CheckpointError: no manifest, a damaged one, one that contradicts its geometry, or one of
+        another format version.
     """
     folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
     content = folder.read("manifest.json")
@@ -116,32 +115,13 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
             f"{folder.url} has format {kind!r} version {version!r}; this version reads {FORMAT!r} "
             f"version {FORMAT_VERSION}. Use the qmoe_jax that wrote it, or compress again."
         )
-    config = _config(f"{folder.url}/manifest.json", manifest.get("config"))
-    try:
-        specs = {
-            name: TensorSpec.from_json(tensor["spec"]) for name, tensor in manifest["coded"].items()
-        }
-        return CompressedCheckpoint(
-            url=folder.url,
-            config=config,
-            compression=manifest["compression"],
-            specs=specs,
-            dense_names=tuple(manifest["dense"]),
-            _folder=folder,
-            _manifest=manifest,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder.url}/manifest.json lacks or garbles {error}: it is damaged, copy it again"
-        ) from error
-
-
-def _config(where: str, fields: Any) -> SwitchConfig:
-    if not isinstance(fields, dict):
-        raise CheckpointError(
-            f"{where}: 'config' is {fields!r}, not an object: it is damaged, copy it again"
-        )
-    try:
-        return SwitchConfig.from_json(fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    config, specs = check_manifest(manifest, f"{folder.url}/manifest.json")
+    return CompressedCheckpoint(
+        url=folder.url,
+        config=config,
+        compression=manifest["compression"],
+        specs=specs,
+        dense_names=tuple(manifest["dense"]),
+        _folder=folder,
+        _manifest=manifest,
+    )

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from qmoe_jax.checkpoints.compressed import FORMAT, FORMAT_VERSION
 from qmoe_jax.checkpoints.compressed_parts import read_experts
+from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, coded_file, dense_file
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
 from qmoe_jax.checkpoints.stored_arrays import (
     ArrayPartWriter,
@@ -91,21 +91,21 @@ class CompressedCheckpointWriter:
 
     def write_dense(self, name: str, array: np.ndarray) -> None:
         """Write a parameter as it is, under its '/'-joined name."""
-        self._dense[name] = write_array(self.folder, _dense_file(name), array)
+        self._dense[name] = write_array(self.folder, dense_file(name), array)
 
     def create_dense(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Make room for a parameter whose parts follow; by one process, before the others."""
-        create_array(self.folder, _dense_file(name), dtype, shape)
+        create_array(self.folder, dense_file(name), dtype, shape)
 
     def dense_part(self, name: str, start: int) -> ArrayPartWriter:
         """Write a created parameter from an index of its first axis on."""
-        return ArrayPartWriter(self.folder, _dense_file(name), start)
+        return ArrayPartWriter(self.folder, dense_file(name), start)
 
     def register_dense(
         self, name: str, dtype: str, shape: Sequence[int], checksums: Sequence[Sequence[Any]]
     ) -> None:
         """Make a written parameter known to the manifest, by [stop, sha256] of its parts."""
-        self._dense[name] = array_entry(_dense_file(name), dtype, shape, _rising(list(checksums)))
+        self._dense[name] = array_entry(dense_file(name), dtype, shape, _rising(list(checksums)))
 
     def write_coded(self, name: str, coded: CodedTensor) -> None:
         """Write the arrays of a coded expert kernel, under its module path (`.../expert/wi`)."""
@@ -116,7 +116,7 @@ class CompressedCheckpointWriter:
     def create_coded(self, name: str, outline: CodedOutline) -> None:
         """Make room for a coded kernel whose parts follow; by one process, before the others."""
         for key, dtype in outline.dtypes.items():
-            create_array(self.folder, _file(name, key), dtype, outline.shape(key))
+            create_array(self.folder, coded_file(name, key), dtype, outline.shape(key))
 
     def write_coded_part(
         self, name: str, outline: CodedOutline, first_expert: int, batches: Iterable[CodedTensor]
@@ -133,7 +133,9 @@ class CompressedCheckpointWriter:
           What `register_coded` needs to know of this part.
         """
         writers = {
-            key: ArrayPartWriter(self.folder, _file(name, key), outline.start(key, first_expert))
+            key: ArrayPartWriter(
+                self.folder, coded_file(name, key), outline.start(key, first_expert)
+            )
             for key in outline.dtypes
             if key != "expert_offsets"
         }
@@ -151,7 +153,7 @@ class CompressedCheckpointWriter:
         checksums = {key: [outline.start(key, stop), w.close()] for key, w in writers.items()}
         if first_expert == 0 and "expert_offsets" in outline.dtypes:
             offsets = outline.expert_offsets()
-            entry = write_array(self.folder, _file(name, "expert_offsets"), offsets)
+            entry = write_array(self.folder, coded_file(name, "expert_offsets"), offsets)
             checksums["expert_offsets"] = entry["checksums"][0]
         return checksums
 
@@ -170,7 +172,7 @@ class CompressedCheckpointWriter:
             "spec": outline.spec.to_json(),
             "arrays": {
                 key: array_entry(
-                    _file(name, key),
+                    coded_file(name, key),
                     dtype,
                     outline.shape(key),
                     # Without the parts that are empty: a process without experts has none.
@@ -247,14 +249,6 @@ _KIND = FolderKind(
     lambda name: name in ("manifest.json", "dense", "coded", _WORK),
     _is_compressed,
 )
-
-
-def _dense_file(name: str) -> str:
-    return f"dense/{name.replace('/', '.')}"
-
-
-def _file(kernel: str, array: str) -> str:
-    return f"coded/{kernel.replace('/', '.')}/{array}"
 
 
 def _rising(checksums: list[Sequence[Any]]) -> list[Sequence[Any]]:

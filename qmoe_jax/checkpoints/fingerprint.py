@@ -12,8 +12,8 @@ import tensorstore as ts
 from qmoe_jax.checkpoints.storage import Folder, short_message
 from qmoe_jax.errors import CheckpointError
 
-# Of a checkpoint on gs://, where no size or time is to be had without reading: the generation, which
-# changes with every write, of the small files that are written with each array.
+# Of a checkpoint on gs://, where no size or time is to be had without reading: the generation,
+# which changes with every write, of the small files that are written with each array.
 _METADATA = (".zarray", "checkpoint", "_METADATA", "manifest.ocdbt", "manifest.json")
 
 

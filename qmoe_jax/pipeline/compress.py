@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
-from qmoe_jax.checkpoints.compressed import FORMAT_VERSION
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
+from qmoe_jax.checkpoints.manifest import FORMAT_VERSION
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig

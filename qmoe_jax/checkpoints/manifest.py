@@ -1,0 +1,175 @@
+"""The manifest of a compressed checkpoint: what it says is held against the geometry that it gives.
+
+Nothing is loaded by a manifest that contradicts itself: a missing or misplaced kernel is named when
+the checkpoint is opened, and not by a model that computes something else.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import TensorSpec
+from qmoe_jax.config import SwitchConfig
+from qmoe_jax.errors import CheckpointError, CodecError
+
+FORMAT = "qmoe_jax"
+FORMAT_VERSION = 2
+
+_ENTRY_KEYS = {"file", "dtype", "shape", "checksums"}
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def dense_file(name: str) -> str:
+    """Name the array of a parameter that is kept as it is."""
+    return f"dense/{name.replace('/', '.')}"
+
+
+def coded_file(kernel: str, array: str) -> str:
+    """Name an array of a coded expert kernel."""
+    return f"coded/{kernel.replace('/', '.')}/{array}"
+
+
+def check_manifest(
+    manifest: Mapping[str, Any], where: str
+) -> tuple[SwitchConfig, dict[str, TensorSpec]]:
+    """Check a manifest; return its config and the spec of every coded kernel.
+
+    Args:
+      manifest: as JSON gives it, its format and version checked.
+      where: what messages call it.
+
+    Raises:
+      CheckpointError: it lacks something, or contradicts itself.
+    """
+    try:
+        config = _config(manifest.get("config"))
+        dense, coded = (_object(manifest.get(key), key) for key in ("dense", "coded"))
+        _object(manifest.get("compression"), "compression")
+        shapes = parameter_shapes(config)
+        _check_names(dense, coded, shapes)
+        for name, entry in dense.items():
+            _check_entry(name, entry, dense_file(name))
+            _require(
+                tuple(entry["shape"]) == shapes[name],
+                f"{name} has shape {entry['shape']}, but its config implies {list(shapes[name])}",
+            )
+        specs = {kernel: _check_coded(kernel, coded[kernel], shapes) for kernel in coded}
+    except (CheckpointError, CodecError) as error:
+        raise CheckpointError(
+            f"{where}: {str(error).rstrip('.')}. It is damaged: copy the checkpoint again, or "
+            "compress again."
+        ) from error
+    return config, specs
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
+
+
+def _object(value: Any, key: str) -> dict[str, Any]:
+    _require(isinstance(value, dict), f"{key!r} is {value!r:.60}, not an object")
+    return value
+
+
+def _config(fields: Any) -> SwitchConfig:
+    return SwitchConfig.from_json(_object(fields, "config"))
+
+
+def _check_names(
+    dense: Mapping[str, Any], coded: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> None:
+    """Every parameter of the geometry is there once, dense or (expert kernels) as codes."""
+    kernels = {f"{kernel}/kernel" for kernel in coded}
+    _require(
+        all(name in shapes and names.is_expert_kernel(name) for name in kernels),
+        f"{_first(n for n in kernels if n not in shapes or not names.is_expert_kernel(n))} is "
+        "coded, but is no expert kernel of its config",
+    )
+    found = kernels | dense.keys()
+    _require(not shapes.keys() - found, f"{_first(shapes.keys() - found)} is missing")
+    _require(
+        not found - shapes.keys(),
+        f"{_first(found - shapes.keys())} does not belong to its config",
+    )
+    both = kernels & dense.keys()
+    _require(not both, f"{_first(both)} is there twice, dense and coded")
+
+
+def _first(found: Any) -> str:
+    return min(found, default="")
+
+
+def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]) -> TensorSpec:
+    """Check the spec and the array entries of a coded kernel."""
+    tensor = _object(tensor, kernel)
+    spec = TensorSpec.from_json(_object(tensor.get("spec"), f"{kernel}/spec"))
+    num_experts, num_in, num_out = shapes[f"{kernel}/kernel"]
+    _require(
+        spec.num_experts == num_experts,
+        f"{kernel} has {spec.num_experts} experts, but its config {num_experts}",
+    )
+    _require(
+        num_in % spec.width == 0 and spec.rows == num_out * (num_in // spec.width),
+        f"{kernel} has {spec.rows} rows of {spec.width} weights, but its config implies "
+        f"{num_out} output features of {num_in}",
+    )
+    arrays = _object(tensor.get("arrays"), f"{kernel}/arrays")
+    wanted = set(get_coding(spec.coding).array_names)
+    _require(
+        arrays.keys() == wanted,
+        f"{kernel} has the arrays {sorted(arrays)}; {spec.coding!r} requires {sorted(wanted)}",
+    )
+    for key, entry in arrays.items():
+        _check_entry(f"{kernel}/{key}", entry, coded_file(kernel, key))
+    return spec
+
+
+def _check_entry(what: str, entry: Any, file: str) -> None:
+    """Check what an array's entry says, but for what only its file can tell."""
+    entry = _object(entry, what)
+    _require(entry.keys() == _ENTRY_KEYS, f"{what} has {sorted(entry)}, not {sorted(_ENTRY_KEYS)}")
+    # Two kernels whose entries changed places would load, and compute something else.
+    _require(entry["file"] == file, f"{what} lies in {entry['file']!r}, but belongs in {file!r}")
+    _require(_is_dtype(entry["dtype"]), f"{what} has the dtype {entry['dtype']!r}")
+    shape = entry["shape"]
+    _require(
+        isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape),
+        f"{what} has the shape {shape!r}",
+    )
+    _require(math.prod(shape) < 2**60, f"{what} has the shape {shape}, which no memory holds")
+    checksums = entry["checksums"]
+    well_formed = (
+        isinstance(checksums, list)
+        and len(checksums) > 0
+        and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and type(pair[0]) is int
+            and isinstance(pair[1], str)
+            and _SHA256.fullmatch(pair[1])
+            for pair in checksums
+        )
+    )
+    _require(well_formed, f"{what} has the checksums {checksums!r:.80}")
+    stops = [pair[0] for pair in checksums]
+    length = shape[0] if shape else 1
+    _require(
+        stops == sorted(set(stops)) and stops[0] >= 0 and stops[-1] == length,
+        f"the checksums of {what} end at {stops}, but it has {length} entries",
+    )
+
+
+def _is_dtype(name: Any) -> bool:
+    if name == "bfloat16":
+        return True
+    try:
+        return isinstance(name, str) and np.dtype(name).name == name
+    except TypeError:
+        return False
