@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from qmoe_jax.formatting import format_memory
 from qmoe_jax.generation.text import Filled, fill_blanks
 from qmoe_jax.pipeline.host_memory import peak_host_bytes
 
@@ -89,9 +90,9 @@ class Speed:
 
 def memory() -> str:
     """Peak memory of the process, and of devices that count theirs."""
-    parts = [f"peak memory {peak_host_bytes() / 2**20:,.0f} MiB on the host"]
+    parts = [f"peak memory {format_memory(peak_host_bytes())} on the host"]
     for device in jax.local_devices():
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         if peak is not None:
-            parts.append(f"{peak / 2**20:,.0f} MiB on {device.device_kind} {device.id}")
+            parts.append(f"{format_memory(peak)} on {device.device_kind} {device.id}")
     return ", ".join(parts)

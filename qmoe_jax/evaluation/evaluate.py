@@ -118,7 +118,7 @@ def evaluate(
     batches = list(token_file.batches(batch_size))
     description = {
         "num_examples": len(token_file),
-        "sha256": _digest(token_file),
+        "sha256": token_file.sha256(),
         **dataclasses.asdict(token_file.metadata),
     }
     settings = {
@@ -251,15 +251,5 @@ def _bits_per_weight(path: PathLike) -> float | None:
     if not is_compressed_checkpoint(path):
         return None
     checkpoint = open_compressed_checkpoint(path)
-    weights = sum(
-        spec.num_experts * spec.out_features * spec.in_features
-        for spec in checkpoint.specs.values()
-    )
+    weights = sum(spec.num_weights for spec in checkpoint.specs.values())
     return 8 * checkpoint.num_bytes()["coded"] / weights
-
-
-def _digest(tokens: TokenFile) -> str:
-    digest = hashlib.sha256()
-    for array in tokens.tokens.arrays().values():
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from qmoe_jax.calibration.sample_batches import padded_length
 from qmoe_jax.calibration.tokens import TokenFile
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape, parameter_shapes
@@ -20,11 +21,6 @@ from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.planning.public_checkpoints import PublicCheckpoint
 from qmoe_jax.quantization.settings import CompressionSettings
-
-CACHE_BYTES = MAX_CACHE_BYTES
-"""Decoded chunks that a run keeps."""
-# As `sample_batches` pads lengths.
-_LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +98,7 @@ class ModelFacts:
         """
         kinds = {name.rsplit("/", 2)[-2]: name for name in self.expert_names}
         slabs = (math.prod(self._slab(n)) * item_bytes(self.dtypes[n]) for n in kinds.values())
-        cached = sum(slabs) <= CACHE_BYTES
+        cached = sum(slabs) <= MAX_CACHE_BYTES
         total = 0
         for name, shape in self.shapes.items():
             slab = self._slab(name)
@@ -194,7 +190,7 @@ class TokenFacts:
             {s: round(examples * mean) for s, mean in mean_lengths.items()},
             {s: round(num_calibration * mean) for s, mean in mean_lengths.items()},
             round(num_validation * mean_lengths["decoder"]),
-            {s: _padded(length, length) for s, length in file_lengths.items()},
+            {s: padded_length(length, length) for s, length in file_lengths.items()},
             dict(file_lengths),
             "mean lengths " + ", ".join(f"{s} {mean:g}" for s, mean in mean_lengths.items()),
         )
@@ -222,7 +218,7 @@ class TokenFacts:
             {s: int(n.sum()) for s, n in lengths.items()},
             {s: int(n.sum()) for s, n in enters.items()},
             int(lengths["decoder"][samples.num_calibration :].sum()),
-            {s: _padded(int(n.max()), widths[s]) for s, n in lengths.items()},
+            {s: padded_length(int(n.max()), widths[s]) for s, n in lengths.items()},
             widths,
             "token files",
         )
@@ -238,7 +234,3 @@ def check_tokens(tokens: TokenFacts, settings: CompressionSettings) -> None:
         raise TokensError('method="gptq" needs calibration examples; give some, or method="rtn"')
     if tokens.num_validation and not tokens.num_calibration:
         raise TokensError("validation examples without calibration examples; give both or neither")
-
-
-def _padded(longest: int, full_length: int) -> int:
-    return min(full_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)

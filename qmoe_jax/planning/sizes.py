@@ -18,7 +18,7 @@ from qmoe_jax.codec import codings, stats
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.quantization.groups import num_groups
+from qmoe_jax.quantization.groups import stored_shape
 from qmoe_jax.quantization.settings import CompressionSettings
 
 # Zero share of GPTQ's codes by (grid, embed_dim) of base-128, large-128 and c-2048, as the QMoE
@@ -136,8 +136,8 @@ def layer_bytes(
         return 0.0
     bits = 0.0
     for out, width in expert_kernel_shapes(config).values():
-        groups = num_groups(width, settings.group_size)  # stored as rows of their own
-        bits += _expert_bits(settings.coding, out * groups, width // groups, zeros[settings.grid])
+        rows, row_width = stored_shape(width, out, settings.group_size)
+        bits += _expert_bits(settings.coding, rows, row_width, zeros[settings.grid])
     return config.num_experts * bits / 8
 
 
@@ -154,10 +154,6 @@ class SampleBits:
     codes_per_weight: float
     per_row: float
     per_expert: float
-
-    def per_weight(self, out: int, width: int) -> float:
-        """Return stored bits of a weight in experts of that shape, codes taken as independent."""
-        return self.codes_per_weight + self.per_row / width + self.per_expert / (out * width)
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,9 +222,7 @@ def compressed_size(
         if names.is_expert_kernel(name) and names.layer_of(name) in coded:
             weights += math.prod(shape)
             continue
-        exact = name.endswith("/scale") or "/router/" in name
-        narrow = settings.dense_dtype == "bfloat16" and not exact
-        dense += math.prod(shape) * (2 if narrow else item_bytes(dtypes[name]))
+        dense += math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded.values()})),

@@ -145,7 +145,7 @@ def _dense_flops(model: ModelFacts, tokens: TokenFacts) -> int | float:
     )
 
 
-def seconds(
+def seconds_by_kind(
     model: ModelFacts,
     tokens: TokenFacts,
     settings: CompressionSettings,
@@ -183,5 +183,5 @@ def seconds(
 
 
 def total_seconds(parts: dict[str, float]) -> float:
-    """Return reading goes on beside everything else; the rest is one after the other."""
+    """Return the seconds of a run: it reads beside everything else; the rest is in turn."""
     return max(parts["read"], sum(parts.values()) - parts["read"])

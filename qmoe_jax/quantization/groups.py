@@ -27,6 +27,16 @@ def num_groups(num_in: int, group_size: int | None) -> int:
     return num_in // size
 
 
+def stored_shape(num_in: int, num_out: int, group_size: int | None) -> tuple[int, int]:
+    """Return (rows, width) of a kernel `[num_in, num_out]` as the codec stores it.
+
+    Raises:
+      ValueError: the group size does not divide the row.
+    """
+    groups = num_groups(num_in, group_size)
+    return num_out * groups, num_in // groups
+
+
 def fit_groups(
     grid: Grid, kernel: Float[Array, "in out"], group_size: int | None
 ) -> Float[Array, "groups out 2"]:
@@ -45,8 +55,8 @@ def rows_of_kernel(
 ) -> Shaped[Array, "*experts rows width"]:
     """From the Flax orientation to the rows of the codec: the one place where this is done."""
     *experts, num_in, num_out = values.shape
-    groups = num_groups(num_in, group_size)
-    return jnp.swapaxes(values, -1, -2).reshape(*experts, num_out * groups, num_in // groups)
+    rows = stored_shape(num_in, num_out, group_size)
+    return jnp.swapaxes(values, -1, -2).reshape(*experts, *rows)
 
 
 def kernel_of_rows(
