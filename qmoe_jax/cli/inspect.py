@@ -193,7 +193,7 @@ def _geometry_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _kernel_lines(report: Mapping[str, Any]) -> list[str]:
     heads = ("kernel", "coding", "zeros", "entropy", "codes", "levels", "lengths", "bits/weight")
-    rows = [(*heads, "of limit")]
+    rows: list[tuple[str, ...]] = [(*heads, "of limit")]
     for kernel in report["kernels"]:
         rows.append(_bits_row(kernel["name"], kernel["coding"], kernel["bits"]))
     rows.append(_bits_row("all experts", "", report["experts"]["bits"]))
