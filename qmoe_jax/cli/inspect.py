@@ -68,8 +68,8 @@ def _compressed(path: str | os.PathLike[str], progress: bool) -> dict[str, Any]:
                 "name": name,
                 "coding": coded.spec.coding,
                 "num_experts": coded.spec.num_experts,
-                "out_features": coded.spec.out_features,
-                "in_features": coded.spec.in_features,
+                "out_features": coded.spec.rows,
+                "in_features": coded.spec.width,
                 "bits": stats.bits(coded),
             }
         )
