@@ -1,10 +1,11 @@
 """Files that are there whole or not at all: written under another name, synced and renamed."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from qmoe_jax.errors import CheckpointError
 
@@ -32,6 +33,20 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_json(
+    path: str | os.PathLike[str], content: Any, *, indent: int = 1, sort_keys: bool = False
+) -> None:
+    """Write a file of indented JSON, as `open_atomically` does.
+
+    Raises:
+      OSError: it cannot be written.
+      TypeError: the content is no JSON; the old file stays.
+    """
+    text = json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n"
+    with open_atomically(path) as file:
+        file.write(text.encode())
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qmoe_jax.atomic_file import open_atomically
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
@@ -319,17 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         plan = plan_from_arguments(arguments)
         if arguments.json is not None:
-            _write_json(Path(arguments.json), plan)
+            write_json(arguments.json, plan.to_json())
     except (CheckpointError, TokensError, ValueError, OSError) as error:
         print(f"qmoe_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(format_plan(plan))
     return 1 if plan.problems else 0
-
-
-def _write_json(path: Path, plan: Plan) -> None:
-    with open_atomically(path) as file:
-        file.write((json.dumps(plan.to_json(), indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qmoe_jax.atomic_file import open_atomically
+from qmoe_jax import atomic_file
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_table
 from qmoe_jax.generation.text import Filled
@@ -134,7 +133,7 @@ def table(document: dict[str, Any]) -> str:
 
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Write the results atomically."""
-    _write(path, json.dumps(document, indent=1) + "\n")
+    atomic_file.write_json(path, document)
 
 
 def write_html(document: dict[str, Any], path: Path) -> None:
@@ -155,9 +154,7 @@ def write_html(document: dict[str, Any], path: Path) -> None:
         for row in document["models"]
     )
     image = base64.b64encode(_plots(document)).decode()
-    _write(
-        path,
-        f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
+    page = f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}
@@ -171,8 +168,9 @@ validation target tokens, {document["num_calibration_examples"]:,} calibration e
 <ul>{units}</ul>
 <img alt="Loss against bits, error and zeros per layer" src="data:image/png;base64,{image}">
 <h2>Filled blanks</h2>{samples}
-""",
-    )
+"""
+    with atomic_file.open_atomically(path) as file:
+        file.write(page.encode())
 
 
 def _plots(document: dict[str, Any]) -> bytes:
@@ -213,8 +211,3 @@ def _plots(document: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with open_atomically(path) as file:
-        file.write(text.encode())

@@ -47,9 +47,6 @@ REAL_OVER_INDEPENDENT = {
 _TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
 _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
 
-# The one array with codes of each coding; what else is indexed [experts, rows] costs by the row.
-_CODE_ARRAYS = ("words", "codewords", "packed")
-
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
 _PUBLISHED_ROW_BITS = 32 + 32  # an int32 offset, two bfloat16 levels
@@ -169,17 +166,18 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
     codes, levels = _independent_codes(coding, rows, width, zeros)
     coded = encode(codes, levels, coding)
-    bits = {name: 8 * array.nbytes for name, array in coded.arrays.items()}
-    by_row = sum(
-        bits[name]
-        for name, array in coded.arrays.items()
-        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and name not in _CODE_ARRAYS
-    )
-    in_codes = stats.bits(coded)["codes"]
+    in_codes = by_row = by_expert = 0
+    for name, array in coded.arrays.items():
+        if stats.array_kind(coding, name) == "codes":
+            in_codes += 8 * array.nbytes
+        elif array.shape[:2] == (_SAMPLE_EXPERTS, rows):
+            by_row += 8 * array.nbytes
+        else:
+            by_expert += 8 * array.nbytes
     return SampleBits(
         codes_per_weight=in_codes / codes.size,
         per_row=by_row / (_SAMPLE_EXPERTS * rows),
-        per_expert=(sum(bits.values()) - in_codes - by_row) / _SAMPLE_EXPERTS,
+        per_expert=by_expert / _SAMPLE_EXPERTS,
     )
 
 
