@@ -71,7 +71,7 @@ class ModelFacts:
         return [name for name in self.shapes if names.is_expert_kernel(name)]
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters in `experts` and in all (`total`)."""
+        """Count parameters in `experts` and in all (`total`)."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         return {
             "experts": sum(sizes[name] for name in self.expert_names),
@@ -79,7 +79,7 @@ class ModelFacts:
         }
 
     def num_bytes(self) -> dict[str, int]:
-        """Bytes of the arrays by dtype, before the storage's own compression."""
+        """Count the arrays' bytes by dtype, before the storage's own compression."""
         totals: dict[str, int] = {}
         for name, shape in self.shapes.items():
             dtype = self.dtypes[name]
@@ -87,11 +87,11 @@ class ModelFacts:
         return totals
 
     def expert_itemsize(self) -> int:
-        """Bytes of a weight of an expert in the source."""
+        """Return the bytes of a weight of an expert in the source."""
         return max(item_bytes(self.dtypes[name]) for name in self.expert_names)
 
     def bytes_to_read(self, expert_batch: int) -> int:
-        """Bytes that a run decodes: every chunk that a slice of experts touches, whole.
+        """Count the bytes that a run decodes: each chunk that a slice of experts touches, whole.
 
         A chunk that holds experts of two batches is read twice, unless the chunks of all kernels of
         a layer fit the cache together.
@@ -113,7 +113,7 @@ class ModelFacts:
         return total
 
     def largest_chunk_bytes(self) -> int:
-        """Bytes of the largest chunk of an expert kernel; 0 where chunks are unknown."""
+        """Return the bytes of the largest chunk of an expert kernel; 0 where it is unknown."""
         if self.chunks is None:
             return 0
         return max(
@@ -167,7 +167,7 @@ class TokenFacts:
         mean_lengths: Mapping[str, float],
         file_lengths: Mapping[str, int],
     ) -> "TokenFacts":
-        """From mean lengths by stack ("encoder", "decoder") and the width of the token arrays.
+        """Estimate from mean lengths by stack ("encoder", "decoder") and the arrays' width.
 
         All calibration tokens are taken to enter Hessians; sentinels, which do not, are few.
 
@@ -199,7 +199,7 @@ class TokenFacts:
     def from_files(
         cls, calibration: TokenFile, validation: TokenFile | None, *, premask_sentinels: bool
     ) -> "TokenFacts":
-        """From the very examples of the run.
+        """Count in the very examples of the run.
 
         Raises:
           TokensError: no examples, or bad ones.

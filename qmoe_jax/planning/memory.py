@@ -65,7 +65,7 @@ def hidden_state_bytes(model: ModelFacts, tokens: TokenFacts) -> dict[str, int]:
 
 
 def batch_weights(model: ModelFacts, expert_batch: int) -> int:
-    """Weights of a batch of experts of one layer."""
+    """Return the number of weights of a batch of experts of one layer."""
     config = model.config
     batch = min(expert_batch, config.num_experts)
     return batch * (len(config.wi_names) + 1) * config.embed_dim * config.expert_mlp_dim
@@ -128,7 +128,7 @@ def host_memory(
 def coded_layer_bytes(
     model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> int:
-    """Coded bytes of the largest sparse layer."""
+    """Return the coded bytes of the largest sparse layer."""
     layers = layer_settings(model.config, settings).values()
     return round(max(layer_bytes(model.config, own, zeros) for own in layers))
 
@@ -202,7 +202,7 @@ def _quantize(
 
 
 def gptq_workspace(width: int, out: int, experts_at_once: int) -> int:
-    """Temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
+    """Return the temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
     return _FLOAT32 * experts_at_once * _GPTQ_COPIES * (width * out + width**2)
 
 
@@ -254,7 +254,7 @@ def disk(
     buffers_on_disk: bool,
     journal: bool,
 ) -> tuple[Parts, Parts]:
-    """Bytes at the output, and in the folder of the buffers, at the end of the last layer.
+    """Return bytes at the output, and in the buffers' folder, at the end of the last layer.
 
     The journal holds the batches of one layer, until they are in the output.
     """

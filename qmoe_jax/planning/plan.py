@@ -82,7 +82,7 @@ class Plan:
         return total_seconds(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as a JSON object."""
+        """Return everything as a JSON object."""
         phase, num_bytes = peak(self.device)
         return {
             "model": self.model.name,

@@ -113,7 +113,7 @@ def zero_share(config: SwitchConfig, grid: str) -> ZeroShare:
 
 
 def expert_kernel_shapes(config: SwitchConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of each kernel of an expert, in the orientation of the codec."""
+    """Return (out, in) of each kernel of an expert, in the orientation of the codec."""
     embed, mlp = config.embed_dim, config.expert_mlp_dim
     return {name: (mlp, embed) for name in config.wi_names} | {"wo": (embed, mlp)}
 
@@ -128,7 +128,13 @@ def layer_settings(
 def layer_bytes(
     config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> float:
-    """Coded bytes of all experts of one sparse layer; `zeros` is the zero share by grid."""
+    """Estimate the coded bytes of all experts of one sparse layer.
+
+    Args:
+      config: geometry.
+      settings: of the layer.
+      zeros: share of zero weights, by grid.
+    """
     if settings.method == "none":
         return 0.0
     bits = 0.0

@@ -46,14 +46,14 @@ def fit_groups(
 
 
 def rows_of_levels(levels: Float[Array, "groups out 2"]) -> Float[Array, "rows 2"]:
-    """As the codec stores them."""
+    """Reorder levels as the codec stores them: all groups of an output feature together."""
     return jnp.swapaxes(levels, 0, 1).reshape(-1, 2)
 
 
 def rows_of_kernel(
     values: Shaped[Array, "*experts in out"], group_size: int | None
 ) -> Shaped[Array, "*experts rows width"]:
-    """From the Flax orientation to the rows of the codec: the one place where this is done."""
+    """Reorder from the Flax orientation to the rows of the codec: the one place that does it."""
     *experts, num_in, num_out = values.shape
     rows = stored_shape(num_in, num_out, group_size)
     return jnp.swapaxes(values, -1, -2).reshape(*experts, *rows)
@@ -62,7 +62,7 @@ def rows_of_kernel(
 def kernel_of_rows(
     rows: Shaped[Array, "*experts rows width"], num_in: int
 ) -> Shaped[Array, "*experts in out"]:
-    """Inverse of `rows_of_kernel`."""
+    """Invert `rows_of_kernel`."""
     return jnp.swapaxes(rows.reshape(*rows.shape[:-2], -1, num_in), -1, -2)
 
 
