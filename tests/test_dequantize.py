@@ -10,6 +10,7 @@ import golden_data
 import jax
 import numpy as np
 import pytest
+from command import command
 from factories import CALIBRATION
 
 import qmoe_jax
@@ -21,7 +22,6 @@ from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
 from qmoe_jax.checkpoints.layouts import step_of_name
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
-from qmoe_jax.cli.dequantize import main
 from qmoe_jax.codec import codings
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import evaluate_loss
@@ -145,7 +145,12 @@ def test_step_of_name():
 
 
 def test_command(compressed, native, tmp_path, capsys):
-    assert main([str(compressed("base")), str(tmp_path), "--step", "5", "--no-progress"]) == 0
+    assert (
+        command("dequantize")(
+            [str(compressed("base")), str(tmp_path), "--step", "5", "--no-progress"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{tmp_path / 'checkpoint_5'} written\n"
     checkpoint = open_t5x_checkpoint(tmp_path / "checkpoint_5")
     assert checkpoint.step == 5
@@ -172,7 +177,7 @@ def test_bad_input_is_one_line(compressed, native, tmp_path, capsys, arguments, 
         "native": native,
     }
     (tmp_path / "taken" / "checkpoint_77").mkdir(parents=True)
-    assert main([argument.format(**places) for argument in arguments]) == 2
+    assert command("dequantize")([argument.format(**places) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
