@@ -11,7 +11,6 @@ the source that --peer names (`sub1_cuda_kernel.cu` of IST-DASLab/qmoe).
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu, Tokens
 from paper_kernel import PaperKernel
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tunstall import tunstall_family
 from qmoe_jax.ops.cuda import kernels as cuda_kernels
@@ -74,9 +74,7 @@ def main() -> None:
     for shape in shapes:
         bench_shape(gpu, shape, options, paper, results)
         if options.json:  # whole or not at all, after each shape
-            temporary = options.json.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            temporary.replace(options.json)
+            write_json(options.json, results)
     table = render(results)
     print(table)
     if options.json:

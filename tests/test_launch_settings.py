@@ -25,7 +25,7 @@ class TestLaunchSettings:
         assert launch_settings.launch_settings("b", "9.0", "tunstall").few_tokens == 11
         assert launch_settings.launch_settings("b", "8.0", "tunstall").few_tokens == 10
         assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
-        assert not list(tmp_path.glob("*.tmp"))
+        assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize(
         "text",

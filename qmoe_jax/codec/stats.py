@@ -1,5 +1,7 @@
 """How large a coded tensor is, beside what its codes would need at least."""
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -35,8 +37,7 @@ def outline_bits(
     """
     stored = {"codes": 0, "levels": 0, "offsets": 0}
     for name in outline.dtypes:
-        kind = {get_coding(outline.spec.coding).code_array: "codes", "packed": "codes"}.get(name)
-        stored[kind or ("levels" if name == "levels" else "offsets")] += 8 * outline.num_bytes(name)
+        stored[array_kind(outline.spec.coding, name)] += 8 * outline.num_bytes(name)
     total, weights = sum(stored.values()), outline.spec.num_weights
     entropy = code_entropy(counts)
     return {
@@ -48,6 +49,13 @@ def outline_bits(
         "entropy": entropy,
         "entropy_share": entropy * weights / total if total else 0.0,
     }
+
+
+def array_kind(coding: str, name: str) -> Literal["codes", "levels", "offsets"]:
+    """Return what an array of a coded tensor counts as; lengths of rows are "offsets" too."""
+    if name in (get_coding(coding).code_array, "packed"):
+        return "codes"
+    return "levels" if name == "levels" else "offsets"
 
 
 def code_entropy(counts: Int64[np.ndarray, "symbols"]) -> float:

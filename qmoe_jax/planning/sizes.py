@@ -18,7 +18,7 @@ from qmoe_jax.codec import codings, stats
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.quantization.groups import num_groups
+from qmoe_jax.quantization.groups import stored_shape
 from qmoe_jax.quantization.settings import CompressionSettings
 
 # Zero share of GPTQ's codes by (grid, embed_dim) of base-128, large-128 and c-2048, as the QMoE
@@ -46,9 +46,6 @@ REAL_OVER_INDEPENDENT = {
 # demo's model.
 _TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
 _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
-
-# The one array with codes of each coding; what else is indexed [experts, rows] costs by the row.
-_CODE_ARRAYS = ("words", "codewords", "packed")
 
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
@@ -116,7 +113,7 @@ def zero_share(config: SwitchConfig, grid: str) -> ZeroShare:
 
 
 def expert_kernel_shapes(config: SwitchConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of each kernel of an expert, in the orientation of the codec."""
+    """Return (out, in) of each kernel of an expert, in the orientation of the codec."""
     embed, mlp = config.embed_dim, config.expert_mlp_dim
     return {name: (mlp, embed) for name in config.wi_names} | {"wo": (embed, mlp)}
 
@@ -131,13 +128,19 @@ def layer_settings(
 def layer_bytes(
     config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> float:
-    """Coded bytes of all experts of one sparse layer; `zeros` is the zero share by grid."""
+    """Estimate the coded bytes of all experts of one sparse layer.
+
+    Args:
+      config: geometry.
+      settings: of the layer.
+      zeros: share of zero weights, by grid.
+    """
     if settings.method == "none":
         return 0.0
     bits = 0.0
     for out, width in expert_kernel_shapes(config).values():
-        groups = num_groups(width, settings.group_size)  # stored as rows of their own
-        bits += _expert_bits(settings.coding, out * groups, width // groups, zeros[settings.grid])
+        rows, row_width = stored_shape(width, out, settings.group_size)
+        bits += _expert_bits(settings.coding, rows, row_width, zeros[settings.grid])
     return config.num_experts * bits / 8
 
 
@@ -155,10 +158,6 @@ class SampleBits:
     per_row: float
     per_expert: float
 
-    def per_weight(self, out: int, width: int) -> float:
-        """Return stored bits of a weight in experts of that shape, codes taken as independent."""
-        return self.codes_per_weight + self.per_row / width + self.per_expert / (out * width)
-
 
 @functools.lru_cache(maxsize=256)
 def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
@@ -173,17 +172,18 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
     codes, levels = _independent_codes(coding, rows, width, zeros)
     coded = encode(codes, levels, coding)
-    bits = {name: 8 * array.nbytes for name, array in coded.arrays.items()}
-    by_row = sum(
-        bits[name]
-        for name, array in coded.arrays.items()
-        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and name not in _CODE_ARRAYS
-    )
-    in_codes = stats.bits(coded)["codes"]
+    in_codes = by_row = by_expert = 0
+    for name, array in coded.arrays.items():
+        if stats.array_kind(coding, name) == "codes":
+            in_codes += 8 * array.nbytes
+        elif array.shape[:2] == (_SAMPLE_EXPERTS, rows):
+            by_row += 8 * array.nbytes
+        else:
+            by_expert += 8 * array.nbytes
     return SampleBits(
         codes_per_weight=in_codes / codes.size,
         per_row=by_row / (_SAMPLE_EXPERTS * rows),
-        per_expert=(sum(bits.values()) - in_codes - by_row) / _SAMPLE_EXPERTS,
+        per_expert=by_expert / _SAMPLE_EXPERTS,
     )
 
 
@@ -226,9 +226,7 @@ def compressed_size(
         if names.is_expert_kernel(name) and names.layer_of(name) in coded:
             weights += math.prod(shape)
             continue
-        exact = name.endswith("/scale") or "/router/" in name
-        narrow = settings.dense_dtype == "bfloat16" and not exact
-        dense += math.prod(shape) * (2 if narrow else item_bytes(dtypes[name]))
+        dense += math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded.values()})),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_jax import resources
+from qmoe_jax.atomic_file import write_json
 
 PATH = resources.configs() / "kernel_launch.json"
 _CODINGS = ("tunstall", "tunstall_2bit", "qmoe", "packed2")
@@ -130,7 +131,5 @@ def write_settings(
     content["devices"][device_name] = {
         coding: dataclasses.asdict(chosen) for coding, chosen in settings.items()
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_json(path, content, indent=2, sort_keys=True)
     _read.cache_clear()
