@@ -222,7 +222,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class TestBareCheckout:
-    """A checkout on a machine that has JAX, but no gin, seqio or TensorFlow, and no installation."""
+    """A checkout that is not installed, on a machine with JAX but no gin, seqio or TensorFlow."""
 
     def run(self, *arguments, cwd=REPOSITORY):
         return subprocess.run(
