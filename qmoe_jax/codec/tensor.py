@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from qmoe_jax.errors import CodecError
 NUM_SYMBOLS = {"ternary": 3, "2bit": 4}
 """Grids by name: codes are below this."""
 
-# Fields of a spec -> the keys that manifests store them under, with the least value of each number.
+ArrayKind = Literal["codes", "levels", "lengths"]
+"""What a stored array holds: codes, levels, or where and how rows lie among the codes."""
+
+# Fields of a spec -> the keys that manifests store them under, and the minimum of numbers.
 _STORED = {
     "coding": ("coding", None),
     "num_experts": ("num_experts", 0),

@@ -32,23 +32,18 @@ _PAPER_MODELS = {(768, 128): "base-128", (1024, 128): "large-128", (2080, 2048):
 
 # Bits that real codes take, over bits of independent codes with the same zero share. "qmoe": the
 # paper's section 4.3.2 has both on c-2048, 20.07x and 21.11x, each with 64 bits a row beside the
-# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others:
-# GPTQ's codes of the demo's model, whose tensors a coding of several dictionaries fits.
+# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others
+# have 1: so measured on GPTQ's codes of the demo's model, whose tensors a coding of several
+# dictionaries fits.
 _ROW_BITS = 64 / 2 * (1 / 2080 + 1 / 6144)
 REAL_OVER_INDEPENDENT = {
     "qmoe": (16 / 20.07 - _ROW_BITS) / (16 / 21.11 - _ROW_BITS),
-    "tunstall": 1.0,
-    "tunstall_2bit": 1.0,
-    "packed2": 1.0,
 }
 
 # How non-zero 2-bit codes fall on the two values beside zero and the fourth, in GPTQ's codes of the
 # demo's model.
 _TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
 _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
-
-# The one array with codes of each coding; what else is indexed [experts, rows] costs by the row.
-_CODE_ARRAYS = ("words", "codewords", "packed")
 
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
@@ -174,10 +169,12 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     codes, levels = _independent_codes(coding, rows, width, zeros)
     coded = encode(codes, levels, coding)
     bits = {name: 8 * array.nbytes for name, array in coded.arrays.items()}
+    kinds = codings.get_coding(coding).array_kinds
+    # What is indexed [experts, rows] costs by the row, unless it is the codes.
     by_row = sum(
         bits[name]
         for name, array in coded.arrays.items()
-        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and name not in _CODE_ARRAYS
+        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and kinds[name] != "codes"
     )
     in_codes = stats.bits(coded)["codes"]
     return SampleBits(
@@ -194,7 +191,7 @@ def _independent_codes(
     rng = np.random.default_rng(0)
     draws = rng.random((_SAMPLE_EXPERTS, rows, width))
     levels = np.ones((_SAMPLE_EXPERTS, rows, 2))
-    if codings.get_coding(coding).num_symbols == 3:
+    if codings.get_coding(coding).grid == "ternary":
         codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
     else:
         shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]
