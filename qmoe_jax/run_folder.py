@@ -1,15 +1,15 @@
 """A folder that a resumable run works in: held by one process, for one set of settings.
 
-Files in it are written under a temporary name, synced and renamed: they are there whole or not at
-all.
+Files in it are written atomically.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
@@ -38,11 +38,11 @@ class RunFolder:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path} ({error}); choose another output"
             ) from error
+        self._lock = lock_folder(self.path, ".lock", what=f"working in {self.path}")
         try:
             self._claim(json.loads(json.dumps(settings)), discard)
         except BaseException:
@@ -70,7 +70,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes in."""
-        self._lock.close()
+        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -91,16 +91,28 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changed[:_MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _lock(folder: Path) -> IO[bytes]:
-    file = open(folder / ".lock", "wb")  # noqa: SIM115 - held as long as the run
+def lock_folder(folder: Path, name: str, *, what: str) -> FileLock:
+    """Lock a folder for this process, without waiting; `release` lets others in.
+
+    Args:
+      folder: exists.
+      name: of the lock's file in it.
+      what: a process that holds it is doing, for the message.
+
+    Raises:
+      CheckpointError: another process holds it, or the file cannot be written.
+    """
+    # Released by whichever thread closes the run.
+    lock = FileLock(folder / name, timeout=0, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        lock.acquire()
+    except Timeout as error:
         raise CheckpointError(
-            f"another process is working in {folder}; wait for it or choose another output"
+            f"another process is {what}; wait for it or choose another output"
         ) from error
-    return file
+    except (OSError, NotImplementedError) as error:
+        raise CheckpointError(f"cannot write {folder} ({error}); choose another output") from error
+    return lock
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

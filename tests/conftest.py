@@ -1,4 +1,4 @@
-"""Array annotations of the package are checked at run time; fixtures for golden checkpoints."""
+"""Array annotations of the package are checked at run time; fixtures of several files."""
 
 import gc
 import os
@@ -45,3 +45,36 @@ def golden_copy(golden_checkpoint, tmp_path: Path) -> Callable[[str, str], Path]
         )
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def base(golden_checkpoint) -> Path:
+    return golden_checkpoint("base", "t5x_float32_inference")
+
+
+@pytest.fixture(scope="session")
+def gptq(base, tmp_path_factory):
+    """A compressed checkpoint and its report; do not write to it."""
+    from factories import CALIBRATION, QUICK
+
+    import qmoe_jax
+
+    path = tmp_path_factory.mktemp("gptq") / "compressed"
+    return path, qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    from cuda_emulation.launcher import EmulatedLauncher
+
+    return EmulatedLauncher()
+
+
+@pytest.fixture
+def launcher(emulated):
+    """The emulator, in CuPy's place for the length of a test."""
+    from qmoe_jax.ops.cuda import launcher as cuda_launcher
+
+    emulated.calls.clear()
+    with cuda_launcher.use_launcher(emulated):
+        yield emulated

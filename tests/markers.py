@@ -1,6 +1,10 @@
-"""Parameters that only `make test-all` runs."""
+"""Marks of several files: what only `make test-all` runs, and what needs a compiler."""
+
+import shutil
 
 import pytest
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def slow(*values):

@@ -7,25 +7,19 @@ those that run on a GPU.
 import dataclasses
 import functools
 import importlib.util
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from golden_data import load_golden
+from markers import needs_compiler
 
-import qmoe_jax
 from qmoe_jax.codec import reference
 from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
-from qmoe_jax.generation.sampling import greedy_generate
-from qmoe_jax.models import load
-from qmoe_jax.models.moe import DERIVED
+from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.ops.cuda import kernels as cuda_kernels
 from qmoe_jax.ops.cuda import launch_settings
 from qmoe_jax.ops.cuda import launcher as cuda_launcher
@@ -38,24 +32,7 @@ from qmoe_jax.ops.products import (
     split_float32,
 )
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
 DTYPES = [jnp.float32, jnp.bfloat16]
-
-
-@pytest.fixture(scope="module")
-def emulated():
-    from cuda_emulation.launcher import EmulatedLauncher
-
-    return EmulatedLauncher()
-
-
-@pytest.fixture
-def launcher(emulated):
-    """The emulator, in CuPy's place for the length of a test."""
-    emulated.calls.clear()
-    with cuda_launcher.use_launcher(emulated):
-        yield emulated
 
 
 def make_experts(coding, num_experts, out, width, seed=0) -> CodedExperts:
@@ -355,150 +332,3 @@ class TestUnsupported:
             y = product(experts, "cuda")(x, index)
         assert [name for name, _ in small.calls] == ["expand_tunstall"]
         np.testing.assert_array_equal(y, product(experts, "xla")(x, index))
-
-
-class TestLaunchSettings:
-    def test_the_shipped_file_is_read(self):
-        content = json.loads(launch_settings.PATH.read_text())
-        for codings in content["devices"].values():
-            for fields in codings.values():
-                launch_settings.settings_from_json(fields)
-
-    def test_which_entry_counts(self, tmp_path, monkeypatch):
-        path = tmp_path / "kernel_launch.json"
-        monkeypatch.setattr(launch_settings, "PATH", path)
-        assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
-        for place, name in enumerate(("default", "compute capability 9.0", "a")):
-            chosen = launch_settings.LaunchSettings(few_tokens=10 + place)
-            launch_settings.write_settings(name, {"tunstall": chosen}, path)
-            assert launch_settings.launch_settings("a", "9.0", "tunstall") == chosen
-        assert launch_settings.launch_settings("b", "9.0", "tunstall").few_tokens == 11
-        assert launch_settings.launch_settings("b", "8.0", "tunstall").few_tokens == 10
-        assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
-        assert not list(tmp_path.glob("*.tmp"))
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "[]",
-            "{",
-            '{"devices": {"a": {"qmoe": {"other": 1}}}}',
-            '{"devices": {"a": {"qmoe": {"few": {"threads": 33, "rows_per_block": 1}}}}}',
-        ],
-    )
-    def test_damage_is_named(self, tmp_path, monkeypatch, text):
-        path = tmp_path / "kernel_launch.json"
-        path.write_text(text)
-        monkeypatch.setattr(launch_settings, "PATH", path)
-        with pytest.raises(ValueError, match="kernel_launch.json is not as it should be"):
-            launch_settings.launch_settings("a", "9.0", "qmoe")
-        launch_settings._read.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def compressed(golden_checkpoint, tmp_path_factory):
-    """The smallest golden model, rounded to nearest."""
-    output = tmp_path_factory.mktemp("compressed") / "base"
-    qmoe_jax.compress(golden_checkpoint("base", "t5x_bfloat16"), output, method="rtn")
-    return output
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    """Tokens of the encoder, of the decoder, and targets."""
-    golden = load_golden("base")
-    names = ("encoder_input", "decoder_input", "decoder_target")
-    return [jnp.asarray(golden[f"batch/{name}_tokens"][:2, :6]) for name in names]
-
-
-@pytest.fixture(scope="module")
-def logits_of(emulated, compressed, inputs):
-    """`logits_of(implementation, dtype, in_jit)`: the model's, run once for all tests."""
-
-    @functools.cache
-    def run(implementation, dtype, in_jit=True):
-        with cuda_launcher.use_launcher(emulated):
-            module, variables = qmoe_jax.load_switch(
-                compressed, dtype, implementation=implementation
-            )
-            apply = functools.partial(module.apply, enable_dropout=False)
-            emulated.calls.clear()
-            logits = np.asarray((jax.jit(apply) if in_jit else apply)(variables, *inputs))
-        config = module.config
-        layers = len(config.encoder_sparse_layers + config.decoder_sparse_layers)
-        if implementation == "cuda":  # wi and wo of every sparse layer, in the fused kernel
-            assert [name.split("_")[0] for name, _ in emulated.calls] == ["fused"] * 2 * layers
-            assert {inside for _, inside in emulated.calls} == {in_jit}
-        else:
-            assert not emulated.calls
-        return logits
-
-    return run
-
-
-@needs_compiler
-class TestModel:
-    def test_same_parameters(self, launcher, compressed):
-        xla_module, xla = qmoe_jax.load_switch(compressed)
-        module, variables = qmoe_jax.load_switch(compressed, implementation="cuda")
-        assert module == dataclasses.replace(xla_module, implementation="cuda")
-        assert set(variables) == {"params", DERIVED}
-        jax.tree.map(np.testing.assert_array_equal, variables["params"], xla["params"])
-        automatic, _ = qmoe_jax.load_switch(compressed, implementation="auto")
-        assert automatic == module
-
-    def test_native_checkpoints_have_no_codes(self, launcher, golden_checkpoint):
-        path = golden_checkpoint("base", "t5x_bfloat16")
-        with pytest.raises(CudaError, match="is a native checkpoint.*Compress it"):
-            qmoe_jax.load_switch(path, implementation="cuda")
-        module, _ = qmoe_jax.load_switch(path, implementation="auto")
-        assert module.implementation == "xla"
-
-    def test_without_a_gpu(self, compressed):
-        if jax.default_backend() == "gpu":
-            pytest.skip("there is a GPU")
-        assert qmoe_jax.load_switch(compressed, implementation="auto")[0].implementation == "xla"
-        with pytest.raises(CudaError, match="requires a CUDA device"):
-            qmoe_jax.load_switch("nowhere", implementation="cuda")
-        with pytest.raises(ValueError, match="it must be 'xla', 'cuda' or 'auto'"):
-            qmoe_jax.load_switch(compressed, implementation="gpu")
-
-    @pytest.mark.parametrize("in_jit", [True, False])
-    def test_float32_logits(self, logits_of, in_jit):
-        """Ternary codes: three bfloat16 products are a float32 one, so the bound is tight."""
-        logits = logits_of("cuda", "float32", in_jit)
-        np.testing.assert_allclose(logits, logits_of("xla", "float32"), atol=2e-5)
-
-    def test_bfloat16_logits(self, logits_of):
-        """Rounding to bfloat16 differs in a last place here and there, as between XLA programs."""
-        logits, expected = logits_of("cuda", "bfloat16"), logits_of("xla", "bfloat16")
-        exact = logits_of("xla", "float32")
-        rounding = np.abs(expected - exact).mean()
-        assert np.abs(logits - expected).mean() <= rounding
-        assert np.abs(logits - exact).mean() <= 1.5 * rounding
-
-    def test_without_derived_variables(self, launcher, compressed, inputs, logits_of):
-        module, variables = qmoe_jax.load_switch(compressed, implementation="cuda")
-        apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
-        logits = apply({"params": variables["params"]}, *inputs)
-        np.testing.assert_array_equal(logits, logits_of("cuda", "float32"))
-
-    def test_greedy_tokens(self, launcher, compressed, inputs):
-        generated = {}
-        for implementation in ("xla", "cuda"):
-            module, variables = qmoe_jax.load_switch(compressed, implementation=implementation)
-            generate = jax.jit(
-                functools.partial(greedy_generate, module, max_decode_length=4, eos_id=-1)
-            )
-            generated[implementation] = np.asarray(generate(variables, inputs[0]))
-        np.testing.assert_array_equal(generated["cuda"], generated["xla"])
-        assert generated["xla"].shape == (2, 4)
-        assert {inside for _, inside in launcher.calls} == {True}
-
-    def test_groups_of_columns_stay_with_xla(self, launcher, compressed):
-        config = qmoe_jax.load_switch(compressed)[0].config
-        half = TensorSpec("tunstall", config.num_experts, 256, config.embed_dim // 2)
-        coded = (("encoder/layers_1/mlp/expert/wi", half),)
-        assert load._choose_implementation("auto", config, coded) == "xla"
-        with pytest.raises(CudaError, match="group_size"):
-            load._choose_implementation("cuda", config, coded)

@@ -10,7 +10,7 @@ import golden_data
 import jax
 import numpy as np
 import pytest
-from test_compress import CALIBRATION
+from factories import CALIBRATION
 
 import qmoe_jax
 from qmoe_jax.checkpoints import dequantize as library

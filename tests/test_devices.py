@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from test_compress import CALIBRATION, QUICK, codes_of, random_tokens, same_tree
+from factories import CALIBRATION, QUICK, codes_of, random_tokens, same_tree
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_compress import CALIBRATION, QUICK, same_tree
+from factories import CALIBRATION, QUICK, same_tree
 
 import qmoe_jax
 from qmoe_jax.errors import CheckpointError
@@ -28,11 +28,6 @@ def small_disk(tmp_path):
 
     yield folder, resize
     subprocess.run(["umount", folder], check=True)
-
-
-@pytest.fixture(scope="module")
-def base(golden_checkpoint):
-    return golden_checkpoint("base", "t5x_float32_inference")
 
 
 def test_a_run_on_a_full_disk_goes_on_with_the_same_bytes(base, small_disk, tmp_path):

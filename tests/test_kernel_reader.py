@@ -9,7 +9,8 @@ from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.pipeline.kernel_reader import BatchKey, KernelReader, cache_bytes
+from qmoe_jax.pipeline.kernel_reader import KernelReader, cache_bytes
+from qmoe_jax.pipeline.schedule import BatchKey
 
 
 def keys(config, step):
@@ -26,16 +27,15 @@ def source(golden_checkpoint):
 @pytest.mark.parametrize("step", [1, 3, 8])
 def test_every_batch_is_what_the_checkpoint_holds(source, step):
     config = read_config(source)
-    reader = KernelReader(source, ("wi", "wo"), keys(config, step))
     total = 0
-    for key in keys(config, step):
-        kernels = reader.take(key)
-        for name, kernel in kernels.items():
-            whole = source.read(names.expert_kernel(key.stack, key.layer, name))
-            np.testing.assert_array_equal(kernel, whole[key.start : key.stop])
-            total += kernel.nbytes
+    with KernelReader(source, ("wi", "wo"), keys(config, step)) as reader:
+        for key in keys(config, step):
+            kernels = reader.take(key)
+            for name, kernel in kernels.items():
+                whole = source.read(names.expert_kernel(key.stack, key.layer, name))
+                np.testing.assert_array_equal(kernel, whole[key.start : key.stop])
+                total += kernel.nbytes
     assert reader.num_bytes == total
-    reader.close()
 
 
 def test_one_batch_is_read_ahead_and_no_more(source):
@@ -48,13 +48,14 @@ def test_one_batch_is_read_ahead_and_no_more(source):
             yield key
 
     reader = KernelReader(source, ("wi", "wo"), watched())
-    assert len(announced) == 1
-    first = next(keys(config, 4))
-    reader.take(first)
-    assert len(announced) == 2
-    with pytest.raises(AssertionError, match="was announced"):
+    assert announced == []  # a constructor reads nothing
+    with reader:
+        assert len(announced) == 1
+        first = next(keys(config, 4))
         reader.take(first)
-    reader.close()
+        assert len(announced) == 2
+        with pytest.raises(ValueError, match="the schedule's next read is"):
+            reader.take(first)
 
 
 def test_damage_is_reported_when_the_batch_is_taken(golden_copy):
@@ -63,10 +64,11 @@ def test_damage_is_reported_when_the_batch_is_taken(golden_copy):
     chunk.write_bytes(chunk.read_bytes()[:-50])
     source = open_t5x_checkpoint(path)
     config = read_config(source)
-    reader = KernelReader(source, ("wi", "wo"), keys(config, 8))
-    with pytest.raises(CheckpointError, match="layers_1/mlp/expert/wo"):
+    with (
+        KernelReader(source, ("wi", "wo"), keys(config, 8)) as reader,
+        pytest.raises(CheckpointError, match="layers_1/mlp/expert/wo"),
+    ):
         reader.take(next(keys(config, 8)))
-    reader.close()
 
 
 def test_the_cache_is_as_large_as_chunks_across_batches_need(source):

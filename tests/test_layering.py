@@ -11,39 +11,35 @@ PACKAGE = Path(__file__).parent.parent / "qmoe_jax"
 
 # In the order of the data flow; a module imports only from its own layer and those before it.
 LAYERS = (
-    ("errors", "run_folder", "host_threads"),
+    ("errors", "atomic_file", "config", "formatting", "host_threads", "resources", "run_folder"),
     ("codec",),
     ("checkpoints",),
     ("quantization",),
     ("ops",),
     ("models",),
+    ("generation",),
     ("calibration",),
     ("evaluation",),
     ("pipeline",),
-    ("gin_flags", "demo_report", "infer_report", "prompt_files"),
-    (
-        "compress",
-        "evaluate",
-        "infer",
-        "prepare_tokens",
-        "demo",
-        "inspect",
-        "plan",
-        "convert_published",
-        "dequantize",
-        "t5x_plugin",
-    ),
+    ("planning",),
+    ("demo", "t5x_plugin"),
+    ("cli", "__main__"),
 )
 # What a GPU machine runs: it has no TensorFlow.
 FREE_OF_TENSORFLOW = (
     "errors",
-    "run_folder",
+    "atomic_file",
+    "config",
+    "formatting",
     "host_threads",
+    "resources",
+    "run_folder",
     "codec",
     "checkpoints",
     "quantization",
     "ops",
     "models",
+    "generation",
     "evaluation",
 )
 
@@ -86,10 +82,50 @@ def test_imports_point_one_way(path):
 def test_forbidden_imports(path):
     name = module_name(path)
     roots = {imported.split(".")[0] for imported in imports(path)}
-    if name != "gin_flags":
-        assert "gin" not in roots, "only gin_flags imports gin"
+    if name != "cli.flags":
+        assert "gin" not in roots, "only cli.flags imports gin"
     if name.split(".")[0] in FREE_OF_TENSORFLOW:
         assert not roots & {"tensorflow", "seqio", "tensorflow_datasets", "t5x", "torch"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_layer_store_of_the_pipeline_knows_codecs(path):
+    name = module_name(path)
+    if name.startswith("pipeline.") and name != "pipeline.layer_store":
+        assert not [i for i in imports(path) if i.startswith("qmoe_jax.codec")]
+
+
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=module_name)
+def test_only_resources_looks_at_its_own_path(path):
+    if module_name(path) != "resources":
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        assert "__file__" not in names
+
+
+def test_no_circle_of_imports():
+    graph = {module_name(path): set() for path in MODULES}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:  # at the top only: these run on import
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qmoe_jax"):
+                base = node.module.removeprefix("qmoe_jax").lstrip(".")
+                for alias in node.names:
+                    full = f"{base}.{alias.name}" if base else alias.name
+                    target = full if full in graph else base
+                    if target in graph:
+                        graph[module_name(path)].add(target)
+    state: dict[str, str] = {}
+
+    def visit(name, trail):
+        assert state.get(name) != "open", f"circle: {' -> '.join([*trail, name])}"
+        if name in state:
+            return
+        state[name] = "open"
+        for target in sorted(graph[name]):
+            visit(target, [*trail, name])
+        state[name] = "done"
+
+    for name in sorted(graph):
+        visit(name, [])
 
 
 def test_importing_the_package_is_light():

@@ -9,7 +9,7 @@ import time
 
 import golden_data
 import pytest
-from test_compress import same_tree
+from factories import same_tree
 
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens, write_tokens
 

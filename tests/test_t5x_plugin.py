@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_compress import CALIBRATION
+from factories import CALIBRATION
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens

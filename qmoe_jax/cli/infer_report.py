@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from qmoe_jax.generation.text import Filled, fill_blanks
-from qmoe_jax.pipeline.host_memory import peak_host_bytes
+from qmoe_jax.pipeline.run_log import peak_host_bytes
 
 _BRIGHT, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 

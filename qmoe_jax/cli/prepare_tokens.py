@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
     from qmoe_jax.calibration import tasks
-    from qmoe_jax.demo.run import docstrings
+    from qmoe_jax.demo import docstrings
 
     inputs_length = arguments.inputs_length or (128 if arguments.source == "demo" else 512)
     common = {

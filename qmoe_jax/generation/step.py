@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qmoe_jax.models.cross_attention import PROJECTED
+from qmoe_jax.models.attention import PROJECTED
 from qmoe_jax.models.switch import SwitchTransformer
 
 Variables = Mapping[str, Any]

@@ -8,8 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.models.attention import MultiHeadAttention
-from qmoe_jax.models.cross_attention import CrossAttention
+from qmoe_jax.models.attention import CrossAttention, MultiHeadAttention
 from qmoe_jax.models.layers import (
     Dense,
     DenseMlp,

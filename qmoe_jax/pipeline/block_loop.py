@@ -1,142 +1,126 @@
 """The block loop (QMoE section 3): every layer in turn, dense part, then experts batch by batch."""
 
+import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
 from qmoe_jax.calibration.dispatch import dispatch_tokens
 from qmoe_jax.calibration.list_buffer import ListBuffer
 from qmoe_jax.calibration.sample_batches import SampleBatch
-from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.t5x import T5XCheckpoint
-from qmoe_jax.config import SwitchConfig
 from qmoe_jax.evaluation.metrics import LossReport, batch_sums
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
-from qmoe_jax.pipeline.expert_layer import ExpertLayers
-from qmoe_jax.pipeline.host_memory import peak_host_bytes, return_free_memory
+from qmoe_jax.pipeline.dense_parameters import DenseParameters
+from qmoe_jax.pipeline.expert_layer import LayerResult, run_expert_layer
+from qmoe_jax.pipeline.kernel_reader import KernelReader
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.report import CompressionReport
-from qmoe_jax.pipeline.run_log import RunLog
+from qmoe_jax.pipeline.run import Run
+from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes, return_free_memory
 from qmoe_jax.pipeline.samples import Samples, Stack
-from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.pipeline.schedule import LayerSchedule
+
+Routing = tuple[Int[np.ndarray, "rows"], Float[np.ndarray, "rows"]]
 
 
 class BlockLoop:
-    """One compression run: what is carried from layer to layer."""
+    """What is carried from layer to layer of one compression run."""
 
     def __init__(
         self,
-        source: T5XCheckpoint,
-        config: SwitchConfig,
-        settings: CompressionSettings,
+        run: Run,
+        reader: KernelReader,
+        schedule: Sequence[LayerSchedule],
         samples: Samples | None,
-        experts: ExpertLayers,
         log: RunLog,
         buffer_dir: str | os.PathLike[str] | None,
     ):
-        self.source = source
-        self.config = config
-        self.settings = settings
+        """Begin before the first layer.
+
+        Args:
+          run: what the parts share.
+          reader: of expert kernels, by `schedule`.
+          schedule: of all sparse layers.
+          samples: examples that flow along; None without calibration.
+          log: gets a line a sparse layer.
+          buffer_dir: folder for memory-mapped hidden states; in memory where None.
+        """
+        self.run = run
+        self.reader = reader
+        self.layers = {(layer.stack, layer.layer): layer for layer in schedule}
         self.samples = samples
-        self.experts = experts
         self.log = log
-        self.writer = experts.writer
-        self.devices = experts.devices
-        self.processes = experts.processes
-        self.bar = experts.bar
         self.buffer_dir = buffer_dir
-        self.batch_size = self.devices.rounded_up(settings.batch_size)
-        self.dense_bits = 0
-        self.dense_parameters = 0
-        self.dense_bytes = 0
-        self.dense_seconds = 0.0
+        self.batch_size = run.devices.rounded_up(run.settings.batch_size)
+        self.dense = DenseParameters(run)
+        self.results: list[LayerResult] = []
+        self.logged_reads = (0, 0.0)
 
     def all_layers(self, output: str) -> CompressionReport:
         """Compress the whole model into the writer; `output` only names it in the report."""
-        config = self.config
-        self.embedding = self._dense_parameter("token_embedder/embedding")
+        config, dense = self.run.config, self.dense
+        embedding = dense.read("token_embedder/embedding")
         total = config.num_encoder_layers + config.num_decoder_layers
         validation = None
-        with self.bar(total=total, desc="compress", unit="layer", leave=True) as bar:
-            encoded = self._stack("encoder", None, bar)
-            decoded = self._stack("decoder", encoded, bar)
+        with self.run.progress(total=total, desc="compress", unit="layer", leave=True) as bar:
+            encoded = self._stack("encoder", embedding, None, bar)
+            decoded = self._stack("decoder", embedding, encoded, bar)
         if config.tied_logits:
-            head = {"embedding": self.embedding}
+            head = {"embedding": embedding}
         else:
-            head = {"kernel": self._dense_parameter("decoder/logits_dense/kernel")}
+            head = {"kernel": dense.read("decoder/logits_dense/kernel")}
         if decoded is not None:
             validation = self._validation_loss(decoded, head)
+        results = self.results
         return CompressionReport(
             output=output,
-            settings=self.settings.to_json(),
-            kernels=self.experts.kernels,
-            dense_bits=self.dense_bits + self.experts.dense_bits,
-            dense_parameters=self.dense_parameters + self.experts.dense_parameters,
-            num_replayed=self.experts.num_replayed,
-            bytes_read=self.dense_bytes + self.experts.reader.num_bytes,
+            settings=self.run.settings.to_json(),
+            kernels=[kernel for result in results for kernel in result.kernels],
+            dense_bits=dense.num_bits + sum(result.dense_bits for result in results),
+            dense_parameters=dense.num_parameters
+            + sum(result.dense_parameters for result in results),
+            num_replayed=sum(result.batches_replayed for result in results),
+            bytes_read=dense.num_bytes_read + self.reader.num_bytes,
             validation=validation,
         )
 
-    def _dense_parameter(self, name: str) -> np.ndarray:
-        """Read a parameter that is not compressed, in its stored form, and store it."""
-        array = self.source.read(name)
-        self.dense_bytes += array.nbytes
-        exact = name.endswith("/scale") or "/router/" in name
-        if self.settings.dense_dtype == "bfloat16" and not exact:
-            array = array.astype(ml_dtypes.bfloat16)
-        if self.processes.is_primary:
-            self.writer.write_dense(name, array)
-        self.dense_bits += 8 * array.nbytes
-        self.dense_parameters += array.size
-        return array
-
-    def _dense_parameters_of(self, stack: Stack, layer: int) -> dict[str, Any]:
-        prefix = f"{stack}/layers_{layer}/"
-        return names.unflatten(
-            {
-                name.removeprefix(prefix): self._dense_parameter(name)
-                for name in self.source.names
-                if name.startswith(prefix) and not names.is_expert_kernel(name)
-            }
-        )
-
-    def _stack(self, stack: Stack, encoded: ListBuffer | None, bar: Any) -> ListBuffer | None:
+    def _stack(
+        self, stack: Stack, embedding: np.ndarray, encoded: ListBuffer | None, bar: Any
+    ) -> ListBuffer | None:
         """Run all layers of a stack; return its normalised outputs."""
-        config = self.config
-        rel_embedding = self._dense_parameter(f"{stack}/relpos_bias/rel_embedding")
-        scale = self._dense_parameter(f"{stack}/{stack}_norm/scale")
+        config = self.run.config
+        rel_embedding = self.dense.read(f"{stack}/relpos_bias/rel_embedding")
+        scale = self.dense.read(f"{stack}/{stack}_norm/scale")
         buffer = None
         if self.samples is not None:
             path = None
             if self.buffer_dir is not None:
                 os.makedirs(self.buffer_dir, exist_ok=True)
-                name = f"{stack}_hidden_states_{self.processes.index}.bin"
+                name = f"{stack}_hidden_states_{self.run.processes.index}.bin"
                 path = os.path.join(self.buffer_dir, name)
             buffer = ListBuffer(self.samples.lengths[stack], config.embed_dim, path=path)
-            self._embed(stack, buffer)
+            self._embed(stack, embedding, buffer)
         # bfloat16 activations stay bfloat16 until the first MoE, whose output is float32.
-        residual_dtype = self.settings.activation_dtype
-        sparse = (
-            config.encoder_sparse_layers if stack == "encoder" else config.decoder_sparse_layers
-        )
+        residual_dtype = self.run.settings.activation_dtype
         num_layers = getattr(config, f"num_{stack}_layers")
         for layer in range(num_layers):
             bar.set_postfix_str(f"{stack} layer {layer}")
-            params = self._dense_parameters_of(stack, layer)
+            params = self.dense.read_layer(stack, layer)
             routing = None
+            started = time.monotonic()
             if buffer is not None:
                 routing = self._dense_pass(
                     stack, layer, params, rel_embedding, buffer, encoded, residual_dtype
                 )
-            if layer in sparse:
-                self._expert_pass(stack, layer, params, buffer, routing)
+            if (stack, layer) in self.layers:
+                dense_seconds = time.monotonic() - started
+                self._expert_pass(stack, layer, params, buffer, routing, dense_seconds)
                 residual_dtype = "float32"
             bar.update()
         if buffer is not None:
@@ -147,21 +131,23 @@ class BlockLoop:
         """All sample batches, with a bar that counts the stack's tokens."""
         assert self.samples is not None
         lengths = self.samples.lengths[stack]
-        with self.bar(
+        with self.run.progress(
             total=int(lengths.sum()), desc=description, unit="token", unit_scale=True
         ) as bar:
             for batch in self.samples.batches(self.batch_size):
                 yield batch
                 bar.update(int(lengths[batch.samples].sum()))
 
-    def _embed(self, stack: Stack, buffer: ListBuffer) -> None:
+    def _embed(self, stack: Stack, embedding: np.ndarray, buffer: ListBuffer) -> None:
         assert self.samples is not None
         name = f"{stack}_input_tokens"
-        embedding = self.devices.replicate(self.embedding)
+        on_devices = self.run.devices.replicate(embedding)
         for batch in self._sample_batches(f"{stack}: embed", stack):
             ids = self.samples.ids(name, batch, getattr(batch, f"{stack}_length"))
-            ids = self.devices.spread(ids)
-            x = dense_pass.embed(self.config, self.settings.activation_dtype, embedding, ids)
+            ids = self.run.devices.spread(ids)
+            x = dense_pass.embed(
+                self.run.config, self.run.settings.activation_dtype, on_devices, ids
+            )
             buffer.store(batch.samples, np.asarray(x, np.float32))
 
     def _dense_pass(
@@ -173,16 +159,15 @@ class BlockLoop:
         buffer: ListBuffer,
         encoded: ListBuffer | None,
         residual_dtype: str,
-    ) -> tuple[Int[np.ndarray, "rows"], Float[np.ndarray, "rows"]] | None:
+    ) -> Routing | None:
         """Send all samples through a layer's dense part; return the routing of a sparse one."""
         assert self.samples is not None
-        samples, config = self.samples, self.config
-        dtype = jnp.dtype(self.settings.activation_dtype)
+        samples, config = self.samples, self.run.config
+        dtype = jnp.dtype(self.run.settings.activation_dtype)
         expert_index = np.zeros(len(buffer.rows), np.int32)
         gate = np.zeros(len(buffer.rows), np.float32)
-        params, bias_table = self.devices.replicate((params, rel_embedding))
-        spread = self.devices.spread
-        started = time.monotonic()
+        params, bias_table = self.run.devices.replicate((params, rel_embedding))
+        spread = self.run.devices.spread
         routed = None
         for batch in self._sample_batches(f"{stack} layer {layer}: dense", stack):
             length = getattr(batch, f"{stack}_length")
@@ -211,7 +196,6 @@ class BlockLoop:
                 rows = len(batch.samples)
                 expert_index[index[real]] = np.asarray(routed.expert_index)[:rows][real]
                 gate[index[real]] = np.asarray(routed.gate)[:rows][real]
-        self.dense_seconds = time.monotonic() - started
         return None if routed is None else (expert_index, gate)
 
     def _expert_pass(
@@ -220,38 +204,60 @@ class BlockLoop:
         layer: int,
         params: dict[str, Any],
         buffer: ListBuffer | None,
-        routing: tuple[np.ndarray, np.ndarray] | None,
+        routing: Routing | None,
+        dense_seconds: float,
     ) -> None:
         """Quantize the experts of a sparse layer, store their codes, run them compressed."""
+        started = time.monotonic()
         tokens = None
         if buffer is not None and routing is not None:
-            assert self.samples is not None
-            gather = self.processes.gather
-            gates = gather(routing[1])
-            lengths = [len(part) for part in gates]
-            tokens = LayerTokens(
-                buffer=buffer,
-                dispatch=dispatch_tokens(
-                    np.concatenate(gather(routing[0])),
-                    np.concatenate(gather(self.samples.enters_hessian[stack])),
-                    num_experts=self.config.num_experts,
-                    max_tokens_factor=self.settings.max_tokens_factor,
-                ),
-                gate=np.concatenate(gates),
-                processes=self.processes,
-                first_rows=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-            )
-        scale = params["pre_mlp_layer_norm"]["scale"]
-        facts = self.experts.run(stack, layer, np.asarray(scale), tokens)
+            tokens = self._layer_tokens(stack, buffer, routing)
+        scale = np.asarray(params["pre_mlp_layer_norm"]["scale"])
+        scheduled = self.layers[stack, layer]
+        result = run_expert_layer(self.run, self.reader, scheduled, scale, tokens)
+        self.results.append(result)
         return_free_memory()
-        if self.processes.is_primary:
-            self.log.write(
-                "layer",
-                **facts,
-                dense_seconds=round(self.dense_seconds, 3),
-                tokens=None if tokens is None else len(tokens.gate),
-                peak_host_bytes=peak_host_bytes(),
-            )
+        if not self.run.processes.is_primary:
+            return
+        seconds = time.monotonic() - started
+        # Since the line before: part of this was read while that layer was worked on.
+        bytes_before, seconds_before = self.logged_reads
+        self.logged_reads = self.reader.num_bytes, self.reader.seconds
+        self.log.write(
+            "layer",
+            stack=stack,
+            layer=layer,
+            method=self.run.settings.for_layer(stack, layer).method,
+            kernels=[dataclasses.asdict(kernel) for kernel in result.kernels],
+            batches_replayed=result.batches_replayed,
+            seconds=round(seconds, 3),
+            experts_per_second=round(len(self.run.experts) / seconds, 3),
+            bytes_read=self.logged_reads[0] - bytes_before,
+            read_seconds=round(self.logged_reads[1] - seconds_before, 3),
+            dense_seconds=round(dense_seconds, 3),
+            tokens=None if tokens is None else len(tokens.gate),
+            peak_host_bytes=peak_host_bytes(),
+        )
+
+    def _layer_tokens(self, stack: Stack, buffer: ListBuffer, routing: Routing) -> LayerTokens:
+        """Tell all processes the routing of a layer, and which rows enter Hessians."""
+        assert self.samples is not None
+        gather = self.run.processes.gather
+        expert_index, gate = routing
+        gates = gather(gate)
+        lengths = [len(part) for part in gates]
+        return LayerTokens(
+            buffer=buffer,
+            dispatch=dispatch_tokens(
+                np.concatenate(gather(expert_index)),
+                np.concatenate(gather(self.samples.enters_hessian[stack])),
+                num_experts=self.run.config.num_experts,
+                max_tokens_factor=self.run.settings.max_tokens_factor,
+            ),
+            gate=np.concatenate(gates),
+            processes=self.run.processes,
+            first_rows=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        )
 
     def _normalise(self, buffer: ListBuffer, scale: np.ndarray, residual_dtype: str) -> None:
         """Apply the final norm of a stack in place, a slab of rows at a time."""
@@ -261,7 +267,7 @@ class BlockLoop:
             padded = np.zeros((min(slab, len(buffer.rows)), rows.shape[1]), np.float32)
             padded[: len(rows)] = rows
             y = dense_pass.final_norm(
-                self.settings.activation_dtype,
+                self.run.settings.activation_dtype,
                 jnp.asarray(scale),
                 jnp.asarray(padded, residual_dtype)[None],
             )
@@ -270,22 +276,22 @@ class BlockLoop:
     def _validation_loss(self, decoded: ListBuffer, head: dict[str, Any]) -> LossReport | None:
         samples = self.samples
         assert samples is not None
-        head = self.devices.replicate(head)
+        head = self.run.devices.replicate(head)
         num_validation = len(samples.tokens) - samples.num_calibration
         sums = np.zeros((num_validation, 3), np.float64)
         for batch in self._sample_batches("validation loss", "decoder"):
             if batch.samples[0] < samples.num_calibration:
                 continue
-            spread = self.devices.spread
+            spread = self.run.devices.spread
             hidden = decoded.padded(batch.samples, batch.decoder_length, batch.batch_size)
             targets = samples.ids("decoder_target_tokens", batch, batch.decoder_length)
             weights = samples.ids("decoder_loss_weights", batch, batch.decoder_length)
-            logits = dense_pass.logits(self.config, head, spread(hidden))
+            logits = dense_pass.logits(self.run.config, head, spread(hidden))
             places = batch.samples - samples.num_calibration
             parts = batch_sums(logits, spread(targets), spread(weights))
             for column, part in enumerate(parts):
                 sums[places, column] = np.asarray(part)[: len(places)]
-        sums = np.concatenate(self.processes.gather(sums))
+        sums = np.concatenate(self.run.processes.gather(sums))
         if not len(sums):
             return None
         return LossReport(sums[:, 0], sums[:, 1].astype(np.int64), sums[:, 2].astype(np.int64))

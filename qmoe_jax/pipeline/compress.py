@@ -23,14 +23,14 @@ from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
-from qmoe_jax.pipeline.expert_layer import ExpertLayers
-from qmoe_jax.pipeline.host_memory import peak_host_bytes
 from qmoe_jax.pipeline.journal import Journal
-from qmoe_jax.pipeline.kernel_reader import cache_bytes
+from qmoe_jax.pipeline.kernel_reader import KernelReader, cache_bytes
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
-from qmoe_jax.pipeline.run_log import RunLog
+from qmoe_jax.pipeline.run import Run
+from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
+from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -56,9 +56,8 @@ def compress(
 ) -> CompressionReport:
     """Compress the experts of a native T5X Switch checkpoint.
 
-    A run that was stopped, by whatever, goes on where it was when it is called again with the same
-    arguments, and ends with the same bytes as an undisturbed one. Until then its work is in
-    `<output>.partial`.
+    Interrupted runs resume and give identical bytes: call this again with the same arguments.
+    Until the output is whole its work is in `<output>.partial`.
 
     In several processes (after `jax.distributed.initialize`) all call this with the same arguments.
     Each reads and quantizes its own experts and sends its own share of the examples through the
@@ -82,7 +81,7 @@ def compress(
       separate_evaluation: load the output again and evaluate it on the validation tokens.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
-      **changes: single fields of `pipeline.settings.CompressionSettings`, as `grid="2bit"`.
+      **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
 
     Returns:
       A report per kernel and in total.
@@ -105,14 +104,7 @@ def compress(
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
     devices, processes = Devices.local(num_devices), Processes()
-    source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
-    config = read_config(source)
-    if needed := cache_bytes(source, config, chosen.expert_batch * len(devices)):
-        source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
-    chosen.check_layers(config.sparse_layers)
-    for layer in config.sparse_layers:
-        for num_in in (config.embed_dim, config.expert_mlp_dim):
-            num_groups(num_in, chosen.for_layer(*layer).group_size)
+    source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config)[slice(num_examples)]
@@ -124,7 +116,7 @@ def compress(
             premask_sentinels=chosen.premask_sentinels,
         )
     described = _describe(calibration)
-    run = _determining_facts(source, config, chosen, described, devices, processes)
+    facts = _determining_facts(source, config, chosen, described, devices, processes)
     bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
@@ -135,22 +127,16 @@ def compress(
             work = stack.enter_context(tempfile.TemporaryDirectory())
         if processes.count > 1:
             work = os.path.join(work, f"process_{processes.index}")
-        journal = stack.enter_context(contextlib.closing(Journal(work, run, discard=overwrite)))
-        if progress and len(journal) + journal.num_layers:
-            print(
-                f"Resuming: {journal.num_layers} finished layers and {len(journal)} finished "
-                "expert batches are there already."
-            )
+        journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
         processes.barrier("output claimed")
-        experts = stack.enter_context(
-            contextlib.closing(
-                ExpertLayers(source, config, chosen, writer, journal, devices, processes, bar)
-            )
-        )
+        run = Run(source, config, chosen, writer, journal, devices, processes, bar)
+        schedule = _schedule(run, tell=progress)
+        reads = kernel_reads(schedule, processes.index)
+        reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
         run_log = RunLog(log)
         if processes.is_primary:
-            run_log.write("start", output=os.fspath(output), run=run)
-        loop = BlockLoop(source, config, chosen, samples, experts, run_log, buffer_dir)
+            run_log.write("start", output=os.fspath(output), run=facts)
+        loop = BlockLoop(run, reader, schedule, samples, run_log, buffer_dir)
         report = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:
@@ -165,6 +151,38 @@ def compress(
     if processes.is_primary:
         run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})
     return report
+
+
+def _open(
+    checkpoint: PathLike, settings: CompressionSettings, devices: Devices
+) -> tuple[T5XCheckpoint, SwitchConfig]:
+    """Open the source, and refuse settings that do not fit it."""
+    source = open_t5x_checkpoint(checkpoint, cache_bytes=0)
+    config = read_config(source)
+    if needed := cache_bytes(source, config, settings.expert_batch * len(devices)):
+        source = open_t5x_checkpoint(checkpoint, cache_bytes=needed)
+    settings.check_layers(config.sparse_layers)
+    for layer in config.sparse_layers:
+        for num_in in (config.embed_dim, config.expert_mlp_dim):
+            num_groups(num_in, settings.for_layer(*layer).group_size)
+    return source, config
+
+
+def _schedule(run: Run, *, tell: bool) -> tuple[LayerSchedule, ...]:
+    """Schedule the run after what all processes have finished; each says what it goes on from."""
+    finished = run.journal.finished()
+    if tell and (finished.layers or finished.batches):
+        print(
+            f"Resuming: {len(finished.layers)} finished layers and {len(finished.batches)} "
+            "finished expert batches are there already."
+        )
+    return make_schedule(
+        run.config.sparse_layers,
+        run.settings,
+        num_experts=run.config.num_experts,
+        batch_size=run.batch_size,
+        finished=[Finished.from_json(own) for own in run.processes.gather_json(finished.to_json())],
+    )
 
 
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:

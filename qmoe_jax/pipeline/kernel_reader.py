@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -12,17 +11,9 @@ from jaxtyping import Float
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.pipeline.schedule import BatchKey
 
 Kernels = dict[str, Float[np.ndarray, "experts in out"]]
-
-
-class BatchKey(NamedTuple):
-    """A batch of experts of one layer."""
-
-    stack: str
-    layer: int
-    start: int
-    stop: int
 
 
 MAX_CACHE_BYTES = 512 * 2**20
@@ -53,10 +44,10 @@ def cache_bytes(source: T5XCheckpoint, config: SwitchConfig, step: int) -> int:
 
 
 class KernelReader:
-    """The kernels of the batches that a run computes, in their order.
+    """The kernels of the batches that a run computes, in the order of its schedule.
 
-    While the device works on a batch, a thread reads the next, across layers too: at most two
-    batches are held.
+    A context manager: inside, a thread reads the next batch while the device works on one, across
+    layers too. At most two batches are held.
 
     Attributes:
       num_bytes: bytes of kernels read so far, as they are stored.
@@ -64,43 +55,49 @@ class KernelReader:
     """
 
     def __init__(
-        self, source: T5XCheckpoint, kernel_names: tuple[str, ...], batches: Iterator[BatchKey]
+        self, source: T5XCheckpoint, kernel_names: tuple[str, ...], reads: Iterable[BatchKey]
     ):
-        """Begin to read the first batch.
+        """Note what will be read; nothing is yet.
 
         Args:
           source: the native checkpoint.
           kernel_names: `wi` or `wi_0` and `wi_1`, and `wo`.
-          batches: all batches that `take` will be asked for, in order.
+          reads: all batches that `take` will be asked for, in order (`schedule.kernel_reads`).
         """
         self._source = source
         self._kernel_names = kernel_names
-        self._batches = batches
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kernel_reader")
+        self._reads = iter(reads)
+        self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[BatchKey, Future[Kernels]] | None = None
         self.num_bytes = 0
         self.seconds = 0.0
+
+    def __enter__(self) -> "KernelReader":
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kernel_reader")
         self._read_ahead()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._thread is not None
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def take(self, key: BatchKey) -> Kernels:
-        """Return the kernels of a batch, float32 by name; begin to read the next.
+        """Return the kernels of the next batch, float32 by name; begin to read the one after.
 
         Raises:
           CheckpointError: they are damaged or unreachable.
+          ValueError: `key` is not the next of the schedule.
         """
         if self._next is None or self._next[0] != key:
             expected = None if self._next is None else self._next[0]
-            raise AssertionError(f"batch {key} was asked for, {expected} was announced")
+            raise ValueError(f"{key} was asked for, but the schedule's next read is {expected}")
         kernels = self._next[1].result()
         self._read_ahead()
         return kernels
 
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
     def _read_ahead(self) -> None:
-        key = next(self._batches, None)
+        assert self._thread is not None
+        key = next(self._reads, None)
         self._next = None if key is None else (key, self._thread.submit(self._read, key))
 
     def _read(self, key: BatchKey) -> Kernels:

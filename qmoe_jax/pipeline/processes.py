@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Shaped
 
+from qmoe_jax.pipeline import schedule
+
 _AXIS = "processes"
 
 
@@ -37,8 +39,7 @@ class Processes:
 
     def share(self, total: int, index: int | None = None) -> range:
         """Return the contiguous part of 0 to total - 1 that a process owns; this one where None."""
-        index = self.index if index is None else index
-        return range(total * index // self.count, total * (index + 1) // self.count)
+        return schedule.share(total, self.index if index is None else index, self.count)
 
     def barrier(self, name: str) -> None:
         """Wait until all processes have come to it."""

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.codec import stats
-from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.quantization.expert_batch import ExpertStatus
 
@@ -170,25 +168,31 @@ class CompressionReport:
 
 
 def kernel_report(
-    name: str, outline: CodedOutline, batches: Sequence[Mapping[str, Any]]
+    name: str,
+    *,
+    num_experts: int,
+    num_weights: int,
+    bits: dict[str, Any],
+    batches: Sequence[Mapping[str, Any]],
 ) -> KernelReport:
     """Sum up the batches of experts of one kernel.
 
     Args:
       name: module path of the kernel.
-      outline: of all of its codes.
-      batches: the statistics of `expert_pass.QuantizedKernel` of all experts, and `symbol_counts`.
+      num_experts: experts in the layer.
+      num_weights: weights of all of them.
+      bits: stored bits, as `KernelReport` has them.
+      batches: the statistics of `expert_pass.QuantizedKernel` of all experts.
     """
     joined = {key: np.concatenate([np.asarray(b[key]) for b in batches]) for key in batches[0]}
-    symbol_counts = np.sum([b["symbol_counts"] for b in batches], axis=0).astype(np.int64)
     counts, status = joined["token_counts"], joined["status"]
     layer_energy = (counts * joined["layer_energy"]).sum()
     layer_error = (counts * joined["layer_error"]).sum()
     return KernelReport(
         name=name,
-        num_experts=outline.spec.num_experts,
-        num_weights=outline.spec.num_weights,
-        bits=stats.outline_bits(outline, symbol_counts),
+        num_experts=num_experts,
+        num_weights=num_weights,
+        bits=bits,
         zeros=float(joined["zero_share"].mean()),
         relative_weight_error=float(
             joined["weight_error"].sum() / max(joined["weight_energy"].sum(), 1e-30)

@@ -30,7 +30,9 @@ from qmoe_jax.codec import reference  # noqa: E402
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.decode import device_arrays  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
-from qmoe_jax.ops import cuda_kernels, cuda_launcher, launch_settings  # noqa: E402
+from qmoe_jax.ops.cuda import kernels as cuda_kernels  # noqa: E402
+from qmoe_jax.ops.cuda import launch_settings  # noqa: E402
+from qmoe_jax.ops.cuda import launcher as cuda_launcher  # noqa: E402
 from qmoe_jax.ops.cuda.launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
 from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
 from qmoe_jax.ops.products import compressed_product, expert_mlp  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import golden_data
 import pytest
-from test_compress import CALIBRATION
+from factories import CALIBRATION
 
 from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes

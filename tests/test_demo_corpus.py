@@ -12,7 +12,7 @@ import pytest
 from golden_data import DEMO
 
 from qmoe_jax.calibration import tokens
-from qmoe_jax.demo.run import docstrings
+from qmoe_jax.demo import docstrings
 from qmoe_jax.errors import TokensError
 
 # Enough for these tests; all packages take 15 s.

@@ -1,0 +1,100 @@
+"""The work of a planned run: tokens, bytes to read, operations, seconds."""
+
+import math
+
+import pytest
+from factories import CALIBRATION, random_tokens
+from plan_factories import facts, resources, some_tokens
+
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.errors import TokensError
+from qmoe_jax.planning import inputs as plan_inputs
+from qmoe_jax.planning import time as plan_work
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.plan import make_plan
+from qmoe_jax.quantization.settings import CompressionSettings
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 40])
+@pytest.mark.parametrize("layout", ["t5x_float32_multichunk", "t5x_bfloat16"])
+def test_bytes_to_read_count_every_chunk(golden_checkpoint, monkeypatch, layout, cache_bytes):
+    monkeypatch.setattr(plan_inputs, "CACHE_BYTES", cache_bytes)
+    path = golden_checkpoint("base", layout)
+    model, source = ModelFacts.from_checkpoint(str(path)), open_t5x_checkpoint(path)
+    expected = 0
+    for name in source.names:
+        chunk, shape = source.chunk_shape(name), source.shapes[name]
+        size = math.prod(chunk) * source.dtypes[name].itemsize
+        others = math.prod(math.ceil(n / c) for n, c in zip(shape[1:], chunk[1:], strict=True))
+        touched = [range(shape[0])]
+        if "/expert/" in name and not cache_bytes:
+            touched = [range(s, min(s + 3, shape[0])) for s in range(0, shape[0], 3)]
+        expected += sum(len({row // chunk[0] for row in rows}) for rows in touched) * others * size
+    assert model.bytes_to_read(3) == expected
+    if layout == "t5x_bfloat16":
+        assert model.bytes_to_read(1 << 20) >= sum(model.num_bytes().values())
+
+
+def test_operations_by_hand():
+    model = facts("switch_base_8")
+    lengths = {"encoder": 512, "decoder": 128}
+    tokens = TokenFacts.from_means(
+        32, 0, {"encoder": 512.0, "decoder": 128.0}, lengths
+    )  # 16,384 and 4,096 tokens: 2,048 and 512 an expert, both whole chunks of 256
+    work = plan_work.device_work(model, tokens, CompressionSettings())
+    layers, experts, embed, mlp = 6, 8, 768, 3072
+    count = layers * (16384 + 4096)
+    assert work["Hessians"].flops == 2 * count * (embed**2 + mlp**2)
+    assert work["experts' outputs"].flops == 2 * 2 * count * embed * mlp
+    assert work["Cholesky"].flops == pytest.approx(2 * layers * experts * (embed**3 + mlp**3) / 3)
+    assert work["sweep"].flops == 2 * layers * experts * (embed**2 * mlp + mlp**2 * embed)
+    # 16 experts a batch take all 8 at once: a step a column.
+    assert work["sweep"].steps == 2 * layers * (embed + mlp)
+    halves = plan_work.device_work(model, tokens, CompressionSettings(expert_batch=4))
+    assert halves["sweep"].steps == 2 * work["sweep"].steps
+
+
+def test_layers_that_stay_dense_cost_no_quantization():
+    model, tokens = facts("switch_base_8"), some_tokens(validation=16)
+    both = make_plan(model, tokens, CompressionSettings(), resources())
+    half = make_plan(model, tokens, CompressionSettings(skip="decoder"), resources())
+    assert half.work["Cholesky"].flops == both.work["Cholesky"].flops / 2
+    assert half.work["experts' outputs"] == both.work["experts' outputs"]
+    kept = model.num_parameters()["experts"] // 2
+    assert half.sizes[0].expert_weights == kept
+    assert half.sizes[0].dense == both.sizes[0].dense + 2 * kept
+    assert [size.layout for size in half.sizes] == ["tunstall"]
+    mixed = {"decoder/*": {"grid": "2bit"}}
+    plan = make_plan(model, tokens, CompressionSettings(layer_overrides=mixed), resources())
+    assert plan.sizes[0].layout == "tunstall + tunstall_2bit"
+    assert set(plan.zero_shares) == {"ternary", "2bit"}
+    assert plan.sizes[0].total > both.sizes[0].total
+
+
+def test_round_to_nearest_without_tokens_only_reads_codes_and_writes():
+    model, tokens = facts("switch_base_8"), some_tokens(0)
+    plan = make_plan(model, tokens, CompressionSettings(method="rtn"), resources())
+    assert plan.work == {}
+    assert "Hessians" not in plan.device
+    assert plan.total_seconds > 0
+
+
+def test_token_lengths_are_those_of_the_run(tmp_path):
+    validation = random_tokens(1, 7)
+    found = TokenFacts.from_files(CALIBRATION, validation, premask_sentinels=True)
+    both = (CALIBRATION.tokens, validation.tokens)
+    assert found.num_calibration == 40
+    assert found.num_validation == 7
+    assert found.tokens["encoder"] == sum(int((t.encoder_input_tokens > 0).sum()) for t in both)
+    assert found.validation_targets == int((validation.tokens.decoder_target_tokens > 0).sum())
+    assert 0 < found.hessian_tokens["decoder"] < found.tokens["decoder"]
+
+
+def test_gptq_without_calibration_is_refused():
+    with pytest.raises(TokensError, match="needs calibration examples"):
+        make_plan(facts(), some_tokens(0), CompressionSettings(), resources())
+
+
+def test_mean_lengths_must_fit_the_arrays():
+    with pytest.raises(TokensError, match="at most the length"):
+        TokenFacts.from_means(1, 0, {"encoder": 600.0}, {"encoder": 512})
