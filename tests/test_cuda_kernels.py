@@ -52,7 +52,7 @@ def random_tensor(coding, shape, zero_share=0.85, seed=0, **options):
 
 
 def reference_weights(coded: CodedTensor) -> np.ndarray:
-    """bfloat16 [experts, out, in] by the slow decoder."""
+    """bfloat16 [experts, out, in] by the reference decoder."""
     codes = get_coding(coded.spec.coding).decode_numpy_reference(coded)
     return reference.dequantize(coded, codes).astype(BF16)
 

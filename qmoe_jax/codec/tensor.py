@@ -94,7 +94,7 @@ class CodedTensor:
 
 
 def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
-    """Return running totals of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
+    """Return cumulative sums of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
     offsets = np.zeros((*counts.shape[:-1], counts.shape[-1] + 1), np.int64)
     np.cumsum(counts, axis=-1, dtype=np.int64, out=offsets[..., 1:])
     if offsets.size and offsets.max() >= 2**31:

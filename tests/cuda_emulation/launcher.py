@@ -1,6 +1,6 @@
 """The launcher of `qmoe_jax.ops.cuda.launcher` that runs kernels on the CPU's own buffers.
 
-    with cuda_launcher.use_launcher(EmulatedLauncher()):
+    with use_launcher(EmulatedLauncher()):
         ...
 
 Everything but CuPy's compiling and launching is then the code that runs on a GPU: JAX's callback

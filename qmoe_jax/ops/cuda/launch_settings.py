@@ -2,8 +2,8 @@
 
 `benchmarks/tune_kernels.py` writes the file. It has an object a device, by its name ("NVIDIA H100
 80GB HBM3"), by its compute capability ("compute capability 9.0"), or "default": the first that is
-there counts. Each has an object a coding, with the fields of `LaunchSettings`; what it leaves out is
-as here.
+there counts. Each has an object a coding, with the fields of `LaunchSettings`; what it leaves out
+is as here.
 """
 
 import dataclasses
