@@ -59,7 +59,7 @@ def evaluate(
     Args:
       checkpoint: native T5X or compressed, local or gs://; or several: paths, (name, path) pairs,
         or a mapping from name to path. Tables and folders have the names.
-      tokens: examples, a token file of `qmoe_jax.prepare_tokens`.
+      tokens: examples, a token file of `qmoe-jax prepare-tokens`.
       num_examples: use the first so many; all where None.
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
