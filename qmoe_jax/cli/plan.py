@@ -1,10 +1,10 @@
 """Says what a compression run will need, before it starts and without reading a weight.
 
-    python -m qmoe_jax.plan --list
-    python -m qmoe_jax.plan switch_base_128 --device a100
-    python -m qmoe_jax.plan switch_c_2048 --device h100 --num_examples 160000 \\
+    qmoe-jax plan --list
+    qmoe-jax plan switch_base_128 --device a100
+    qmoe-jax plan switch_c_2048 --device h100 --num_examples 160000 \\
       --buffer_dir /scratch --host_gb 256 --disk_gb 2000 --expert_batch 32
-    python -m qmoe_jax.plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
+    qmoe-jax plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
 
 Of a checkpoint only metadata are read: names, shapes, dtypes, chunks. Of a public checkpoint, given
 by its name, geometry comes from configs/public_checkpoints.json, and its dtype is assumed. Memory
@@ -19,19 +19,20 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
-from qmoe_jax.errors import CheckpointError, TokensError
-from qmoe_jax.planning import public_checkpoints as registry
+from qmoe_jax.cli.flags import CommandParser
+from qmoe_jax.errors import TokensError
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
-from qmoe_jax.planning.limits import Resources
+from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
+from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
 from qmoe_jax.planning.sizes import ZeroShare
 from qmoe_jax.planning.text import format_list, format_plan
 from qmoe_jax.quantization.settings import CompressionSettings
@@ -66,7 +67,7 @@ def _model(arguments: argparse.Namespace) -> ModelFacts:
     given = arguments.checkpoint
     if "/" in given or os.path.exists(given):
         return ModelFacts.from_checkpoint(given)
-    return ModelFacts.from_registry(registry.public_checkpoint(given), arguments.source_dtype)
+    return ModelFacts.from_registry(public_checkpoint(given), arguments.source_dtype)
 
 
 def _tokens(
@@ -100,7 +101,7 @@ def _tokens(
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
-    device = registry.devices()[arguments.device]
+    device = devices()[arguments.device]
     memory = device.memory_bytes
     if arguments.device_gb is not None:
         memory = round(1e9 * arguments.device_gb)
@@ -180,11 +181,7 @@ def _setting_fields() -> list[dataclasses.Field]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m qmoe_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("plan", description=__doc__)
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -257,13 +254,6 @@ def _overrides(text: str) -> dict[str, Any]:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage of forty options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"qmoe_jax.plan: {message}; --help shows all options\n")
-
-
 def _add_tokens(group: Any) -> None:
     group.add_argument("--tokens", metavar="FILE", help="calibration tokens: their exact lengths")
     group.add_argument("--validation_tokens", metavar="FILE", help="validation tokens")
@@ -305,32 +295,19 @@ def _add_resources(group: Any) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+IF_INTERRUPTED = "nothing was written, run it again"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status: 1 where the run does not fit."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.list or arguments.checkpoint is None:
-            print(format_list())
-            return 0
-        if arguments.device not in registry.devices():
-            raise ValueError(
-                f"device is {arguments.device!r}; choose one of {', '.join(registry.devices())}"
-            )
-        plan = plan_from_arguments(arguments)
-        if arguments.json is not None:
-            _write_json(Path(arguments.json), plan)
-    except (CheckpointError, TokensError, ValueError, OSError) as error:
-        print(f"qmoe_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if arguments.list or arguments.checkpoint is None:
+        print(format_list())
+        return 0
+    if arguments.device not in devices():
+        raise ValueError(f"device is {arguments.device!r}; choose one of {', '.join(devices())}")
+    plan = plan_from_arguments(arguments)
+    if arguments.json is not None:
+        write_json(arguments.json, plan.to_json())
     print(format_plan(plan))
     return 1 if plan.problems else 0
-
-
-def _write_json(path: Path, plan: Plan) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
-    os.replace(partial, path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
