@@ -3,11 +3,12 @@
 Files may be local or on gs:// (TensorFlow's file system reads both); `.gz` is unpacked.
 """
 
+import glob
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qmoe_jax.errors import TokensError
 
@@ -32,6 +33,29 @@ def find_text_files(files: Files) -> dict[str, list[str]]:
       TokensError: a pattern without a file.
     """
     return _find_files(files, (".txt", ".txt.gz"), "UTF-8 text files, or of a folder of .txt files")
+
+
+def local_stamps(patterns: Iterable[str]) -> list[str]:
+    """Describe local files by name, size and modification time, to tell whether any has changed.
+
+    Needs no TensorFlow. Files on gs:// are described by the pattern alone.
+
+    Args:
+      patterns: paths, globs or folders, of which all files count.
+    """
+    stamps = []
+    for pattern in patterns:
+        if "://" in pattern:
+            stamps.append(pattern)
+            continue
+        pattern = os.path.expanduser(pattern)
+        found = glob.glob(pattern)
+        if os.path.isdir(pattern):
+            found = [os.path.join(f, name) for f, _, names in os.walk(pattern) for name in names]
+        for path in sorted(path for path in found if os.path.isfile(path)):
+            status = os.stat(path)
+            stamps.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    return stamps
 
 
 def text_files(paths: Sequence[str]) -> Iterator[str]:

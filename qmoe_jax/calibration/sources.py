@@ -11,13 +11,17 @@ concatenated and cut to full length, but those that fit are taken whole, one an 
 name is looked up among seqio's tasks after `task_module` was imported.
 """
 
+import hashlib
 import importlib
+import importlib.util
+import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qmoe_jax.calibration.documents import local_stamps
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens, write_tokens
 from qmoe_jax.errors import TokensError
 
@@ -38,6 +42,7 @@ def task_tokens(
     targets_length: int | None = None,
     seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> TokenFile:
     """Tokenise the first examples of a task, unshuffled; equal arguments give equal tokens.
@@ -55,12 +60,13 @@ def task_tokens(
       inputs_length: encoder tokens of an example; the public models have 512.
       targets_length: decoder tokens; None is what the corruption of `inputs_length` gives (114).
       seed: seed of the corruption.
-      cache: token file to write; where it is there already and from the same request, it is read.
+      cache: local folder that keeps the token file, under a name that follows from all of the
+        above and from names, sizes and times of the local files behind it; found there, it is read.
+      overwrite: tokenise again what is found there.
       progress: show a progress bar.
 
     Raises:
-      TokensError: an unknown task, an argument that it needs is missing, unreadable documents, or
-        a `cache` of another request.
+      TokensError: an unknown task, an argument that it needs is missing, or unreadable documents.
     """
     request = {
         "task": task,
@@ -74,14 +80,13 @@ def task_tokens(
         "seed": seed,
     }
     source = ", ".join(f"{key}={value!r}" for key, value in request.items() if value is not None)
-    if cache is not None and os.path.exists(cache):
-        found = read_tokens(cache)
-        if found.metadata.source != source:
-            raise TokensError(
-                f"{os.fspath(cache)} holds other tokens ({found.metadata.source}) than these "
-                f"({source}); use the same settings, choose another output, or delete it."
-            )
-        return found
+    kept = None
+    if cache is not None:
+        stamps = local_stamps(_behind(request, task_module))
+        key = hashlib.sha256(json.dumps([request, stamps], default=list).encode()).hexdigest()
+        kept = os.path.join(cache, f"tokens_{key[:16]}.npz")
+        if os.path.exists(kept) and not overwrite:
+            return read_tokens(kept)
     named = _find_task(task, split, vocabulary, data_dir, files, task_module)
     from qmoe_jax.calibration import tasks
 
@@ -95,9 +100,27 @@ def task_tokens(
         source=source,
         progress=progress,
     )
-    if cache is not None:
-        write_tokens(cache, made.tokens, made.metadata)
+    if kept is not None:
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        write_tokens(kept, made.tokens, made.metadata)
     return made
+
+
+def _behind(request: Mapping[str, Any], task_module: str | None) -> list[str]:
+    """Name the files that the tokens of a request are made from, as far as they can be told."""
+    files = request["files"]
+    behind: list[str] = [files] if isinstance(files, str) else list(files or ())
+    if request["vocabulary"] is not None:
+        behind.append(request["vocabulary"])
+    if match := _NAME.fullmatch(request["task"]):
+        version = ".".join(match.group(2, 3, 4)) if match[2] else None
+        folder = request["data_dir"] or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        if version is not None:
+            behind.append(os.path.join(folder, "c4", "en", version))
+    spec = None if task_module is None else importlib.util.find_spec(task_module)
+    if spec is not None and spec.origin is not None:
+        behind.append(spec.origin)
+    return behind
 
 
 def _find_task(

@@ -89,14 +89,15 @@ def evaluate(
         )
     examples: Any = tokens
     if task is not None:
-        cache = None if output is None else os.path.join(output, "tokens.npz")
-        if cache is not None and overwrite and os.path.exists(cache):
-            os.remove(cache)
         examples = (tokenize or task_tokens)(
-            task=task, num_examples=num_examples, cache=cache, progress=progress
+            task=task,
+            num_examples=num_examples,
+            cache=output,
+            overwrite=overwrite,
+            progress=progress,
         )
     named = evaluation.name_checkpoints(checkpoint)
-    with _rounded(named, output, progress) as checkpoints:
+    with _rounded(named, output, overwrite, progress) as checkpoints:
         return evaluation.evaluate(
             checkpoints,
             examples,
@@ -115,7 +116,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _rounded(
-    checkpoints: Mapping[str, Any], output: str | None, progress: bool
+    checkpoints: Mapping[str, Any], output: str | None, overwrite: bool, progress: bool
 ) -> Iterator[dict[str, Any]]:
     """Return the checkpoints with each `rtn:<grid>:<path>` rounded into a folder.
 
@@ -131,13 +132,16 @@ def _rounded(
         else:
             folder = os.path.join(output, "rounded")
         yield {
-            name: _round(path, folder, progress) if os.fspath(path).startswith("rtn:") else path
+            name: _round(path, folder, overwrite, progress)
+            if os.fspath(path).startswith("rtn:")
+            else path
             for name, path in checkpoints.items()
         }
 
 
-def _round(spelled: str, folder: str, progress: bool) -> str:
+def _round(spelled: str, folder: str, overwrite: bool, progress: bool) -> str:
     from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint
+    from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
     from qmoe_jax.pipeline.compress import compress
 
     _, grid, path = (*spelled.split(":", 2), "", "")[:3]
@@ -145,9 +149,11 @@ def _round(spelled: str, folder: str, progress: bool) -> str:
         raise ValueError(
             f"{spelled!r}: write rtn:ternary:PATH or rtn:2bit:PATH, PATH a native checkpoint"
         )
-    rounded = os.path.join(folder, f"{grid}_{hashlib.sha256(path.encode()).hexdigest()[:12]}")
-    if not is_compressed_checkpoint(rounded):
-        compress(path, rounded, method="rtn", grid=grid, progress=progress)
+    # Another checkpoint put at the same path is another name here.
+    source = f"{path} {open_t5x_checkpoint(path, cache_bytes=0).fingerprint()}"
+    rounded = os.path.join(folder, f"{grid}_{hashlib.sha256(source.encode()).hexdigest()[:12]}")
+    if overwrite or not is_compressed_checkpoint(rounded):
+        compress(path, rounded, method="rtn", grid=grid, overwrite=overwrite, progress=progress)
     return rounded
 
 
