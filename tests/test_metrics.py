@@ -4,7 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmoe_jax.evaluation.metrics import LossReport, batch_sums, cross_entropy
+from qmoe_jax.evaluation.metrics import (
+    LossReport,
+    batch_sums,
+    cross_entropy,
+    worse_than_guessing,
+)
 
 
 def test_cross_entropy_equals_numpy():
@@ -58,3 +63,28 @@ def test_gap_is_paired():
 def test_gap_refuses_other_examples():
     with pytest.raises(ValueError, match="same token file"):
         report([1.0], [3]).gap_to(report([1.0], [4]))
+
+
+def test_a_loss_worse_than_guessing_is_remarked_on():
+    assert worse_than_guessing(8.0, 3200, 512, 114) is None
+    warning = worse_than_guessing(9.42, 3200, 512, 114)
+    assert "9.42 is worse than guessing, ln(3200) = 8.07" in warning
+    assert "512 input, 114 target positions" in warning
+
+
+def test_both_commands_say_so(base, tmp_path):
+    """A random model, scaled to be sure of wrong answers, on random text."""
+    from factories import CALIBRATION, QUICK
+
+    import qmoe_jax
+    from qmoe_jax.evaluation.evaluate import evaluate
+    from qmoe_jax.evaluation.tables import summary
+
+    document = evaluate(base, CALIBRATION[:8], batch_size=8, progress=False)
+    loss = document["models"][0]["loss"]
+    assert (loss > np.log(512)) == bool(document["models"][0]["warnings"])
+    document["models"][0]["warnings"] = ["something is wrong"]
+    assert summary(document).endswith("warning: checkpoint_500100: something is wrong")
+    options = QUICK | {"method": "rtn", "validation_tokens": CALIBRATION[:8]}
+    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION[:8], **options)
+    assert (report.validation.loss > np.log(512)) == any("guessing" in w for w in report.warnings())

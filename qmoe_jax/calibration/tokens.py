@@ -68,6 +68,11 @@ class TokenBatch:
         """Targets that count in the loss."""
         return int(self.decoder_loss_weights.sum())
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Input and target positions of each example, padding included."""
+        return self.encoder_input_tokens.shape[1], self.decoder_target_tokens.shape[1]
+
     def arrays(self) -> dict[str, Int32[np.ndarray, "_ _"]]:
         """Return the four arrays by name, in the order of `ARRAY_NAMES`."""
         return {name: getattr(self, name) for name in ARRAY_NAMES}

@@ -22,7 +22,7 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
-from qmoe_jax.evaluation.metrics import LossReport, evaluate_batch
+from qmoe_jax.evaluation.metrics import LossReport, evaluate_batch, worse_than_guessing
 from qmoe_jax.evaluation.report import example_losses, model_report
 from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
@@ -85,6 +85,7 @@ def evaluate(
         and the error of the paired differences.
       accuracy: share of target tokens that are the most probable one.
       z_loss: mean over target tokens of the squared log-partition function.
+      warnings: sentences about figures that cannot be what was wanted.
       bits_per_weight: stored bits per expert weight; None of a native checkpoint.
       router: see `router.router_report`.
       t5x: what T5X's `loss_fn` would log, means over whole batches: `loss` (with z-loss and
@@ -154,6 +155,10 @@ def evaluate(
         first = losses if first is None else first
         model = {"name": name, "checkpoint": os.fspath(path)} | model_report(arrays, losses, first)
         model["bits_per_weight"] = _bits_per_weight(path)
+        warning = worse_than_guessing(
+            losses.loss, module.config.num_embeddings, *token_file.tokens.lengths
+        )
+        model["warnings"] = [] if warning is None else [warning]
         models.append(model)
         if output is not None and tensorboard:
             step = identities[name].get("step") or 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,6 +65,31 @@ class LossReport:
         residual = difference - gap * tokens
         spread = np.sqrt(np.sum(residual**2) * len(tokens) / (len(tokens) - 1)) / tokens.sum()
         return float(gap), float(spread)
+
+
+def worse_than_guessing(
+    loss: float, num_embeddings: int, inputs_length: int, targets_length: int
+) -> str | None:
+    """Say so where a loss is above what giving every token the same probability would have.
+
+    Args:
+      loss: nats per target token.
+      num_embeddings: tokens that the model tells apart.
+      inputs_length: length of the encoder's arrays.
+      targets_length: length of the decoder's arrays.
+
+    Returns:
+      A sentence with the likely causes; None for a loss that a model may have.
+    """
+    guessing = math.log(num_embeddings)
+    if loss <= guessing:
+        return None
+    return (
+        f"the loss of {loss:.2f} is worse than guessing, ln({num_embeddings}) = {guessing:.2f}: "
+        "the examples are hardly those that the model was trained for. Their vocabulary must be "
+        f"the checkpoint's, and their lengths ({inputs_length} input, {targets_length} target "
+        "positions) those of its training (TASK_FEATURE_LENGTHS in its gin file)"
+    )
 
 
 def cross_entropy(

@@ -39,6 +39,7 @@ def summary(document: Mapping[str, Any]) -> str:
     for model in models:
         rows = [*model["router"]["layers"].items(), ("total", model["router"]["total"])]
         lines += ["", _table(f"routers of {model['name']}", rows, _ROUTER_COLUMNS)]
+    lines += [f"\nwarning: {m['name']}: {text}" for m in models for text in m.get("warnings", ())]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from qmoe_jax.calibration.dispatch import dispatch_tokens
 from qmoe_jax.calibration.list_buffer import ListBuffer
 from qmoe_jax.calibration.sample_batches import SampleBatch
 from qmoe_jax.checkpoints import names
-from qmoe_jax.evaluation.metrics import LossReport, batch_sums
+from qmoe_jax.evaluation.metrics import LossReport, batch_sums, worse_than_guessing
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
 from qmoe_jax.pipeline.dense_parameters import DenseParameters
@@ -78,6 +78,10 @@ class BlockLoop:
             head = {"kernel": dense.read("decoder/logits_dense/kernel")}
         if decoded is not None:
             validation = self._validation_loss(decoded, head)
+        warning = None
+        if validation is not None and self.samples is not None:
+            lengths = self.samples.tokens.lengths
+            warning = worse_than_guessing(validation.loss, config.num_embeddings, *lengths)
         results = self.results
         return CompressionReport(
             output=output,
@@ -89,6 +93,7 @@ class BlockLoop:
             num_replayed=sum(result.batches_replayed for result in results),
             bytes_read=dense.num_bytes_read + self.reader.num_bytes,
             validation=validation,
+            validation_warning=warning,
         )
 
     def _stack(

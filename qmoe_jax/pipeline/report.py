@@ -57,6 +57,7 @@ class CompressionReport:
       peak_host_bytes: the most memory that this process held (resident set).
       validation: loss on the validation tokens that flowed along, through compressed experts; None
         where none were given.
+      validation_warning: what is wrong with that loss; None where nothing is.
       separate_validation: loss on them of the finished output, loaded again; None where not asked.
     """
 
@@ -70,6 +71,7 @@ class CompressionReport:
     bytes_read: int = 0
     peak_host_bytes: int = 0
     validation: LossReport | None = None
+    validation_warning: str | None = None
     separate_validation: LossReport | None = None
 
     @property
@@ -126,6 +128,8 @@ class CompressionReport:
                     "had non-finite activations and were rounded to nearest; "
                     'try activation_dtype="float32"'
                 )
+        if self.validation_warning is not None:
+            found.append(f"validation: {self.validation_warning}")
         return found
 
     def to_json(self) -> dict[str, Any]:
