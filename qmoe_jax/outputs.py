@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.paths import local_path
 
 _MOST_NAMED = 4
 
@@ -59,7 +60,7 @@ class OutputFolder:
         Raises:
           CheckpointError: something is there that may not be replaced.
         """
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = Path(os.path.realpath(local_path(path, "the output")))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._previous = self.path.with_name(self.path.name + ".previous")
         self._kind = kind

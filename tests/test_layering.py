@@ -18,6 +18,7 @@ LAYERS = (
         "formatting",
         "host_threads",
         "outputs",
+        "paths",
         "resources",
         "run_folder",
     ),

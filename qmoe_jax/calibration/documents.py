@@ -107,7 +107,8 @@ def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str
     found: dict[str, list[str]] = {}
     for split, patterns in files.items():
         found[split] = []
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for given in [patterns] if isinstance(patterns, str) else patterns:
+            pattern = os.path.expanduser(given)
             if tf.io.gfile.isdir(pattern):
                 matches = sorted(
                     os.path.join(folder, name)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def load_vocabulary(path: str) -> Vocabulary:
     import tensorflow as tf
 
     try:
+        path = os.path.expanduser(path)
         vocabulary = seqio.SentencePieceVocabulary(path)
         vocabulary.load_model()
     except (tf.errors.OpError, OSError) as error:

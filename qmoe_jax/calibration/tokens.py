@@ -28,6 +28,7 @@ from jaxtyping import Bool, Int, Int32
 
 from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import local_path
 
 FORMAT = "qmoe_jax.tokens"
 FORMAT_VERSION = 1
@@ -195,7 +196,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: TokenBatch, metadata: Tok
       TokensError: no examples, filler rows, arrays that disagree, or ids outside the vocabulary.
       OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = local_path(path, "the token file", TokensError)
     arrays = tokens.arrays()
     _check_arrays(arrays, path)
     _check_ids(arrays, metadata, path)
@@ -228,7 +229,7 @@ def read_tokens(path: str | os.PathLike[str], *, num_embeddings: int | None = No
       TokensError: the file is missing, truncated, of another version, altered, empty, or made with
         another vocabulary than the model's.
     """
-    path = Path(path)
+    path = local_path(path, "the token file", TokensError)
     entries = _load(path)
     if "header" not in entries:
         raise TokensError(
@@ -278,7 +279,7 @@ def read_plain_tokens(
     Raises:
       TokensError: as `read_tokens`.
     """
-    path = Path(path)
+    path = local_path(path, "the token file", TokensError)
     entries = _load(path)
     plain = {}
     for name in ARRAY_NAMES:

@@ -39,6 +39,7 @@ from qmoe_jax.codec.tensor import (
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CodecError
 from qmoe_jax.outputs import FolderKind, OutputFolder
+from qmoe_jax.paths import local_path
 
 _CODING = "qmoe"
 _KERNELS = ("wi", "wo")
@@ -96,7 +97,7 @@ def import_published(
         or of another shape or dtype than config.json says; codewords do not form rows; or there is
         something at `output`.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = local_path(path, "the published model")
     config = _read_config(folder)
     layers = published_names.sparse_layers(config)
     _check_expert_files(folder, len(layers))

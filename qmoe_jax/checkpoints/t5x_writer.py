@@ -16,6 +16,7 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.storage import short_message
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.outputs import FolderKind, OutputFolder
+from qmoe_jax.paths import local_path
 
 _VERSION = 3
 _KIND = FolderKind(
@@ -43,11 +44,9 @@ class T5XCheckpointWriter:
         Raises:
           CheckpointError: it exists already, the folder is no local one, or the step is negative.
         """
-        if "://" in os.fspath(folder):
-            raise CheckpointError(f"{folder} is no local folder; write to one and copy it there")
         if step < 0:
             raise CheckpointError(f"step is {step}; a training step is at least 0")
-        path = Path(folder).expanduser().absolute() / f"checkpoint_{step}"
+        path = local_path(folder, "the folder of the output").absolute() / f"checkpoint_{step}"
         if os.path.lexists(path):
             raise CheckpointError(f"{path} exists already; choose another folder or step")
         self._step = step

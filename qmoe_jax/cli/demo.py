@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qmoe_jax import resources
 from qmoe_jax.cli.flags import CommandParser
+from qmoe_jax.paths import local_path
 
 IF_INTERRUPTED = "the same command goes on where it was"
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         num_validation_examples=arguments.num_validation_examples,
         seed=arguments.seed,
     )
-    folder = Path(arguments.output)
+    folder = local_path(arguments.output, "--output")
     print("\n" + report.table(document))
     print(f"\n{folder / 'report.json'}: these figures; {folder / 'report.html'}: with plots.")
     return 0

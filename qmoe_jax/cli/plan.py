@@ -29,6 +29,7 @@ from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import local_path
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
@@ -308,6 +309,6 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"device is {arguments.device!r}; choose one of {', '.join(devices())}")
     plan = plan_from_arguments(arguments)
     if arguments.json is not None:
-        write_json(arguments.json, plan.to_json())
+        write_json(local_path(arguments.json, "--json"), plan.to_json())
     print(format_plan(plan))
     return 1 if plan.problems else 0

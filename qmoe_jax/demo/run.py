@@ -18,6 +18,7 @@ from qmoe_jax.demo.docstrings import demo_tokens
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.generation.text import Filled, Vocabulary, fill_prompts
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.compress import compress
 
 PathLike = str | os.PathLike[str]
@@ -73,7 +74,7 @@ def run_demo(
       TokensError: the vocabulary cannot be used, or there is too little text.
     """
     started = time.monotonic()
-    folder = Path(output)
+    folder = local_path(output, "output")
     folder.mkdir(parents=True, exist_ok=True)
     words = Vocabulary(vocabulary)
     calibration = _tokens(vocabulary, folder, "train", num_examples, seed)

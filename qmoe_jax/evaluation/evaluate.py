@@ -28,6 +28,7 @@ from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.paths import local_path
 from qmoe_jax.run_folder import RunFolder
 
 PathLike = str | os.PathLike[str]
@@ -107,8 +108,8 @@ def evaluate(
     checkpoints = name_checkpoints(checkpoint)
     if batches_per_shard < 1:
         raise ValueError(f"batches_per_shard is {batches_per_shard}; give 1 or more")
-    if output is not None and "://" in os.fspath(output):
-        raise ValueError(f"output is {os.fspath(output)}; give a local folder, copy it afterwards")
+    if output is not None:
+        output = local_path(output, "output")
     if output is None:
         tensorboard = False
     elif tensorboard is None:

@@ -28,7 +28,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """
     name = os.fspath(path)
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        if name == "-":
+            content = sys.stdin.read()
+        else:
+            content = local_path(name, "the file of prompts", TokensError).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise TokensError(
@@ -85,11 +88,11 @@ class AnswerFile:
         Raises:
           TokensError: the file cannot be written.
         """
-        self._path = Path(path)
-        self._partial = Path(f"{os.fspath(path)}.partial")
+        self._path = local_path(path, "the file of answers", TokensError)
+        self._partial = self._path.with_name(self._path.name + ".partial")
         text = json.dumps(run, sort_keys=True)
         header = {"run": hashlib.sha256(text.encode()).hexdigest()}
-        if "://" in os.fspath(path) or self._path.is_dir() or not self._path.parent.is_dir():
+        if self._path.is_dir() or not self._path.parent.is_dir():
             raise TokensError(
                 f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
                 "exists"

@@ -10,6 +10,7 @@ from qmoe_jax.generation.prompts import Answer, generate_batches
 from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.step import Variables
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.paths import local_path
 
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
 _WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -49,8 +50,9 @@ class Vocabulary:
     def __init__(self, path: str | os.PathLike[str]):
         import sentencepiece
 
+        file = local_path(path, "the vocabulary", TokensError)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(file))
         except (OSError, RuntimeError) as error:
             raise TokensError(
                 f"cannot read a sentencepiece model from {os.fspath(path)!r} ({error}); give the "

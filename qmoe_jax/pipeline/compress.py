@@ -21,6 +21,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.journal import Journal
@@ -103,6 +104,9 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    run_log = RunLog(log)
+    work_folder = None if work_dir is None else local_path(work_dir, "work_dir")
+    buffers = None if buffer_dir is None else local_path(buffer_dir, "buffer_dir")
     devices, processes = Devices.local(num_devices), Processes()
     source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
@@ -125,7 +129,7 @@ def compress(
             inputs=_paths(checkpoint, tokens, validation_tokens),
             is_primary=processes.is_primary,
         )
-        work = writer.work_folder if work_dir is None else os.fspath(work_dir)
+        work = writer.work_folder if work_folder is None else os.fspath(work_folder)
         if work is None:
             work = stack.enter_context(tempfile.TemporaryDirectory())
         if processes.count > 1:
@@ -136,10 +140,9 @@ def compress(
         schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
         reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
-        run_log = RunLog(log)
         if processes.is_primary:
             run_log.write("start", output=os.fspath(output), run=facts)
-        loop = BlockLoop(run, reader, schedule, samples, run_log, buffer_dir)
+        loop = BlockLoop(run, reader, schedule, samples, run_log, buffers)
         report = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.paths import local_path
 
 
 class RunLog:
@@ -23,7 +24,7 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike[str] | None):
         """Open the log; None logs nothing."""
-        self._path = path
+        self._path = None if path is None else local_path(path, "the log")
 
     def write(self, event: str, **fields: Any) -> None:
         """Add a line.
