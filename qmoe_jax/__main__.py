@@ -62,7 +62,12 @@ def _run(command: str, arguments: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         # What a user can mend (a misspelt option, a missing file, a bad checkpoint) is one
         # message, not a traceback.
-        print(f"qmoe-jax {command}: {one_line(error)}", file=sys.stderr)
+        message = one_line(error)
+        if module is not None and hasattr(module, "make_parser"):
+            from qmoe_jax.cli.wording import spell_options
+
+            message = spell_options(message, module.make_parser())
+        print(f"qmoe-jax {command}: {message}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         advice = "run it again" if module is None else module.IF_INTERRUPTED

@@ -22,7 +22,7 @@ IF_INTERRUPTED = "what was written is not taken for whole, run it again"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     from qmoe_jax.checkpoints.published import export_published, import_published
 
     convert = import_published if arguments.direction == "import" else export_published
@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("convert", description=__doc__)
     parser.add_argument("layout", choices=("published",), help="published: that of the QMoE models")
     parser.add_argument(

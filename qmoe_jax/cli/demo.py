@@ -17,7 +17,7 @@ IF_INTERRUPTED = "the same command goes on where it was"
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     checkpoint = arguments.checkpoint or _file(arguments.model, "checkpoint_4200")
     vocabulary = arguments.vocabulary or _file(arguments.model, "sentencepiece.model")
     # After parsing, so that --help and mistakes answer at once.
@@ -48,7 +48,8 @@ def _file(model: Path, name: str) -> Path:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("demo", description=__doc__)
     parser.add_argument("--output", default="demo_out", help="folder for results (%(default)s)")
     parser.add_argument(

@@ -16,7 +16,7 @@ IF_INTERRUPTED = "nothing is left behind, run it again"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
 
     path = dequantize_checkpoint(
@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("dequantize", description=__doc__)
     parser.add_argument(
         "compressed", metavar="COMPRESSED", help="compressed checkpoint, local or gs://"

@@ -13,10 +13,12 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 from qmoe_jax import resources
+from qmoe_jax.cli.argument_types import check_arguments
+from qmoe_jax.cli.wording import spell_flags
 
 _CONFIG_SUFFIX = ".operative_config.gin"
 
@@ -110,7 +112,8 @@ def run(
         with _quiet():
             gin.parse_config_files_and_bindings(files, [], finalize_config=False)
         _check_macros(gin.config_str(), arguments.gin_bindings)
-        gin.parse_config(arguments.gin_bindings)
+        for binding in arguments.gin_bindings:
+            _parse_binding(binding)
         gin.finalize()
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
@@ -118,7 +121,8 @@ def run(
     except SyntaxError as error:
         raise ValueError(f"{error.msg} In: {(error.text or '').strip()}") from error
     except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(_message(error)) from error
+        binding = functools.partial(_binding, _known_names(gin.config_str()), configurables)
+        raise ValueError(spell_flags(_message(error), binding)) from error
     output = calls[0].get("output")
     if output is not None:
         _save_beside(os.fspath(output), gin.operative_config_str())
@@ -138,6 +142,18 @@ def _import_gin(name: str) -> Any:
     return gin
 
 
+def _binding(
+    macros: Collection[str], configurables: Sequence[Callable[..., Any]], name: str
+) -> str | None:
+    """Return the binding that sets what the library calls `name`; None where there is none."""
+    if name.upper() in macros:
+        return f"--gin.{name.upper()}"
+    for other in configurables:
+        if name in inspect.signature(other).parameters:
+            return f"--gin.{other.__name__}.{name}"
+    return None
+
+
 def _join_processes(arguments: argparse.Namespace) -> None:
     import jax
 
@@ -155,21 +171,31 @@ def operative_config_path(output: str) -> str:
     return output.rstrip("/") + _CONFIG_SUFFIX
 
 
+def _spelled(configurable: str, argument: str) -> str:
+    """Name an argument as it is bound: by the macro that a gin file gives it, else as it is."""
+    import gin.config
+
+    binding = f"{configurable}.{argument}"
+    found = re.search(rf"^{re.escape(binding)} = %(\w+)$", gin.config.config_str(), re.MULTILINE)
+    return f"--gin.{found[1] if found else binding}"
+
+
 @functools.cache
 def _configurable(
     function: Callable[..., Any], name: str
 ) -> tuple[Callable[..., Any], list[dict[str, Any]]]:
     """Make `function` gin's `name`, once a process; return it and the arguments of its calls."""
     gin = _import_gin(name)
-    if inspect.isclass(function):
-        return gin.external_configurable(function, name, module="qmoe_jax"), []
     signature = inspect.signature(function)
     calls: list[dict[str, Any]] = []
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(signature.bind(*args, **kwargs).arguments)
-        return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        spelled = functools.partial(_spelled, name)
+        bound.arguments.update(check_arguments(function, bound.arguments, spelled))
+        calls.append(bound.arguments)
+        return function(*bound.args, **bound.kwargs)
 
     # gin looks at this, and not through the wrapper.
     recorded.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,14 +238,50 @@ def _open_own_file(file: str) -> IO[str]:
     return open(resources.gin_file(file), encoding="utf-8")
 
 
+def _known_names(config: str) -> set[str]:
+    """Return the macros that a configuration sets or refers to."""
+    set_there = re.findall(r"^(\w+) = ", config, re.MULTILINE)
+    return {*re.findall(r"%(\w+)", config), *set_there}
+
+
+def _parse_binding(binding: str) -> None:
+    """Let gin take a binding of the command line, or say how to spell it."""
+    import gin.config
+
+    name, _, value = (part.strip() for part in binding.partition("="))
+    try:
+        gin.config.parse_config([binding])
+    except (ValueError, SyntaxError) as error:
+        unquoted = re.fullmatch(r"[\w./:*~ -]+", value) and not re.fullmatch(r"[\d.]+", value)
+        if unquoted and "No parameter" not in str(error) and "No configurable" not in str(error):
+            raise ValueError(
+                f"--gin.{name}={value}: a text needs quotes, inside the shell's: "
+                f"--gin.{name}=\"'{value}'\""
+            ) from error
+        raise ValueError(_with_suggestion(str(error), name)) from error
+
+
+def _with_suggestion(message: str, name: str) -> str:
+    """Add the nearest parameter to gin's message that there is none of that name."""
+    import gin.config
+
+    configurable, _, parameter = name.rpartition(".")
+    if not re.search("doesn't (have a parameter|include kwarg)", message) or not configurable:
+        return message
+    function = gin.config.get_configurable(configurable)
+    known = list(inspect.signature(function).parameters)
+    near = difflib.get_close_matches(parameter, known, n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"--gin.{name}: there is no {parameter}; {meant}known are {', '.join(known)}"
+
+
 def _check_macros(config: str, bindings: Sequence[str]) -> None:
     """Refuse `--gin.NAME=` of a macro that nothing uses: gin would set it and say nothing.
 
     Raises:
       ValueError: a name that no gin file sets and neither files nor bindings refer to.
     """
-    known = set(re.findall(r"%(\w+)", config + "\n".join(bindings)))
-    known |= set(re.findall(r"^(\w+) = ", config, re.MULTILINE))
+    known = _known_names(config + "\n".join(bindings))
     for binding in bindings:
         name = binding.partition("=")[0].strip()
         if name.isidentifier() and name not in known:

@@ -24,13 +24,14 @@ IF_INTERRUPTED = "nothing was written, run it again"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     report = inspect_checkpoint(arguments.path, progress=sys.stderr.isatty())
     print(json.dumps(report, indent=1) if arguments.json else format_report(report))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("inspect", description=__doc__)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint, local or gs://")
     parser.add_argument("--json", action="store_true", help="print a JSON object")

@@ -181,7 +181,8 @@ def _setting_fields() -> list[dataclasses.Field]:
     return list(dataclasses.fields(CompressionSettings))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("plan", description=__doc__)
     parser.add_argument(
         "checkpoint",
@@ -301,7 +302,7 @@ IF_INTERRUPTED = "nothing was written, run it again"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status: 1 where the run does not fit."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if arguments.list or arguments.checkpoint is None:
         print(format_list())
         return 0

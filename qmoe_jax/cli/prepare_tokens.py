@@ -36,7 +36,7 @@ IF_INTERRUPTED = "nothing was written, run it again"
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     token_file = _tokenize(arguments)
     tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
     batch = token_file.tokens
@@ -97,7 +97,8 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = CommandParser("prepare-tokens", description=__doc__)
     parser.add_argument(
         "--source",

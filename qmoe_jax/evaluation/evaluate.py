@@ -34,6 +34,7 @@ from qmoe_jax.run_folder import RunFolder
 PathLike = str | os.PathLike[str]
 # One; or several: paths, (name, path) pairs, or a mapping from name to path.
 Checkpoints = PathLike | Sequence[PathLike | tuple[str, PathLike]] | Mapping[str, PathLike]
+_CHECKPOINT_KINDS = "give a path, a list of paths or (name, path) pairs, or a dict of name to path"
 
 
 def evaluate(
@@ -171,21 +172,27 @@ def evaluate(
     return document
 
 
-def name_checkpoints(checkpoint: Checkpoints) -> dict[str, PathLike]:
+def name_checkpoints(checkpoint: Any) -> dict[str, PathLike]:
     """Return the checkpoints by name: the one given, else the last component of the path.
 
     Raises:
-      ValueError: none is given, two get the same name, or a name is no folder name.
+      ValueError: none is given, something else than a path is, two get the same name, or a name is
+        no folder name.
     """
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = [checkpoint]
     items = checkpoint.items() if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(checkpoint, Mapping | Sequence):
+        raise ValueError(f"checkpoint is {checkpoint!r}; {_CHECKPOINT_KINDS}")
     named: dict[str, PathLike] = {}
     for item in items:
-        if isinstance(item, tuple):
+        name, path = None, item
+        if isinstance(item, tuple) and len(item) == 2:
             name, path = item
-        else:
-            name, path = os.fspath(item).rstrip("/").rpartition("/")[2], item
+        if not isinstance(path, str | os.PathLike) or not isinstance(name, str | None):
+            raise ValueError(f"a checkpoint is {item!r}; {_CHECKPOINT_KINDS}")
+        if name is None:
+            name = os.fspath(path).rstrip("/").rpartition("/")[2]
         if name in named:
             raise ValueError(
                 f"two checkpoints would be called {name!r}: {os.fspath(named[name])} and "
