@@ -168,7 +168,7 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
 def main():
     parser = argparse.ArgumentParser(description="Speed of batched GPTQ.")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the usual")
+    parser.add_argument("--implementation", choices=(*IMPLEMENTATIONS, "auto"), default="auto")
     parser.add_argument("--act_order", action="store_true", help="time ours with act-order")
     parser.add_argument("--json", type=pathlib.Path, help="write the table as JSON")
     parser.add_argument("--peer", type=pathlib.Path, help="checkout of the original")

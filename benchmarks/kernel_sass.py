@@ -48,16 +48,13 @@ _PROBE = """
 #include "multiply.cuh"
 using namespace qmoe;
 extern "C" __global__ void __launch_bounds__(256)
-    probe({parameters}_PARAMETERS, TOKEN_PARAMETERS) {{
-  {type} coding;
-  {parameters}_ARRAYS(coding);
-  const Shape shape = {{num_experts, out_features, in_features}};
-  const Tokens tokens = {{x, token_order, token_experts, expert_starts, y, num_tokens,
-                         tile_tokens, y_is_float32}};
-  const int expert = token_experts[blockIdx.x], row = blockIdx.y * rows_per_block;
+    probe(const {arrays} arrays, const ProductArguments product) {{
+  {type} coding(arrays);
+  const Shape shape = {{product.num_experts, product.out_features, product.in_features}};
+  const int expert = product.token_experts[blockIdx.x], row = blockIdx.y * product.rows_per_block;
   coding.open(shape, expert, shared_begin());
-  multiply_tile<{type}, {tokens}>(coding, shape, tokens, expert, blockIdx.x, num_tokens, row,
-                                  least(row + rows_per_block, out_features));
+  multiply_tile<{type}, {tokens}>(coding, shape, product, expert, blockIdx.x, product.num_tokens,
+                                  row, min_of(row + product.rows_per_block, shape.out_features));
 }}
 """
 
@@ -169,7 +166,10 @@ def find_disassembler() -> str | None:
 def measure(walk: Walk, tokens: int, architecture: int, disassembler: str) -> Loop:
     """Compiles a walk for one number of tokens and finds its loop over rounds."""
     source = _PROBE.format(
-        header=walk.header, parameters=walk.header.upper(), type=walk.type, tokens=tokens
+        header=walk.header,
+        arrays=f"{walk.header.capitalize()}Arrays",
+        type=walk.type,
+        tokens=tokens,
     )
     cubin = nvrtc.compile_source(source, architecture, "probe.cu")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

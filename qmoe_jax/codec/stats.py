@@ -1,7 +1,5 @@
 """How large a coded tensor is, beside what its codes would need at least."""
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Int64
 
@@ -26,7 +24,7 @@ def outline_bits(
       counts: how often each value occurs in it, as `Coding.symbol_counts` counts.
 
     Returns a dict of
-      codes, levels, offsets, total: bits stored.
+      codes, levels, offsets, total: bits stored; offsets are arrays of lengths of every sort.
       bits_per_weight: total over the number of weights.
       code_bits_per_weight: codes alone over the number of weights.
       zero_share: share of the weight 0.
@@ -35,9 +33,11 @@ def outline_bits(
         the share of each value.
     Quotients of a tensor without weights are 0.
     """
+    kinds = get_coding(outline.spec.coding).array_kinds
     stored = {"codes": 0, "levels": 0, "offsets": 0}
     for name in outline.dtypes:
-        stored[array_kind(outline.spec.coding, name)] += 8 * outline.num_bytes(name)
+        kind = kinds[name]
+        stored["offsets" if kind == "lengths" else kind] += 8 * outline.num_bytes(name)
     total, weights = sum(stored.values()), outline.spec.num_weights
     entropy = code_entropy(counts)
     return {
@@ -49,13 +49,6 @@ def outline_bits(
         "entropy": entropy,
         "entropy_share": entropy * weights / total if total else 0.0,
     }
-
-
-def array_kind(coding: str, name: str) -> Literal["codes", "levels", "offsets"]:
-    """Return what an array of a coded tensor counts as; lengths of rows are "offsets" too."""
-    if name in (get_coding(coding).code_array, "packed"):
-        return "codes"
-    return "levels" if name == "levels" else "offsets"
 
 
 def code_entropy(counts: Int64[np.ndarray, "symbols"]) -> float:

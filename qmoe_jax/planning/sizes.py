@@ -14,7 +14,7 @@ import numpy as np
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape
-from qmoe_jax.codec import codings, stats
+from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.config import SwitchConfig
@@ -32,14 +32,12 @@ _PAPER_MODELS = {(768, 128): "base-128", (1024, 128): "large-128", (2080, 2048):
 
 # Bits that real codes take, over bits of independent codes with the same zero share. "qmoe": the
 # paper's section 4.3.2 has both on c-2048, 20.07x and 21.11x, each with 64 bits a row beside the
-# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others:
-# GPTQ's codes of the demo's model, whose tensors a coding of several dictionaries fits.
+# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others
+# have 1: so measured on GPTQ's codes of the demo's model, whose tensors a coding of several
+# dictionaries fits.
 _ROW_BITS = 64 / 2 * (1 / 2080 + 1 / 6144)
 REAL_OVER_INDEPENDENT = {
     "qmoe": (16 / 20.07 - _ROW_BITS) / (16 / 21.11 - _ROW_BITS),
-    "tunstall": 1.0,
-    "tunstall_2bit": 1.0,
-    "packed2": 1.0,
 }
 
 # How non-zero 2-bit codes fall on the two values beside zero and the fourth, in GPTQ's codes of the
@@ -172,9 +170,10 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
     codes, levels = _independent_codes(coding, rows, width, zeros)
     coded = encode(codes, levels, coding)
+    kinds = codings.get_coding(coding).array_kinds
     in_codes = by_row = by_expert = 0
     for name, array in coded.arrays.items():
-        if stats.array_kind(coding, name) == "codes":
+        if kinds[name] == "codes":
             in_codes += 8 * array.nbytes
         elif array.shape[:2] == (_SAMPLE_EXPERTS, rows):
             by_row += 8 * array.nbytes
@@ -194,7 +193,7 @@ def _independent_codes(
     rng = np.random.default_rng(0)
     draws = rng.random((_SAMPLE_EXPERTS, rows, width))
     levels = np.ones((_SAMPLE_EXPERTS, rows, 2))
-    if codings.get_coding(coding).num_symbols == 3:
+    if codings.get_coding(coding).grid == "ternary":
         codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
     else:
         shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]

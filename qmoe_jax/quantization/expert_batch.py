@@ -115,7 +115,7 @@ def quantize_experts(
     act_order: bool = False,
     group_size: int | None = None,
     mesh: Mesh | None = None,
-    implementation: str | None = None,
+    implementation: str = "auto",
     experts_at_once: int | None = None,
 ) -> ExpertBatchResult:
     """Quantize a batch of experts with GPTQ, or round them to nearest.
@@ -135,7 +135,7 @@ def quantize_experts(
       group_size: input features that share a pair of levels; None is all.
       mesh: of one axis, over which the experts are sharded; each device quantizes its own.
       implementation: of GPTQ: "xla", or "host" for `host_gptq`, which is two to three times faster
-        on a CPU and cannot be traced. None takes "host" on a CPU where it can.
+        on a CPU and cannot be traced; or "auto", "host" on a CPU where it can and "xla" elsewhere.
       experts_at_once: experts in one vectorised step of XLA's program. None takes all, but 1 on a
         CPU, where that is 2 to 3 times faster, needs the memory of one factorisation instead of
         all, and skips GPTQ for experts that are rounded to nearest.
@@ -149,16 +149,16 @@ def quantize_experts(
     one_device = mesh is None or mesh.size == 1
     traced = any(isinstance(a, Tracer) for a in (kernels, hessians, token_counts, damping))
     can_be_host = method == "gptq" and one_device and not traced
-    if implementation not in IMPLEMENTATIONS and implementation is not None:
+    if implementation not in (*IMPLEMENTATIONS, "auto"):
         raise ValueError(
-            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS} or None"
+            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS} or 'auto'"
         )
     if implementation == "host" and not can_be_host:
         raise ValueError(
             'implementation="host" is for method="gptq" on one device outside of jit; '
-            'use "xla" or None'
+            'use "xla" or "auto"'
         )
-    by_default = implementation is None and on_cpu and experts_at_once is None
+    by_default = implementation == "auto" and on_cpu and experts_at_once is None
     on_host = can_be_host and (implementation == "host" or by_default)
     if on_host:
         assert hessians is not None
