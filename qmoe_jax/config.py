@@ -37,7 +37,7 @@ class SwitchConfig:
       train_capacity_factor: expert capacity factor with `enable_dropout=True`.
       eval_capacity_factor: expert capacity factor with `enable_dropout=False`; None is dropless
         (always, also with `enable_dropout=True`).
-      min_expert_capacity: least capacity of an expert in a token group.
+      min_expert_capacity: minimum capacity of an expert in a token group.
     """
 
     num_embeddings: int

@@ -57,7 +57,7 @@ class SamplingState:
 def top_k_mask(
     logits: Float[Array, "rows vocab"], top_k: Int[Array, ""] | int
 ) -> Float[Array, "rows vocab"]:
-    """Keep the `top_k` largest logits of a row, and those that tie with the least of them."""
+    """Keep the `top_k` largest logits of a row, and those that tie with the smallest of them."""
     keys = _ordered_bits(logits)
     threshold = _largest_threshold(keys, jnp.ones_like(logits), jnp.asarray(top_k, jnp.float32))
     return jnp.where(keys >= threshold[:, None], logits, NEG_INF)

@@ -92,14 +92,15 @@ class GenerationSettings:
         }
 
 
-def _require_integer(name: str, value: Any, least: int) -> None:
+def _require_integer(name: str, value: Any, minimum: int) -> None:
     integer = isinstance(value, int) and not isinstance(value, bool)
-    if not (integer and least <= value <= _MOST):
-        raise ValueError(f"{name} is {value!r}; give an integer from {least} to {_MOST}")
+    if not (integer and minimum <= value <= _MOST):
+        raise ValueError(f"{name} is {value!r}; give an integer from {minimum} to {_MOST}")
 
 
-def _require_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
+def _require_number(name: str, value: Any, minimum: float, most: float = float("inf")) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and least <= value <= most and value < float("inf")):
-        bounds = f"of at least {least:g}" if most == float("inf") else f"in [{least:g}, {most:g}]"
+    if not (number and minimum <= value <= most and value < float("inf")):
+        unbounded = most == float("inf")
+        bounds = f"of at least {minimum:g}" if unbounded else f"in [{minimum:g}, {most:g}]"
         raise ValueError(f"{name} is {value!r}; give a number {bounds}")

@@ -64,7 +64,7 @@ def load_switch(
       max_group_size: T5X's `GROUP_SIZE`; that of the public model of this geometry where None, as
         for the next two (`checkpoints.geometry.infer_config` has the rule).
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
-      min_expert_capacity: least capacity of an expert in a token group.
+      min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cuda", the kernels in `kernels_cuda/`, on a
         GPU with CuPy installed; or "auto", "cuda" where that can be and "xla" elsewhere.
 

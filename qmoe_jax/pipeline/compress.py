@@ -56,9 +56,8 @@ def compress(
 ) -> CompressionReport:
     """Compress the experts of a native T5X Switch checkpoint.
 
-    A run that was stopped, by whatever, goes on where it was when it is called again with the same
-    arguments, and ends with the same bytes as an undisturbed one. Until then its work is in
-    `<output>.partial`.
+    Interrupted runs resume and give identical bytes: call this again with the same arguments.
+    Until the output is whole its work is in `<output>.partial`.
 
     In several processes (after `jax.distributed.initialize`) all call this with the same arguments.
     Each reads and quantizes its own experts and sends its own share of the examples through the

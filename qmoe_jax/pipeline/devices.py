@@ -41,7 +41,7 @@ class Devices:
         return self.mesh.size
 
     def rounded_up(self, size: int) -> int:
-        """Return the least multiple of the number of devices that is not below `size`."""
+        """Round up to a multiple of the number of devices."""
         return -(-size // len(self)) * len(self)
 
     def spread(self, array: Any) -> jax.Array:

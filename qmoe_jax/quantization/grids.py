@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 _MAX_FLOAT32 = 3.4028234663852886e38
 # The largest finite bfloat16, so that rounding up never stores an infinity.
 _MAX_BFLOAT16 = 3.3895313892515355e38
-# The least normal float32: below it a device may flush to zero, and a division by it overflows.
+# The smallest normal float32: below it a device may flush to zero, and a division by it overflows.
 _MIN_NORMAL = 1.1754943508222875e-38
 
 
