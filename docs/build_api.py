@@ -148,7 +148,8 @@ def _value_text(variable: pdoc.doc.Variable) -> str:
     if typing.get_origin(value) or getattr(value, "__module__", None) == "jaxtyping":
         return annotation_text(value)
     shown = _default(value)
-    return repr(shown) if isinstance(shown, _Text) else variable.default_value_str
+    text = repr(shown) if isinstance(shown, _Text) else variable.default_value_str
+    return "..." if re.search(r"<function | object>", text) else text  # Python's own words
 
 
 def _is_flax_field(doc: pdoc.doc.Doc[Any]) -> bool:
