@@ -22,7 +22,7 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo ## compress a small trained model and compare; results in demo_out/
-	$(BIN)/python -m qmoe_jax.demo --output demo_out
+	$(BIN)/python -m qmoe_jax demo --output demo_out
 
 test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -138,8 +138,7 @@ def time_product(
     fitting = [
         tile
         for tile in cuda_kernels.TILES
-        if cuda_kernels.fused_shared_bytes(spec.coding, spec.in_features, tile, launch.threads)
-        <= limit
+        if cuda_kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
     ]
     if not fitting:
         return None
@@ -148,9 +147,9 @@ def time_product(
         tokens_of_a_launch.y.fill(0x7FFF)
     timing = gpu.time(gpu_bench.product_launches(gpu, codes, own, launch, tile))
     moved = codes.stored_bytes * experts / NUM_EXPERTS
-    moved += 2 * count * (spec.in_features + spec.out_features)
+    moved += 2 * count * (spec.width + spec.rows)
     return {
-        "shape": [spec.out_features, spec.in_features],
+        "shape": [spec.rows, spec.width],
         "coding": spec.coding,
         "experts": experts,
         "tokens": tokens,
@@ -197,7 +196,7 @@ def bench_expansion(
 ) -> Any:
     """Times the expansion of all experts; returns them."""
     spec = codes.spec
-    shape = (NUM_EXPERTS, spec.out_features, spec.in_features)
+    shape = (NUM_EXPERTS, spec.rows, spec.width)
     dense = gpu.cupy.full(shape, 0x7FFF, np.uint16)
     ids = gpu.upload(np.arange(NUM_EXPERTS, dtype=np.int32))
     call = cuda_kernels.expand_call(spec, settings.expand, count=NUM_EXPERTS, front=codes.front)
@@ -261,10 +260,10 @@ def bench_encoder(gpu: Gpu, coding: str, shape: tuple[int, int], results: dict[s
 def time_paper(gpu: Gpu, paper: PaperKernel, codes: Codes) -> dict[str, float]:
     """A launch of the paper's kernel on cold codes: one token, one expert."""
     spec = codes.spec
-    shape = (spec.out_features, spec.in_features)
+    shape = (spec.rows, spec.width)
     names = cuda_kernels.array_names("qmoe")
     tokens = gpu_bench.make_tokens(gpu, spec, [0], 1)
-    y = gpu.cupy.zeros(spec.out_features, np.uint16)
+    y = gpu.cupy.zeros(spec.rows, np.uint16)
     launches = []
     for copy in codes.copies:
         arrays = dict(zip(names, copy, strict=True))
@@ -272,7 +271,7 @@ def time_paper(gpu: Gpu, paper: PaperKernel, codes: Codes) -> dict[str, float]:
         ends = gpu.cupy.zeros(lengths.size + 1, np.int32)
         gpu.cupy.cumsum(lengths, out=ends[1:])
         for e in range(NUM_EXPERTS):
-            row = e * spec.out_features
+            row = e * spec.rows
             launch = paper.launch(
                 shape,
                 arrays["table"].data.ptr,

@@ -210,10 +210,10 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     """`each` tokens for each of the experts, bfloat16; y is bfloat16 and full of NaNs."""
     rng = np.random.default_rng(len(experts) + each)
     count = len(experts) * each
-    x = rng.normal(size=(count, spec.in_features)).astype(ml_dtypes.bfloat16)
+    x = rng.normal(size=(count, spec.width)).astype(ml_dtypes.bfloat16)
     ids = np.repeat(np.sort(experts), each).astype(np.int32)
     starts = np.searchsorted(ids, np.arange(spec.num_experts + 1)).astype(np.int32)
-    y = np.full((count, spec.out_features), 0x7FFF, np.uint16)
+    y = np.full((count, spec.rows), 0x7FFF, np.uint16)
     order = np.arange(count, dtype=np.int32)
     return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)))
 

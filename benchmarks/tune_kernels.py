@@ -90,8 +90,7 @@ def product_seconds(gpu: Gpu, codes: Codes, launch: Launch, experts: int, tokens
     fitting = [
         tile
         for tile in cuda_kernels.TILES
-        if cuda_kernels.fused_shared_bytes(spec.coding, spec.in_features, tile, launch.threads)
-        <= limit
+        if cuda_kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
     ]
     if not fitting:
         return float("inf")

@@ -11,3 +11,12 @@ class CodecError(ValueError):
 
 class TokensError(ValueError):
     """A token file is missing, truncated or does not fit the model."""
+
+
+class CudaError(ValueError):
+    """The CUDA kernels cannot do what is asked: no GPU, no CuPy, or a case they do not have."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, as commands print it."""
+    return " ".join(str(error).split()) or repr(error)

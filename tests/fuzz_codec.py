@@ -242,7 +242,7 @@ class Fuzzer:
             raise Finding(
                 self._where(number, coded, f"was accepted, then the reference raised {error!r}")
             ) from error
-        shape = (spec.num_experts, spec.out_features, spec.in_features)
+        shape = (spec.num_experts, spec.rows, spec.width)
         if slow.shape != shape or (slow.size and slow.max() >= coding.num_symbols):
             raise Finding(self._where(number, coded, f"decodes to {slow.shape} codes {slow}"))
         fast = self._decode(coded, number)

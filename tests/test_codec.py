@@ -182,7 +182,7 @@ class TestEveryCoding:
                 codings.validate(CodedTensor(coded.spec, wrong_shape))
         with pytest.raises(CodecError, match="requires exactly"):
             codings.validate(CodedTensor(coded.spec, coded.arrays | {"extra": np.zeros(1)}))
-        wider = dataclasses.replace(coded.spec, in_features=100)
+        wider = dataclasses.replace(coded.spec, width=100)
         with pytest.raises(CodecError, match="require"):
             codings.validate(CodedTensor(wider, coded.arrays))
 
@@ -195,7 +195,7 @@ class TestEveryCoding:
 
 class TestSpec:
     def test_refuses_bad_fields(self):
-        with pytest.raises(CodecError, match=r"in_features is 0; .* at least 1"):
+        with pytest.raises(CodecError, match=r"width .* is 0; .* at least 1"):
             TensorSpec("qmoe", 1, 1, 0)
         with pytest.raises(CodecError, match="num_experts is -1"):
             TensorSpec("qmoe", -1, 1, 1)

@@ -45,7 +45,7 @@ def names():
 def test_valid(name):
     coded, codes = read(name)
     spec = coded.spec
-    codes = codes.reshape(spec.num_experts, spec.out_features, spec.in_features)
+    codes = codes.reshape(spec.num_experts, spec.rows, spec.width)
     codings.validate(coded)
     implementation = codings.get_coding(spec.coding)
     np.testing.assert_array_equal(implementation.decode_numpy_reference(coded), codes)

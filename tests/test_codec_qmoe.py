@@ -219,7 +219,7 @@ class TestValidate:
         codes = np.array([[[0, 0, 0, 2]]], np.uint8)  # ends with the pair (0, 2)
         even = encode(codes, np.ones((1, 1, 2), BFLOAT16), "qmoe")
         codings.validate(even)
-        odd = dataclasses.replace(even.spec, in_features=3)
+        odd = dataclasses.replace(even.spec, width=3)
         self.refused(CodedTensor(odd, even.arrays), "Row 0 of expert 0 ends with the pair 6")
 
     def test_other_splits_are_accepted(self):

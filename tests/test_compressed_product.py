@@ -304,7 +304,7 @@ class TestUnsupported:
     @needs_compiler
     def test_groups_of_columns(self, launcher):
         experts = make_experts("tunstall", 2, 6, 8)
-        grouped = CodedExperts(experts.spec, experts.arrays, fan_in=16)
+        grouped = CodedExperts(experts.spec, experts.arrays, in_features=16)
         for implementation in ("xla", "cuda"):
             run = product(grouped, implementation)
             x, index = jnp.ones((1, 16), jnp.float32), jnp.zeros(1, jnp.int32)

@@ -58,7 +58,7 @@ def reference_weights(coded: CodedTensor) -> np.ndarray:
 
 def assert_products(y, coded, weights, x, experts):
     """y against float64 products, within the rounding of float32 sums."""
-    terms = coded.spec.in_features / 8 + 16  # one lane's additions, and those over lanes
+    terms = coded.spec.width / 8 + 16  # one lane's additions, and those over lanes
     for token, expert in enumerate(experts):
         if expert < 0:
             np.testing.assert_array_equal(y[token], 0)
@@ -80,7 +80,7 @@ def check_decoders(get, coded, seed=0, *, expert_ids=None, tile_tokens=(1, 16), 
     np.testing.assert_array_equal(dense.view(np.uint16), weights[ids].view(np.uint16))
 
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(tokens, spec.in_features)).astype(BF16)
+    x = rng.normal(size=(tokens, spec.width)).astype(BF16)
     experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
     for tile in tile_tokens:
         for rows in (1, 4) if "tunstall" in spec.coding else (4,):
@@ -232,7 +232,7 @@ class TestDamage:
         dense = launches.expand(get, coded, list(range(spec.num_experts)))
         assert (dense.view(np.uint16) != launches.POISON).all()
         experts = np.arange(spec.num_experts, dtype=np.int32)
-        x = np.ones((spec.num_experts, spec.in_features), BF16)
+        x = np.ones((spec.num_experts, spec.width), BF16)
         results = [dense]
         for tile in (1, 8):
             for rows_per_warp in (4, 1):

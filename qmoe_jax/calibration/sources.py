@@ -165,5 +165,5 @@ def _need_seqio(name: str) -> None:
     except ImportError as error:
         raise TokensError(
             f"Task {name} needs seqio ({error}): pip install 'qmoe-jax[data]'. Or make a token "
-            "file elsewhere by `python -m qmoe_jax.prepare_tokens` and evaluate that."
+            "file elsewhere by `qmoe-jax prepare-tokens` and evaluate that."
         ) from error

@@ -38,7 +38,7 @@ ARRAY_NAMES = (
 )
 PAD_ID = 0
 
-_PREPARE = "python -m qmoe_jax.prepare_tokens"
+_PREPARE = "qmoe-jax prepare-tokens"
 
 
 @dataclasses.dataclass(frozen=True)

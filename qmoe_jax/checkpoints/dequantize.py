@@ -99,8 +99,8 @@ def _write_experts(
 ) -> None:
     spec = experts.spec
     num_weights = int(np.prod(shape[1:], dtype=np.int64))
-    if (spec.num_experts, spec.out_features * spec.in_features) != (shape[0], num_weights):
-        _check_shape(name, (spec.num_experts, spec.in_features, spec.out_features), shape)
+    if (spec.num_experts, spec.rows * spec.width) != (shape[0], num_weights):
+        _check_shape(name, (spec.num_experts, spec.width, spec.rows), shape)
     experts.verify()
     # One length of codes for all experts, so that one program decodes them.
     longest = max(experts.outline.expert_sizes, default=0)

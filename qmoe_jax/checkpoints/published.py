@@ -329,7 +329,7 @@ def _check_exportable(source: CompressedCheckpoint) -> None:
         )
     for name, spec in source.specs.items():
         experts, in_features, out_features = shapes[f"{name}/kernel"]
-        if (spec.num_experts, spec.out_features, spec.in_features) != (
+        if (spec.num_experts, spec.rows, spec.width) != (
             experts,
             out_features,
             in_features,

@@ -1,55 +1,44 @@
-"""`python -m qmoe_jax.compress`: compress the experts of a native T5X Switch checkpoint."""
+"""`qmoe-jax compress`: compress the experts of a native T5X Switch checkpoint."""
 
 import sys
-import types
-from typing import Any
+from collections.abc import Sequence
 
 _DESCRIPTION = """\
 Compress the experts of a native T5X Switch Transformer checkpoint with GPTQ.
 
 example:
-  python -m qmoe_jax.compress --gin_file=gin/runs/compress.gin \\
+  qmoe-jax compress --gin_file=gin/runs/compress.gin \\
     --gin.CHECKPOINT="'/data/checkpoint_500100'" --gin.TOKENS="'calibration.npz'" \\
     --gin.OUTPUT="'compressed'" --gin.CompressionSettings.grid="'ternary'"
 
-Required: CHECKPOINT, OUTPUT, and for GPTQ also TOKENS (python -m qmoe_jax.prepare_tokens).
+Required: CHECKPOINT, OUTPUT, and for GPTQ also TOKENS (qmoe-jax prepare-tokens).
 
 A run that was stopped goes on with the same command. --overwrite (or --gin.OVERWRITE=True) replaces
-a finished output, and begins an unfinished one anew. python -m qmoe_jax.plan says beforehand what a
+a finished output, and begins an unfinished one anew. qmoe-jax plan says beforehand what a
 run will need."""
 
 
-def main() -> None:
-    """Run the command and print what it did."""
-    from qmoe_jax.cli import flags as gin_flags
+IF_INTERRUPTED = "the same command goes on where it was"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and print what it did; return the exit status."""
+    from qmoe_jax.cli import flags
+    from qmoe_jax.models.load import load_switch
     from qmoe_jax.pipeline.compress import compress
     from qmoe_jax.quantization.settings import CompressionSettings
 
-    flags = ["--gin.OVERWRITE=True" if flag == "--overwrite" else flag for flag in sys.argv[1:]]
-    report = gin_flags.run(
+    report = flags.run(
         "compress",
         compress,
-        [CompressionSettings],
+        # The model files in gin/ also say how T5X routes a model.
+        [CompressionSettings, load_switch],
         description=_DESCRIPTION,
         default_gin_file="gin/runs/compress.gin",
         distributed=True,
-        argv=flags,
+        argv=["--gin.OVERWRITE=True" if flag == "--overwrite" else flag for flag in argv],
     )
     for warning in report.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     print(report.summary())
-
-
-class _CallableModule(types.ModuleType):
-    """Keeps `qmoe_jax.compress(...)` working after somebody imported this submodule."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from qmoe_jax.pipeline.compress import compress
-
-        return compress(*args, **kwargs)
-
-
-if __name__ == "__main__":
-    main()
-else:
-    sys.modules[__name__].__class__ = _CallableModule
+    return 0

@@ -1,44 +1,37 @@
 """Writes a native T5X checkpoint from a compressed one: the experts become dense kernels again.
 
-    python -m qmoe_jax.dequantize compressed/checkpoint_550000 native
+    qmoe-jax dequantize compressed/checkpoint_550000 native
 
 writes native/checkpoint_550000, for T5X and whatever reads its checkpoints. It takes as much
 space as the uncompressed model. Weights are those that the codes stand for, to the bit in float32.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from qmoe_jax.errors import CheckpointError, CodecError
+from qmoe_jax.cli.flags import CommandParser
+
+IF_INTERRUPTED = "nothing is left behind, run it again"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
     arguments = _parser().parse_args(argv)
     from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
 
-    try:
-        path = dequantize_checkpoint(
-            arguments.compressed,
-            arguments.folder,
-            step=arguments.step,
-            dtype=arguments.dtype,
-            progress=not arguments.no_progress,
-        )
-    except (CheckpointError, CodecError) as error:
-        print(f"qmoe_jax.dequantize: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    path = dequantize_checkpoint(
+        arguments.compressed,
+        arguments.folder,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        progress=not arguments.no_progress,
+    )
     print(f"{path} written")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qmoe_jax.dequantize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("dequantize", description=__doc__)
     parser.add_argument(
         "compressed", metavar="COMPRESSED", help="compressed checkpoint, local or gs://"
     )
@@ -61,7 +54,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

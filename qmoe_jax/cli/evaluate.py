@@ -1,4 +1,4 @@
-"""`python -m qmoe_jax.evaluate`: losses of checkpoints, native, compressed and rounded, on text."""
+"""`qmoe-jax evaluate`: losses of checkpoints, native, compressed and rounded, on text."""
 
 import contextlib
 import hashlib
@@ -11,11 +11,11 @@ _DESCRIPTION = """\
 Loss per target token, accuracy, z-loss and router statistics of Switch Transformers.
 
 examples:
-  a token file (python -m qmoe_jax.prepare_tokens); needs no TensorFlow:
-    python -m qmoe_jax.evaluate --gin.CHECKPOINT="'compressed'" --gin.TOKENS="'validation.npz'"
+  a token file (qmoe-jax prepare-tokens); needs no TensorFlow:
+    qmoe-jax evaluate --gin.CHECKPOINT="'compressed'" --gin.TOKENS="'validation.npz'"
 
   C4 as T5X evaluates, from TensorFlow Datasets, against the uncompressed model and rounding:
-    python -m qmoe_jax.evaluate --gin_file=gin/models/switch_base.gin \\
+    qmoe-jax evaluate --gin_file=gin/models/switch_base.gin \\
       --gin_file=gin/runs/eval.gin --gin.TASK="'c4_v220_span_corruption'" \\
       --gin.DATA_DIR="'/data/tfds'" --gin.NUM_EXAMPLES=1024 --gin.OUTPUT="'eval_out'" \\
       --gin.CHECKPOINT="[('uncompressed', '/data/checkpoint_550000'), ('GPTQ', 'compressed'),
@@ -36,6 +36,8 @@ or text (FILES or a folder of .txt), then _span_corruption (T5X's: documents con
 full length) or _whole_documents (the paper's). With TASK_MODULE, a seqio task that it registers.
 
 With OUTPUT, metrics.json and TensorBoard events are written there, and a stopped run goes on."""
+
+IF_INTERRUPTED = "with OUTPUT, the same command goes on where it was"
 
 
 def evaluate(
@@ -149,14 +151,14 @@ def _round(spelled: str, folder: str, progress: bool) -> str:
     return rounded
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and print its figures as tables."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command and print its figures as tables; return the exit status."""
     from qmoe_jax.calibration.sources import task_tokens
-    from qmoe_jax.cli import flags as gin_flags
+    from qmoe_jax.cli import flags
     from qmoe_jax.evaluation.tables import summary
     from qmoe_jax.models.load import load_switch
 
-    document = gin_flags.run(
+    document = flags.run(
         "evaluate",
         evaluate,
         [load_switch, task_tokens],
@@ -166,7 +168,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
     )
     print(summary(document))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

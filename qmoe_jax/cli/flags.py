@@ -1,18 +1,19 @@
-"""T5X's command-line flags for the entry points: `--gin_file`, `--gin.NAME=VALUE`.
+"""The flags of the commands: argparse for some, T5X's `--gin_file`, `--gin.NAME=VALUE` for others.
 
-Only entry points import this module, and only it imports gin: the library takes arguments.
+This is the only module that imports gin: the library takes arguments.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import inspect
 import itertools
+import logging
 import os
 import re
-import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 from qmoe_jax import resources
@@ -37,6 +38,28 @@ several processes, started alike but for the index, on storage that all of them 
 """
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Parses the arguments of a command; a mistake is one line, without a usage of many options."""
+
+    def __init__(self, name: str, **options: Any):
+        """Begin a parser.
+
+        Args:
+          name: of the command.
+          **options: of argparse.
+        """
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=f"qmoe-jax {name}", **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"{message}; --help says more")
+
+
 def run(
     name: str,
     function: Callable[..., Any],
@@ -44,9 +67,9 @@ def run(
     *,
     description: str,
     default_gin_file: str,
+    argv: Sequence[str],
     optional_macros: Sequence[str] = (),
     distributed: bool = False,
-    argv: Sequence[str] | None = None,
 ) -> Any:
     """Parse T5X's flags, let gin bind `function`, and call it.
 
@@ -58,25 +81,19 @@ def run(
       function: what the command runs; a configurable of that name in gin files.
       configurables: other functions and classes that gin files may bind, by their own names.
       description: for --help.
+      argv: arguments.
       default_gin_file: read when no --gin_file is given, relative to the search paths.
       optional_macros: macros that are None unless a gin file or binding sets them. A run file
         cannot say that itself: it is read after the model's file, and would undo what that sets.
       distributed: take the flags that make the command one of several processes.
-      argv: arguments; those of the process where None.
 
     Raises:
-      SystemExit: with code 2, after one line on stderr, for whatever a user can mend.
+      ValueError: flags that cannot be understood, or bindings of what does not exist; whatever else
+        the function raises.
     """
     parser = _parser(name, description, default_gin_file, distributed)
-    arguments = parser.parse_args(_split_bindings(name, sys.argv[1:] if argv is None else argv))
-    try:
-        import gin.config
-    except ImportError:
-        _fail(
-            name,
-            f"python -m qmoe_jax.{name} needs gin-config: pip install 'qmoe-jax[gin]'. "
-            f"Without it, call qmoe_jax.{name} from Python.",
-        )
+    arguments = parser.parse_args(_split_bindings(argv))
+    gin = _import_gin(name)
     try:
         gin.clear_config()  # of an earlier run in this process
         configured, calls = _configurable(function, name)
@@ -90,23 +107,35 @@ def run(
         gin.config.register_file_reader(_open_own_file, _is_own_file)
         gin.parse_config([f"{macro} = None" for macro in optional_macros])
         files = [_find_file(file, folders) for file in arguments.gin_file or [default_gin_file]]
-        gin.parse_config_files_and_bindings(files, [], finalize_config=False)
+        with _quiet():
+            gin.parse_config_files_and_bindings(files, [], finalize_config=False)
         _check_macros(gin.config_str(), arguments.gin_bindings)
         gin.parse_config(arguments.gin_bindings)
         gin.finalize()
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
         result = configured()
-        output = calls[0].get("output")
-        if output is not None:
-            _save_beside(os.fspath(output), gin.operative_config_str())
-        return result
     except SyntaxError as error:
-        _fail(name, f"{error.msg} In: {(error.text or '').strip()}")
+        raise ValueError(f"{error.msg} In: {(error.text or '').strip()}") from error
     except (ValueError, OSError, RuntimeError) as error:
-        # What a user can mend (a misspelt binding, a missing file, a bad checkpoint) is one
-        # message, not a traceback.
-        _fail(name, _message(error))
+        raise ValueError(_message(error)) from error
+    output = calls[0].get("output")
+    if output is not None:
+        _save_beside(os.fspath(output), gin.operative_config_str())
+    return result
+
+
+def _import_gin(name: str) -> Any:
+    try:
+        # Not `import gin`: without gin-config that would be the folder gin/ of a checkout.
+        import gin.config
+    except ImportError as error:
+        function = name.replace("infer", "generate")
+        raise ValueError(
+            "gin-config is not installed: pip install 'qmoe-jax[gin]'. Without it, call "
+            f"qmoe_jax.{function} from Python"
+        ) from error
+    return gin
 
 
 def _join_processes(arguments: argparse.Namespace) -> None:
@@ -131,8 +160,7 @@ def _configurable(
     function: Callable[..., Any], name: str
 ) -> tuple[Callable[..., Any], list[dict[str, Any]]]:
     """Make `function` gin's `name`, once a process; return it and the arguments of its calls."""
-    import gin
-
+    gin = _import_gin(name)
     if inspect.isclass(function):
         return gin.external_configurable(function, name, module="qmoe_jax"), []
     signature = inspect.signature(function)
@@ -164,6 +192,16 @@ def _find_file(file: str, folders: Sequence[str]) -> str:
     if _is_own_file(file):
         return os.fspath(resources.gin_file(file))
     raise ValueError(f"there is no gin file {file} in any of {', '.join(folders)}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what gin logs of each place where an included file is not."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _is_own_file(file: str) -> bool:
@@ -206,27 +244,22 @@ def _save_beside(output: str, text: str) -> None:
     ts.KvStore.open(kvstore_spec(folder)).result().write(file, text.encode()).result()
 
 
-def _fail(name: str, message: str) -> NoReturn:
-    print(f"qmoe_jax.{name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def _message(error: Exception) -> str:
     """Put an error in the user's terms and in one line, without gin's own call stack."""
     text = str(error).split("\n  In call to configurable")[0]
     if macro := re.search(r"(\w+)/(?:gin\.)?macro", text):
         return f"{macro[1]} is required; pass --gin.{macro[1]}=VALUE or a gin file that sets it"
-    return " ".join(text.split()) or repr(error)
+    return text or repr(error)
 
 
-def _split_bindings(name: str, argv: Sequence[str]) -> list[str]:
+def _split_bindings(argv: Sequence[str]) -> list[str]:
     """`--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`, T5X's own rewriting."""
     rewritten = []
     for argument in argv:
         if argument.startswith("--gin."):
             key, separator, value = argument.removeprefix("--gin.").partition("=")
             if not separator:
-                _fail(name, f"{argument}: write --gin.NAME=VALUE")
+                raise ValueError(f"{argument}: write --gin.NAME=VALUE")
             argument = f"--gin_bindings={key} = {value}"
         rewritten.append(argument)
     return rewritten
@@ -245,11 +278,10 @@ def _about(gin_file: str) -> str:
 def _parser(
     name: str, description: str, default_gin_file: str, distributed: bool
 ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m qmoe_jax.{name}",
+    parser = CommandParser(
+        name,
         description=description,
         epilog=_FLAGS + _about(default_gin_file) + (_DISTRIBUTED_FLAGS if distributed else ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--gin_search_paths=DIRS]",
     )
     parser.add_argument("--gin_file", action="append", default=[], help=argparse.SUPPRESS)

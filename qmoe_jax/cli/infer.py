@@ -1,15 +1,30 @@
-"""`python -m qmoe_jax.infer`: fill the blanks of texts with a checkpoint, native or compressed."""
+"""`qmoe-jax infer`: fill the blanks of texts with a checkpoint, native or compressed."""
 
 import dataclasses
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from qmoe_jax.generation.settings import GenerationSettings
-    from qmoe_jax.generation.text import Filled, Vocabulary
+import jax
+from tqdm import tqdm
+
+from qmoe_jax.checkpoints.read_config import read_config
+from qmoe_jax.cli import flags
+from qmoe_jax.generation import text
+from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
+from qmoe_jax.generation.prompts import (
+    Answer,
+    check_prompt_lengths,
+    generate_batches,
+    padded_length,
+    stream_prompt,
+)
+from qmoe_jax.generation.settings import GenerationSettings
+from qmoe_jax.generation.text import Filled, Vocabulary, fill_blanks, filled
+from qmoe_jax.models.load import dequantized, load_switch
+from qmoe_jax.pipeline.run_log import peak_host_bytes
 
 _DESCRIPTION = """\
 Fill the blanks of texts with a Switch Transformer, native or compressed.
@@ -19,7 +34,7 @@ list PROMPTS, or the lines of PROMPTS_FILE ('-' is stdin; JSON lines with a text
 are welcome). Each is printed with what was generated (->) and with its blanks filled (=>).
 
 examples:
-  python -m qmoe_jax.infer --gin.CHECKPOINT="'compressed'" \\
+  qmoe-jax infer --gin.CHECKPOINT="'compressed'" \\
     --gin.VOCABULARY="'sentencepiece.model'" 'Return the <extra_id_0> of the array.'
   ... --gin.PROMPTS_FILE="'prompts.txt'" --gin.OUTPUT="'answers.jsonl'" --gin.METHOD="'beam'"
   ... --gin.METHOD="'sample'" --gin.TOP_P=0.9 --gin.SEED=1 --gin.STREAM=True 'A <extra_id_0>.'
@@ -31,27 +46,26 @@ OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was.
 STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
 DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
 
+IF_INTERRUPTED = "with OUTPUT, the same command goes on where it was"
+
 # Flags whose value may be the next argument, which then is no prompt.
 _FLAGS_WITH_VALUE = ("--gin_file", "--gin_bindings", "--gin_search_paths")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    from qmoe_jax.cli import flags as gin_flags
-    from qmoe_jax.generation.settings import GenerationSettings
-    from qmoe_jax.models.load import load_switch
-
-    flags, prompts = split_prompts(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    options, prompts = split_prompts(argv)
     if prompts:
-        flags = [*flags, f"--gin.PROMPTS={prompts!r}"]
-    gin_flags.run(
+        options = [*options, f"--gin.PROMPTS={prompts!r}"]
+    flags.run(
         "infer",
         infer,
         [load_switch, GenerationSettings],
         description=_DESCRIPTION,
         default_gin_file="gin/runs/infer.gin",
-        argv=flags,
+        argv=options,
     )
+    return 0
 
 
 def split_prompts(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -77,9 +91,9 @@ def infer(
     dequantize: bool = False,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
-    settings: "GenerationSettings | None" = None,
-    load: Callable[..., Any] | None = None,
-) -> "list[list[Filled]]":
+    settings: GenerationSettings | None = None,
+    load: Callable[..., Any] = load_switch,
+) -> list[list[Filled]]:
     """Fill the blanks (`<extra_id_0>`, `<extra_id_1>`, ...) of prompts, and print the answers.
 
     Progress, speed and memory go to stderr.
@@ -106,12 +120,6 @@ def infer(
       TokensError: prompts or vocabulary that cannot be used.
       ValueError: settings that exclude each other.
     """
-    from qmoe_jax.generation import text
-    from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
-    from qmoe_jax.generation.prompts import check_prompt_lengths
-    from qmoe_jax.generation.settings import GenerationSettings
-    from qmoe_jax.models.load import dequantized, load_switch
-
     settings = settings or GenerationSettings()
     if stream:
         settings.check_streamable()
@@ -127,7 +135,7 @@ def infer(
     words = text.Vocabulary(vocabulary)
     ids = text.encode_prompts(words, prompts)
     check_prompt_lengths(ids, settings.max_input_length)
-    text.check_vocabulary(words, _num_embeddings(checkpoint))
+    text.check_vocabulary(words, read_config(checkpoint).num_embeddings)
     if stream:
         settings = dataclasses.replace(settings, batch_size=1)
     answer_file = None
@@ -142,9 +150,7 @@ def infer(
         )
         answer_file = AnswerFile(output, identity)
     try:
-        module, variables = (load or load_switch)(
-            checkpoint, activation_dtype, expert_capacity_factor
-        )
+        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
         if dequantize:
             module, variables = dequantized(module, variables, activation_dtype)
         fill = _stream if stream else _fill
@@ -160,18 +166,13 @@ def infer(
 def _fill(
     module: Any,
     variables: Any,
-    vocabulary: "Vocabulary",
+    vocabulary: Vocabulary,
     prompts: Sequence[str],
     ids: Sequence[Sequence[int]],
-    settings: "GenerationSettings",
+    settings: GenerationSettings,
     answer_file: Any,
-) -> "list[list[Filled]]":
+) -> list[list[Filled]]:
     """Batch by batch with a progress bar; the answers are printed at the end, in order."""
-    from tqdm import tqdm
-
-    from qmoe_jax.cli.infer_report import Speed, from_line, print_answers, to_line
-    from qmoe_jax.generation.prompts import generate_batches
-    from qmoe_jax.generation.text import Filled, filled
 
     answers: list[list[Filled]] = [[] for _ in prompts]
     finished = {} if answer_file is None else dict(answer_file.finished)
@@ -205,16 +206,13 @@ def _fill(
 def _stream(
     module: Any,
     variables: Any,
-    vocabulary: "Vocabulary",
+    vocabulary: Vocabulary,
     prompts: Sequence[str],
     ids: Sequence[Sequence[int]],
-    settings: "GenerationSettings",
+    settings: GenerationSettings,
     answer_file: Any,
-) -> "list[list[Filled]]":
+) -> list[list[Filled]]:
     """Prompt by prompt, printing as tokens come. No scores: only tokens are streamed."""
-    from qmoe_jax.cli.infer_report import Speed, from_line, marked, print_answers, to_line
-    from qmoe_jax.generation.prompts import Answer, padded_length, stream_prompt
-    from qmoe_jax.generation.text import filled
 
     answers = []
     finished = {} if answer_file is None else dict(answer_file.finished)
@@ -253,16 +251,90 @@ def _stream(
     return answers
 
 
-def _num_embeddings(checkpoint: str | os.PathLike[str]) -> int:
-    """From names and shapes alone: a wrong vocabulary is refused before parameters are read."""
-    from qmoe_jax.checkpoints import compressed
-    from qmoe_jax.checkpoints.read_config import read_config
-    from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+# --- What is printed and written ---
 
-    if compressed.is_compressed_checkpoint(checkpoint):
-        return compressed.open_compressed_checkpoint(checkpoint).config.num_embeddings
-    return read_config(open_t5x_checkpoint(checkpoint)).num_embeddings
+_BRIGHT, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
-if __name__ == "__main__":
-    main()
+def to_line(answers: Sequence[Filled]) -> dict[str, Any]:
+    """Return a prompt's line of the output."""
+    return {
+        "inputs": answers[0].prompt,
+        "decodes": [
+            {
+                "prediction": answer.generated,
+                "text": answer.text,
+                "score": None if answer.score != answer.score else answer.score,
+                "tokens": list(answer.tokens),
+            }
+            for answer in answers
+        ],
+    }
+
+
+def from_line(line: dict[str, Any]) -> list[Filled]:
+    """Return the answers of a line of the output."""
+    return [
+        Filled(
+            line["inputs"],
+            decode["prediction"],
+            decode["text"],
+            tuple(decode["tokens"]),
+            float("nan") if decode["score"] is None else decode["score"],
+        )
+        for decode in line["decodes"]
+    ]
+
+
+def print_answers(answers: Sequence[Filled], *, scores: bool = False) -> None:
+    """Print a prompt and its answers, the best first, with or without their scores."""
+    print(answers[0].prompt)
+    for answer in answers:
+        score = f"[{answer.score:.3f}] " if scores else ""
+        print(f"  -> {score}{answer.generated}\n  => {marked(answer)}")
+
+
+def marked(answer: Filled) -> str:
+    """Fill the prompt; on a terminal its spans stand out, by colour or (NO_COLOR) by brackets."""
+    if not sys.stdout.isatty():
+        return answer.text
+    before, after = ("[", "]") if os.environ.get("NO_COLOR") else (_BRIGHT, _PLAIN)
+    return fill_blanks(answer.prompt, answer.generated, before=before, after=after)
+
+
+class Speed:
+    """Tokens and seconds, those of batches that may include compilation apart."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+        self._warm_tokens, self._warm_seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float, compiled: bool) -> None:
+        """Count a batch; `compiled` if its seconds may include compilation."""
+        self._tokens += tokens
+        self._seconds += seconds
+        if not compiled:
+            self._warm_tokens += tokens
+            self._warm_seconds += seconds
+
+    def summary(self) -> str:
+        """Speed and memory in one line."""
+        if not self._tokens:
+            return f"nothing was left to generate; {memory()}"
+        rate = self._tokens / self._seconds
+        line = (
+            f"{self._tokens} tokens in {self._seconds:.1f} s with compilation, {rate:.1f} tokens/s"
+        )
+        if self._warm_tokens:
+            line += f" ({self._warm_tokens / self._warm_seconds:.1f} without)"
+        return f"{line}; {memory()}"
+
+
+def memory() -> str:
+    """Peak memory of the process, and of devices that count theirs."""
+    parts = [f"peak memory {peak_host_bytes() / 2**20:,.0f} MiB on the host"]
+    for device in jax.local_devices():
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        if peak is not None:
+            parts.append(f"{peak / 2**20:,.0f} MiB on {device.device_kind} {device.id}")
+    return ", ".join(parts)

@@ -1,10 +1,10 @@
 """Says what a compression run will need, before it starts and without reading a weight.
 
-    python -m qmoe_jax.plan --list
-    python -m qmoe_jax.plan switch_base_128 --device a100
-    python -m qmoe_jax.plan switch_c_2048 --device h100 --num_examples 160000 \\
+    qmoe-jax plan --list
+    qmoe-jax plan switch_base_128 --device a100
+    qmoe-jax plan switch_c_2048 --device h100 --num_examples 160000 \\
       --buffer_dir /scratch --host_gb 256 --disk_gb 2000 --expert_batch 32
-    python -m qmoe_jax.plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
+    qmoe-jax plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
 
 Of a checkpoint only metadata are read: names, shapes, dtypes, chunks. Of a public checkpoint, given
 by its name, geometry comes from configs/public_checkpoints.json, and its dtype is assumed. Memory
@@ -19,15 +19,15 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from qmoe_jax.calibration.tokens import read_tokens
-from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.cli.flags import CommandParser
+from qmoe_jax.errors import TokensError
 from qmoe_jax.planning import public_checkpoints as registry
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.limits import Resources
@@ -180,11 +180,7 @@ def _setting_fields() -> list[dataclasses.Field]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m qmoe_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("plan", description=__doc__)
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -257,13 +253,6 @@ def _overrides(text: str) -> dict[str, Any]:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage of forty options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"qmoe_jax.plan: {message}; --help shows all options\n")
-
-
 def _add_tokens(group: Any) -> None:
     group.add_argument("--tokens", metavar="FILE", help="calibration tokens: their exact lengths")
     group.add_argument("--validation_tokens", metavar="FILE", help="validation tokens")
@@ -305,23 +294,22 @@ def _add_resources(group: Any) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+IF_INTERRUPTED = "nothing was written, run it again"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status: 1 where the run does not fit."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.list or arguments.checkpoint is None:
-            print(format_list())
-            return 0
-        if arguments.device not in registry.devices():
-            raise ValueError(
-                f"device is {arguments.device!r}; choose one of {', '.join(registry.devices())}"
-            )
-        plan = plan_from_arguments(arguments)
-        if arguments.json is not None:
-            _write_json(Path(arguments.json), plan)
-    except (CheckpointError, TokensError, ValueError, OSError) as error:
-        print(f"qmoe_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if arguments.list or arguments.checkpoint is None:
+        print(format_list())
+        return 0
+    if arguments.device not in registry.devices():
+        raise ValueError(
+            f"device is {arguments.device!r}; choose one of {', '.join(registry.devices())}"
+        )
+    plan = plan_from_arguments(arguments)
+    if arguments.json is not None:
+        _write_json(Path(arguments.json), plan)
     print(format_plan(plan))
     return 1 if plan.problems else 0
 
@@ -330,7 +318,3 @@ def _write_json(path: Path, plan: Plan) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
     os.replace(partial, path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

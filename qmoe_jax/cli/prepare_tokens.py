@@ -4,19 +4,19 @@ This is the only step that needs TensorFlow; the file is then read without it.
 
 Docstrings of what is installed, for the demo model:
 
-    python -m qmoe_jax.prepare_tokens --source demo --vocabulary sentencepiece.model \\
+    qmoe-jax prepare-tokens --source demo --vocabulary sentencepiece.model \\
         --num_examples 1280 --output demo_train.npz
 
 C4 for a public Switch Transformer, from the released files or from TensorFlow Datasets:
 
-    python -m qmoe_jax.prepare_tokens --source c4_jsonl --files 'c4-train.0000?-of-01024.json.gz' \\
+    qmoe-jax prepare-tokens --source c4_jsonl --files 'c4-train.0000?-of-01024.json.gz' \\
         --num_examples 10000 --output c4_train.npz
-    python -m qmoe_jax.prepare_tokens --source c4_tfds --data_dir gs://my-bucket/tfds \\
+    qmoe-jax prepare-tokens --source c4_tfds --data_dir gs://my-bucket/tfds \\
         --split validation --num_examples 128 --output c4_validation.npz
 
 Any text: a folder of .txt files, each one document (JSON lines: --source c4_jsonl):
 
-    python -m qmoe_jax.prepare_tokens --source text --files books/ --split validation \\
+    qmoe-jax prepare-tokens --source text --files books/ --split validation \\
         --protocol paper --output books.npz
 """
 
@@ -25,20 +25,20 @@ import sys
 from collections.abc import Sequence
 
 from qmoe_jax.calibration import tokens
+from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
 
 PUBLIC_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+IF_INTERRUPTED = "nothing was written, run it again"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
     arguments = _parser().parse_args(argv)
-    try:
-        token_file = _tokenize(arguments)
-        tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
-    except (TokensError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    token_file = _tokenize(arguments)
+    tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
     batch = token_file.tokens
     print(
         f"{arguments.output}: {len(batch)} examples of {batch.encoder_input_tokens.shape[1]} input "
@@ -98,11 +98,7 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m qmoe_jax.prepare_tokens",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("prepare-tokens", description=__doc__)
     parser.add_argument(
         "--source",
         required=True,
@@ -149,7 +145,3 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="seed of the corruption, and of the demo's order (0)"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -31,7 +31,7 @@ class Packed2Coding:
     code_array: str | None = None
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
-        """Pack codes uint8 [experts, out, in]."""
+        """Pack codes uint8 [experts, rows, width]."""
         experts, rows, width = codes.shape
         padded = np.zeros((experts, rows, 4 * _row_bytes(width)), np.uint8)
         padded[..., :width] = codes
@@ -45,17 +45,15 @@ class Packed2Coding:
         """Check names, dtypes, shapes, finite levels and zero tail bits."""
         spec = coded.spec
         check_names(coded.arrays, self.array_names)
-        rows = (spec.num_experts, spec.out_features)
-        packed = check_array(
-            coded.arrays, "packed", np.uint8, (*rows, _row_bytes(spec.in_features))
-        )
+        rows = (spec.num_experts, spec.rows)
+        packed = check_array(coded.arrays, "packed", np.uint8, (*rows, _row_bytes(spec.width)))
         check_levels(check_array(coded.arrays, "levels", ml_dtypes.bfloat16, (*rows, 2)))
         if spec.max_row_codewords:
             raise CodecError(
                 f"max_row_codewords is {spec.max_row_codewords}; 'packed2' has no codewords and "
                 "requires 0."
             )
-        tail = spec.in_features % 4
+        tail = spec.width % 4
         if tail and (bad := np.argwhere(packed[..., -1] >> np.uint8(2 * tail))).size:
             expert, row = bad[0]
             raise CodecError(
@@ -78,12 +76,12 @@ class Packed2Coding:
 
     def decode_expert(
         self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
-    ) -> UInt8[jax.Array, "out in"]:
+    ) -> UInt8[jax.Array, "rows width"]:
         """Unpack one expert's codes with XLA."""
         packed = jnp.take(jnp.asarray(arrays["packed"]), expert, axis=0, mode="clip")
-        return expand.unpack_2bit(packed, spec.in_features)
+        return expand.unpack_2bit(packed, spec.width)
 
-    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Unpack all codes in plain Python."""
         return reference.decode_packed2(coded)
 
@@ -96,11 +94,11 @@ class Packed2Coding:
             spec.num_experts
         ):  # one at a time: unpacked codes are four times larger
             codes = packed[expert, :, :, None] >> np.arange(0, 8, 2, dtype=np.uint8)
-            codes = codes.reshape(spec.out_features, -1)[:, : spec.in_features]
+            codes = codes.reshape(spec.rows, -1)[:, : spec.width]
             relative = codes - zero[expert, :, None] & 3
             counts += np.bincount(relative.reshape(-1), minlength=4)
         return counts
 
 
-def _row_bytes(in_features: int) -> int:
-    return -(-in_features // 4)
+def _row_bytes(width: int) -> int:
+    return -(-width // 4)

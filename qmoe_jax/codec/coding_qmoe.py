@@ -40,7 +40,7 @@ class QmoeCoding:
     code_array: str | None = "codewords"
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
-        """Encode codes uint8 [experts, out, in], each row on its own."""
+        """Encode codes uint8 [experts, rows, width], each row on its own."""
         experts, rows, width = codes.shape
         codewords, counts = encode_rows(codes.reshape(experts * rows, width))
         counts = counts.reshape(experts, rows)
@@ -58,7 +58,7 @@ class QmoeCoding:
         """Check names, dtypes, shapes, offsets, levels, and that every row has its width."""
         spec, arrays = coded.spec, coded.arrays
         check_names(arrays, self.array_names)
-        experts, rows = spec.num_experts, spec.out_features
+        experts, rows = spec.num_experts, spec.rows
         codewords = check_array(arrays, "codewords", np.uint16, (None,))
         expert_offsets = check_array(arrays, "expert_offsets", np.int32, (experts + 1,))
         lengths = row_length_dtype(spec.max_row_codewords)
@@ -88,14 +88,14 @@ class QmoeCoding:
         ends = np.zeros(codewords.size + 1, np.int64)
         np.cumsum(entries.lengths[codewords], out=ends[1:])
         found = np.diff(ends[row_offsets])
-        wanted = _row_pairs(spec.in_features)
+        wanted = _row_pairs(spec.width)
         if (bad := np.flatnonzero(found != wanted)).size:
             raise CodecError(
                 f"Row {bad[0]} of expert {expert} decodes to {found[bad[0]]} pairs; its "
-                f"{spec.in_features} weights require {wanted}. The codewords or the row lengths "
+                f"{spec.width} weights require {wanted}. The codewords or the row lengths "
                 "are damaged, or belong to another dictionary."
             )
-        if spec.in_features % 2:
+        if spec.width % 2:
             last = codewords[row_offsets[1:] - 1]
             last_pair = entries.pairs[last, entries.lengths[last] - 1]
             if (bad := np.flatnonzero(last_pair >= 3)).size:
@@ -124,7 +124,7 @@ class QmoeCoding:
 
     def decode_expert(
         self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
-    ) -> UInt8[jax.Array, "out in"]:
+    ) -> UInt8[jax.Array, "rows width"]:
         """Expand one expert's codewords with XLA."""
         start = jnp.take(jnp.asarray(arrays["expert_offsets"]), expert, mode="clip")
         lengths = jnp.take(jnp.asarray(arrays["row_lengths"]), expert, axis=0, mode="clip")
@@ -133,11 +133,11 @@ class QmoeCoding:
             jnp.asarray(arrays["codewords"]),
             ends - lengths,
             ends,
-            spec.in_features,
+            spec.width,
             spec.max_row_codewords,
         )
 
-    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Decode all codes in plain Python."""
         return reference.decode_qmoe(coded)
 
@@ -150,19 +150,19 @@ class QmoeCoding:
         for symbol in range(3):
             hits = (entries.pairs % 3 == symbol).astype(np.int64) + (entries.pairs // 3 == symbol)
             counts[symbol] = uses @ (hits * within).sum(axis=1)
-        counts[0] -= spec.num_experts * spec.out_features * (spec.in_features % 2)
+        counts[0] -= spec.num_experts * spec.rows * (spec.width % 2)
         return counts
 
 
-def _row_pairs(in_features: int) -> int:
-    return (in_features + 1) // 2
+def _row_pairs(width: int) -> int:
+    return (width + 1) // 2
 
 
-def row_bound(longest: int, in_features: int) -> int:
+def row_bound(longest: int, width: int) -> int:
     """max_row_codewords of a tensor whose longest row has `longest` codewords.
 
     Few bounds, few compilations. A row that is longer than any valid one keeps its length.
     """
-    bound = min(-(-longest // _BOUND_STEP) * _BOUND_STEP, _row_pairs(in_features))
+    bound = min(-(-longest // _BOUND_STEP) * _BOUND_STEP, _row_pairs(width))
     bound = max(bound, longest)
     return min(bound, 255) if longest <= 255 else bound

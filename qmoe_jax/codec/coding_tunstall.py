@@ -65,7 +65,7 @@ class TunstallCoding:
         return tunstall_family(MAX_ENTRY_NONZEROS if self.num_symbols == 4 else 0)
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
-        """Encode codes uint8 [experts, out, in], each row on its own, each expert's zero share."""
+        """Encode codes uint8 [experts, rows, width]: rows on their own, a zero share an expert."""
         experts, rows, width = codes.shape
         family = self._family
         order = self._codes_of_symbols(levels)
@@ -100,7 +100,7 @@ class TunstallCoding:
     def validate(self, coded: CodedTensor) -> None:
         """Check names, dtypes, shapes, offsets, levels, and every row bit by bit."""
         spec, arrays = coded.spec, coded.arrays
-        experts, rows = spec.num_experts, spec.out_features
+        experts, rows = spec.num_experts, spec.rows
         check_names(arrays, self.array_names)
         words = check_array(arrays, "words", np.uint32, (None,))
         expert_offsets = check_array(arrays, "expert_offsets", np.int32, (experts + 1,))
@@ -144,7 +144,7 @@ class TunstallCoding:
             expert, row = divmod(int(bad[0]), rows)
             raise CodecError(
                 f"Row {row} of expert {expert} {tunstall_rows.FAULTS[int(walk.faults[bad[0]])]}; "
-                f"its spec requires {spec.in_features} weights. The words, the row lengths or the "
+                f"its spec requires {spec.width} weights. The words, the row lengths or the "
                 "dictionaries are damaged, or belong to another tensor."
             )
         if walk.num_codewords.max(initial=0) > spec.max_row_codewords:
@@ -170,7 +170,7 @@ class TunstallCoding:
 
     def decode_expert(
         self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
-    ) -> UInt8[jax.Array, "out in"]:
+    ) -> UInt8[jax.Array, "rows width"]:
         """Expand one expert's rows with XLA."""
 
         def own(name: str) -> jax.Array:
@@ -191,11 +191,11 @@ class TunstallCoding:
             row_ends - num_bytes,
             jnp.take(jnp.asarray(family.table), own("dictionaries"), axis=0, mode="clip"),
             row_codes,
-            spec.in_features,
+            spec.width,
             spec.max_row_codewords,
         )
 
-    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Decode all codes in plain Python."""
         return reference.decode_tunstall(coded)
 
@@ -210,7 +210,7 @@ class TunstallCoding:
         np.add.at(counts, codes.reshape(-1, 4), by_symbol)
         return counts[: self.num_symbols]
 
-    def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts out 4"]:
+    def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts rows 4"]:
         zero = zero_codes(levels) if self.num_symbols == 4 else np.zeros(levels.shape[:2], int)
         return _CODES_OF_SYMBOLS[zero]
 
@@ -223,13 +223,13 @@ class TunstallCoding:
             _as_bytes(arrays["words"]),
             (ends - num_bytes).reshape(-1),
             ends.reshape(-1),
-            np.repeat(arrays["dictionaries"], spec.out_features),
-            spec.in_features,
+            np.repeat(arrays["dictionaries"], spec.rows),
+            spec.width,
             self._family,
         )
 
 
-def _row_bytes(arrays: Mapping[str, np.ndarray]) -> Int64[np.ndarray, "experts out"]:
+def _row_bytes(arrays: Mapping[str, np.ndarray]) -> Int64[np.ndarray, "experts rows"]:
     return arrays["row_lengths"].astype(np.int64) + arrays["shortest_rows"][:, None]
 
 

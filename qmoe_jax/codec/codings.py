@@ -24,12 +24,12 @@ class Coding(Protocol):
     num_symbols: int
     """Codes are below this: 3 (ternary) or 4 (2-bit), which also settles the weights' grid."""
     array_names: tuple[str, ...]
-    """Every array that a coded tensor stores. "levels" bfloat16 [experts, out, 2] is one."""
+    """Every array that a coded tensor stores. "levels" bfloat16 [experts, rows, 2] is one."""
     code_array: str | None
     """The array that `expert_offsets` index; None where every array has one entry an expert."""
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
-        """Encode uint8 [experts, out, in] codes, already checked by `encode.encode`."""
+        """Encode uint8 [experts, rows, width] codes, already checked by `encode.encode`."""
         ...
 
     def validate(self, coded: CodedTensor) -> None:
@@ -46,11 +46,11 @@ class Coding(Protocol):
 
     def decode_expert(
         self, spec: TensorSpec, arrays: Mapping[str, Any], expert: Any
-    ) -> UInt8[jax.Array, "out in"]:
+    ) -> UInt8[jax.Array, "rows width"]:
         """Decode one expert's codes with XLA, in bounds for any array contents."""
         ...
 
-    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+    def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Decode all codes slowly and plainly, as FORMAT.md describes it."""
         ...
 
@@ -98,7 +98,7 @@ def concatenate(batches: Sequence[CodedTensor]) -> CodedTensor:
     """Join the coded batches of consecutive experts into the coded tensor of all of them."""
     if not batches:
         raise CodecError("No expert batches were given; concatenate requires at least one.")
-    kinds = {(b.spec.coding, b.spec.out_features, b.spec.in_features) for b in batches}
+    kinds = {(b.spec.coding, b.spec.rows, b.spec.width) for b in batches}
     if len(kinds) != 1:
         raise CodecError(
             f"The expert batches differ in (coding, out, in): {sorted(kinds)}; batches of one "

@@ -20,7 +20,7 @@ def device_arrays(coded: CodedTensor) -> dict[str, jax.Array]:
 
 def decode_expert(
     spec: TensorSpec, arrays: Arrays, expert: Int[jax.Array, ""] | int
-) -> UInt8[jax.Array, "out in"]:
+) -> UInt8[jax.Array, "rows width"]:
     """Decode the codes of one expert. Reference: `reference.decode`.
 
     Reads and writes stay in bounds whatever the arrays hold: a row that decodes short is filled
@@ -36,10 +36,10 @@ def decode_expert(
 
 def dequantize(
     spec: TensorSpec,
-    codes: UInt8[jax.Array, "*rows in"],
+    codes: UInt8[jax.Array, "*rows width"],
     levels: BFloat16[jax.Array, "*rows 2"],
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-) -> Float[jax.Array, "*rows in"]:
+) -> Float[jax.Array, "*rows width"]:
     """Weights of codes: 0, low or high for ternary codes; scale * (code - zero) for 2-bit codes.
 
     Computed in float32, then rounded to `dtype`: ternary weights are exact in bfloat16.
@@ -57,7 +57,7 @@ def decode_expert_weights(
     arrays: Arrays,
     expert: Int[jax.Array, ""] | int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-) -> Float[jax.Array, "out in"]:
-    """Decode the weights of one expert, [out, in] (a Flax kernel is the transpose)."""
+) -> Float[jax.Array, "rows width"]:
+    """Decode the weights of one expert, [rows, width] (a Flax kernel is the transpose)."""
     levels = jnp.take(jnp.asarray(arrays["levels"]), expert, axis=0, mode="clip")
     return dequantize(spec, decode_expert(spec, arrays, expert), levels, dtype)

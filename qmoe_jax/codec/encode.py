@@ -15,10 +15,10 @@ def encode(
     """Encode the codes of a batch of experts, or of all of them.
 
     Args:
-      codes: uint8 [experts, out, in]. For ternary codings ("qmoe", "tunstall") 0 = zero,
+      codes: uint8 [experts, rows, width]. For ternary codings ("qmoe", "tunstall") 0 = zero,
         1 = low, 2 = high; for 2-bit codings ("packed2", "tunstall_2bit") 0..3. Experts and rows
         may be 0 in number, `in` is at least 1.
-      levels: bfloat16 [experts, out, 2], the two parameters of each row: (low, high) for ternary
+      levels: bfloat16 [experts, rows, 2], the two parameters of each row: (low, high) for ternary
         codings, (scale, zero) for 2-bit codings. Kept as they are; other dtypes are refused, since
         codes that were chosen for unrounded levels no longer are the nearest.
       coding: name of the coding.

@@ -27,23 +27,23 @@ _PAIRS_PER_WORD = 8
 
 def expand_codewords(
     codewords: UInt16[jax.Array, "codewords"],
-    row_starts: Int32[jax.Array, "out"],
-    row_ends: Int32[jax.Array, "out"],
-    in_features: int,
+    row_starts: Int32[jax.Array, "rows"],
+    row_ends: Int32[jax.Array, "rows"],
+    width: int,
     max_row_codewords: int,
-) -> UInt8[jax.Array, "out in"]:
+) -> UInt8[jax.Array, "rows width"]:
     """Expand rows of dictionary codewords to ternary codes.
 
     Args:
       codewords: all codewords; rows lie anywhere in it.
       row_starts: index of each row's first codeword.
       row_ends: index after each row's last codeword.
-      in_features: codes in a row.
+      width: codes in a row.
       max_row_codewords: codewords of a row after this many are ignored.
     """
-    out_features = row_starts.shape[0]
-    if codewords.size == 0 or out_features == 0:
-        return jnp.zeros((out_features, in_features), jnp.uint8)
+    rows = row_starts.shape[0]
+    if codewords.size == 0 or rows == 0:
+        return jnp.zeros((rows, width), jnp.uint8)
     low_halves, high_halves, lengths = _entry_words()
 
     index = row_starts[:, None] + jnp.arange(max_row_codewords, dtype=jnp.int32)
@@ -57,26 +57,26 @@ def expand_codewords(
     shift = 4 * (start % _PAIRS_PER_WORD).astype(jnp.uint32)
     carry = 31 - shift  # of a value already shifted right by 1: XLA has no defined shift by 32
     word = start // _PAIRS_PER_WORD
-    row = jnp.arange(out_features, dtype=jnp.int32)[:, None]
-    num_words = -(-in_features // (2 * _PAIRS_PER_WORD))
-    words = jnp.zeros((out_features, num_words), jnp.uint32)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    num_words = -(-width // (2 * _PAIRS_PER_WORD))
+    words = jnp.zeros((rows, num_words), jnp.uint32)
     for part, bits in enumerate(
         (low << shift, (low >> 1) >> carry | high << shift, (high >> 1) >> carry)
     ):
         words = words.at[row, word + part].add(bits, mode="drop")
-    return _unpack_pairs(words)[:, :in_features]
+    return _unpack_pairs(words)[:, :width]
 
 
 def unpack_2bit(
-    packed: UInt8[jax.Array, "out bytes"], in_features: int
-) -> UInt8[jax.Array, "out in"]:
+    packed: UInt8[jax.Array, "rows bytes"], width: int
+) -> UInt8[jax.Array, "rows width"]:
     """Unpack 2-bit codes, four a byte, the first in the lowest bits."""
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)
     codes = packed[..., None] >> shifts & jnp.uint8(3)
-    return codes.reshape(packed.shape[0], 4 * packed.shape[1])[:, :in_features]
+    return codes.reshape(packed.shape[0], 4 * packed.shape[1])[:, :width]
 
 
-def _unpack_pairs(words: UInt32[jax.Array, "out words"]) -> UInt8[jax.Array, "out codes"]:
+def _unpack_pairs(words: UInt32[jax.Array, "rows words"]) -> UInt8[jax.Array, "rows codes"]:
     shifts = jnp.arange(0, 32, 2, dtype=jnp.uint32)
     codes = (words[..., None] >> shifts & jnp.uint32(3)).astype(jnp.uint8)
     return codes.reshape(words.shape[0], 16 * words.shape[1])

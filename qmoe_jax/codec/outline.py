@@ -53,7 +53,7 @@ class CodedOutline:
         """
         if not outlines:
             raise CodecError("No outlines were given; join requires at least one.")
-        kinds = {(o.spec.coding, o.spec.out_features, o.spec.in_features) for o in outlines}
+        kinds = {(o.spec.coding, o.spec.rows, o.spec.width) for o in outlines}
         if len(kinds) != 1:
             raise CodecError(
                 f"The expert batches differ in (coding, out, in): {sorted(kinds)}; batches of one "
@@ -96,8 +96,8 @@ class CodedOutline:
         return item_bytes(self.dtypes[name]) * int(np.prod(self.shape(name), dtype=np.int64))
 
     def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return dataclasses.asdict(self)
+        """All fields; the spec as manifests store it."""
+        return dataclasses.asdict(self) | {"spec": self.spec.to_json()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "CodedOutline":

@@ -51,22 +51,22 @@ def encode_row(codes: list[int]) -> list[int]:
     return codewords
 
 
-def decode_row(codewords: list[int], in_features: int) -> list[int]:
+def decode_row(codewords: list[int], width: int) -> list[int]:
     """Codes of a row: its entries one after another, without the code that fills an odd width."""
     codes = [code for codeword in codewords for code in entry_codes(codeword)]
-    return codes[:in_features]
+    return codes[:width]
 
 
-def decode_qmoe(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+def decode_qmoe(coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
     """Decode all codes of a valid "qmoe" tensor."""
     spec, arrays = coded.spec, coded.arrays
-    codes = np.zeros((spec.num_experts, spec.out_features, spec.in_features), np.uint8)
+    codes = np.zeros((spec.num_experts, spec.rows, spec.width), np.uint8)
     for expert in range(spec.num_experts):
         start = int(arrays["expert_offsets"][expert])
-        for row in range(spec.out_features):
+        for row in range(spec.rows):
             stop = start + int(arrays["row_lengths"][expert, row])
             codewords = arrays["codewords"][start:stop].tolist()
-            codes[expert, row] = decode_row(codewords, spec.in_features)
+            codes[expert, row] = decode_row(codewords, spec.width)
             start = stop
     return codes
 
@@ -74,11 +74,11 @@ def decode_qmoe(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
 # --- packed2 ---
 
 
-def decode_packed2(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+def decode_packed2(coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
     """Decode all codes of a valid "packed2" tensor."""
     spec = coded.spec
-    codes = np.zeros((spec.num_experts, spec.out_features, spec.in_features), np.uint8)
-    for column in range(spec.in_features):
+    codes = np.zeros((spec.num_experts, spec.rows, spec.width), np.uint8)
+    for column in range(spec.width):
         codes[..., column] = coded.arrays["packed"][..., column // 4] >> 2 * (column % 4) & 3
     return codes
 
@@ -125,13 +125,13 @@ def encode_tunstall_row(symbols: list[int], entries: list[tuple[int, ...]]) -> b
     return bytes(codewords + sign_bytes[::-1])
 
 
-def decode_tunstall_row(data: bytes, in_features: int, entries: list[tuple[int, ...]]) -> list[int]:
+def decode_tunstall_row(data: bytes, width: int, entries: list[tuple[int, ...]]) -> list[int]:
     """Symbols of a row."""
     signs = "".join(f"{byte:08b}" for byte in reversed(data))  # sign bits come first in it
     symbols: list[int] = []
     escaped: list[int] = []
     at = rank = 0
-    while len(symbols) < in_features:
+    while len(symbols) < width:
         codeword = data[at]
         at += 1
         if codeword >= len(entries):
@@ -145,7 +145,7 @@ def decode_tunstall_row(data: bytes, in_features: int, entries: list[tuple[int, 
                 symbols.append(1 + int(signs[rank]) if bit else 0)
             rank += bit
         escaped = []
-    return symbols[:in_features]
+    return symbols[:width]
 
 
 def codes_of_symbols(coding: str, zero: float) -> list[int]:
@@ -155,19 +155,19 @@ def codes_of_symbols(coding: str, zero: float) -> list[int]:
     return [0, 1, 2, 3]
 
 
-def decode_tunstall(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
+def decode_tunstall(coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
     """Decode all codes of a valid "tunstall" or "tunstall_2bit" tensor."""
     spec, arrays = coded.spec, coded.arrays
     data = arrays["words"].astype("<u4").tobytes()
-    codes = np.zeros((spec.num_experts, spec.out_features, spec.in_features), np.uint8)
+    codes = np.zeros((spec.num_experts, spec.rows, spec.width), np.uint8)
     num_escapes = 8 if spec.coding == "tunstall_2bit" else 0
     for expert in range(spec.num_experts):
         entries = tunstall_entries(int(arrays["dictionaries"][expert]), num_escapes)
         start = 4 * int(arrays["expert_offsets"][expert])
-        for row in range(spec.out_features):
+        for row in range(spec.rows):
             length = int(arrays["shortest_rows"][expert]) + int(arrays["row_lengths"][expert, row])
             order = codes_of_symbols(spec.coding, float(arrays["levels"][expert, row, 1]))
-            symbols = decode_tunstall_row(data[start : start + length], spec.in_features, entries)
+            symbols = decode_tunstall_row(data[start : start + length], spec.width, entries)
             codes[expert, row] = [order[symbol] for symbol in symbols]
             start += length
     return codes
@@ -177,8 +177,8 @@ def decode_tunstall(coded: CodedTensor) -> UInt8[np.ndarray, "experts out in"]:
 
 
 def dequantize(
-    coded: CodedTensor, codes: UInt8[np.ndarray, "experts out in"]
-) -> Float32[np.ndarray, "experts out in"]:
+    coded: CodedTensor, codes: UInt8[np.ndarray, "experts rows width"]
+) -> Float32[np.ndarray, "experts rows width"]:
     """Weights of codes, float32."""
     first, second = np.split(coded.arrays["levels"].astype(np.float32), 2, axis=-1)
     if coded.spec.coding in ("packed2", "tunstall_2bit"):

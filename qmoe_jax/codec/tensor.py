@@ -8,55 +8,70 @@ import numpy as np
 
 from qmoe_jax.errors import CodecError
 
+NUM_SYMBOLS = {"ternary": 3, "2bit": 4}
+"""Grids by name: codes are below this."""
+
+# Fields of a spec -> the keys that manifests store them under, with the least value of each number.
+_STORED = {
+    "coding": ("coding", None),
+    "num_experts": ("num_experts", 0),
+    "rows": ("out_features", 0),
+    "width": ("in_features", 1),
+    "max_row_codewords": ("max_row_codewords", 0),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What decoding must know at trace time. Hashable, so it can be a static argument of jit."""
+    """What decoding must know at trace time. Hashable, so it can be a static argument of jit.
+
+    Attributes:
+      coding: name, one of `codings.coding_names()`.
+      num_experts: experts.
+      rows: rows of an expert: output features, or groups of their weights.
+      width: weights in a row, at least 1.
+      max_row_codewords: no row has more codewords than this (0 for codings of fixed size). An upper
+        bound, not necessarily reached: layers given a common bound share one compiled decoder.
+    """
 
     coding: str
-    """Name of the coding: "qmoe" or "tunstall" (ternary), "packed2" or "tunstall_2bit" (2-bit)."""
     num_experts: int
-    out_features: int
-    in_features: int
-    """Weights in a row, at least 1."""
+    rows: int
+    width: int
     max_row_codewords: int = 0
-    """No row has more codewords than this (0 for codings of fixed size). An upper bound,
-    not necessarily reached: layers given a common bound share one compiled decoder."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("num_experts", 0),
-            ("out_features", 0),
-            ("in_features", 1),
-            ("max_row_codewords", 0),
-        ):
+        for name, (stored, lowest) in _STORED.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if lowest is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                also = "" if name == stored else f" (stored as {stored})"
                 raise CodecError(
-                    f"TensorSpec.{name} is {value!r}; it must be an integer of at least {least}."
+                    f"TensorSpec.{name}{also} is {value!r}; it must be an integer of at least "
+                    f"{lowest}."
                 )
         # Decoders make room for this many: a damaged manifest must not ask for all memory.
-        most = 2 * self.in_features + 64
+        most = 2 * self.width + 64
         if self.max_row_codewords > most:
             raise CodecError(
-                f"TensorSpec.max_row_codewords is {self.max_row_codewords}; a row of "
-                f"{self.in_features} weights may have a bound of at most {most} = 2 in + 64. The "
-                "manifest is damaged."
+                f"TensorSpec.max_row_codewords is {self.max_row_codewords}; a row of {self.width} "
+                f"weights may have a bound of at most {most} = 2 in + 64. The manifest is damaged."
             )
 
     @property
     def num_weights(self) -> int:
         """Weights in the whole tensor."""
-        return self.num_experts * self.out_features * self.in_features
+        return self.num_experts * self.rows * self.width
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, as the manifest stores them."""
-        return dataclasses.asdict(self)
+        """Return the fields as a JSON object, under the keys that the manifest stores."""
+        return {stored: getattr(self, name) for name, (stored, _) in _STORED.items()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "TensorSpec":
         """Rebuild a spec from `to_json`'s object; refuse missing and unknown fields."""
-        expected = {field.name for field in dataclasses.fields(cls)}
+        expected = {stored for stored, _ in _STORED.values()}
         if set(fields) != expected:
             raise CodecError(
                 f"A tensor spec has the fields {sorted(fields)}; format version 1 requires exactly "
@@ -64,7 +79,7 @@ class TensorSpec:
             )
         if not isinstance(fields["coding"], str):
             raise CodecError(f"A tensor spec's coding is {fields['coding']!r}; it must be a name.")
-        return cls(**fields)
+        return cls(**{name: fields[stored] for name, (stored, _) in _STORED.items()})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +175,7 @@ def check_names(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Non
 
 
 def check_levels(levels: np.ndarray) -> None:
-    """Refuse levels that are NaN or infinite. bfloat16 [experts, out, 2]."""
+    """Refuse levels that are NaN or infinite. bfloat16 [experts, rows, 2]."""
     finite = np.isfinite(levels)
     if not finite.all():
         expert, row, level = np.argwhere(~finite)[0]
@@ -171,7 +186,7 @@ def check_levels(levels: np.ndarray) -> None:
 
 
 def zero_codes(levels: np.ndarray) -> np.ndarray:
-    """Return the code of the weight 0 in each row of a 2-bit tensor, int64 [experts, out].
+    """Return the code of the weight 0 in each row of a 2-bit tensor, int64 [experts, rows].
 
     Levels (scale, zero) whose zero is no code have 0 here.
     """

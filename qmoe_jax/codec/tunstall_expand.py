@@ -21,13 +21,13 @@ _WORD = 32
 def expand_rows(
     words: UInt32[jax.Array, "words"],
     first_word: Int32[jax.Array, ""],
-    row_ends: Int32[jax.Array, "out"],
-    row_starts: Int32[jax.Array, "out"],
+    row_ends: Int32[jax.Array, "rows"],
+    row_starts: Int32[jax.Array, "rows"],
     table: UInt32[jax.Array, "256 2"],
-    row_codes: UInt8[jax.Array, "out 4"] | None,
-    in_features: int,
+    row_codes: UInt8[jax.Array, "rows 4"] | None,
+    width: int,
     max_row_codewords: int,
-) -> UInt8[jax.Array, "out in"]:
+) -> UInt8[jax.Array, "rows width"]:
     """Expand rows to codes.
 
     Args:
@@ -38,13 +38,13 @@ def expand_rows(
       table: of the expert's dictionary, see TunstallFamily.
       row_codes: the codes of symbols 0 to 3 in each row, in a coding with escapes; None in one
         without, where codes are symbols.
-      in_features: weights in a row.
+      width: weights in a row.
       max_row_codewords: codewords of a row after this many are ignored.
     """
     rows = row_starts.shape[0]
-    num_words = -(-in_features // _WORD)
+    num_words = -(-width // _WORD)
     if words.size == 0 or rows == 0 or max_row_codewords == 0:
-        return jnp.zeros((rows, in_features), jnp.uint8)
+        return jnp.zeros((rows, width), jnp.uint8)
 
     some = row_ends[-1] > 0  # true of every valid expert
 
@@ -57,9 +57,9 @@ def expand_rows(
         return codeword.astype(jnp.int32), low, high, _running_sum(length) - length
 
     codeword, low, high, start = _apart(some, look_up)
-    present = start < in_features
+    present = start < width
     masks = _apart(some, lambda: _place_masks(low, high, start, present, num_words))
-    tail = in_features % _WORD
+    tail = width % _WORD
     if tail:
         masks = masks.at[:, -1].set(masks[:, -1] & jnp.uint32((1 << tail) - 1))
     count = jax.lax.population_count(masks).astype(jnp.int32)
@@ -85,16 +85,16 @@ def expand_rows(
         planes = _apart(some, lambda: _recode(masks, high_plane, escaped, row_codes))
     shifts = jnp.arange(_WORD, dtype=jnp.uint32)
     bits = [(plane[..., None] >> shifts & jnp.uint32(1)).astype(jnp.uint8) for plane in planes]
-    return (bits[0] + 2 * bits[1]).reshape(rows, num_words * _WORD)[:, :in_features]
+    return (bits[0] + 2 * bits[1]).reshape(rows, num_words * _WORD)[:, :width]
 
 
 def _place_masks(
-    low: UInt32[jax.Array, "out codewords"],
-    high: UInt32[jax.Array, "out codewords"],
-    start: Int32[jax.Array, "out codewords"],
-    present: Bool[jax.Array, "out codewords"],
+    low: UInt32[jax.Array, "rows codewords"],
+    high: UInt32[jax.Array, "rows codewords"],
+    start: Int32[jax.Array, "rows codewords"],
+    present: Bool[jax.Array, "rows codewords"],
     num_words: int,
-) -> UInt32[jax.Array, "out words"]:
+) -> UInt32[jax.Array, "rows words"]:
     """Set the non-zero bits of entries (two table words each) that begin at weight `start`."""
     lower = jnp.where(present, low >> 6 | high << 26, jnp.uint32(0))
     upper = jnp.where(present, high >> 6, jnp.uint32(0))
@@ -105,8 +105,8 @@ def _place_masks(
 
 
 def _add_words(
-    parts: list[jax.Array], word: Int32[jax.Array, "out codewords"], num_words: int
-) -> UInt32[jax.Array, "out words"]:
+    parts: list[jax.Array], word: Int32[jax.Array, "rows codewords"], num_words: int
+) -> UInt32[jax.Array, "rows words"]:
     """Add parts[i] into word `word` + i of its row; what falls behind the row is dropped.
 
     Parts do not overlap, so adding is the same as or-ing and its order does not matter.
@@ -141,12 +141,12 @@ def _running_sum(counts: Int32[jax.Array, "rows n"]) -> Int32[jax.Array, "rows n
 
 
 def _escaped_ranks(
-    codeword: Int32[jax.Array, "out codewords"],
-    low: UInt32[jax.Array, "out codewords"],
-    high: UInt32[jax.Array, "out codewords"],
-    present: Bool[jax.Array, "out codewords"],
+    codeword: Int32[jax.Array, "rows codewords"],
+    low: UInt32[jax.Array, "rows codewords"],
+    high: UInt32[jax.Array, "rows codewords"],
+    present: Bool[jax.Array, "rows codewords"],
     num_words: int,
-) -> UInt32[jax.Array, "out words"]:
+) -> UInt32[jax.Array, "rows words"]:
     """Return a bit for each escaped rank, rank 0 in the highest bit of word 0."""
     place = codeword - (NUM_CODEWORDS - MAX_ENTRY_NONZEROS)
     count = jax.lax.population_count(low >> 6) + jax.lax.population_count(high)
@@ -157,11 +157,11 @@ def _escaped_ranks(
 
 
 def _recode(
-    masks: UInt32[jax.Array, "out words"],
-    high_plane: UInt32[jax.Array, "out words"],
-    escaped: UInt32[jax.Array, "out words"],
-    row_codes: UInt8[jax.Array, "out 4"],
-) -> list[UInt32[jax.Array, "out words"]]:
+    masks: UInt32[jax.Array, "rows words"],
+    high_plane: UInt32[jax.Array, "rows words"],
+    escaped: UInt32[jax.Array, "rows words"],
+    row_codes: UInt8[jax.Array, "rows 4"],
+) -> list[UInt32[jax.Array, "rows words"]]:
     """Bit 0 and bit 1 of the codes, 32 to a word, from a row's codes of symbols 0 to 3."""
     symbols = [~masks, masks & ~(high_plane | escaped), high_plane & ~escaped, escaped]
     planes = []
@@ -182,8 +182,8 @@ def _funnel(
 
 
 def _deal(
-    masks: UInt32[jax.Array, "out words"], window: UInt32[jax.Array, "out words"]
-) -> UInt32[jax.Array, "out words"]:
+    masks: UInt32[jax.Array, "rows words"], window: UInt32[jax.Array, "rows words"]
+) -> UInt32[jax.Array, "rows words"]:
     """Deal the window's bits, highest first, to the set bits of the mask, lowest first."""
     dealt = jnp.zeros_like(masks)
     for bit in range(_WORD):

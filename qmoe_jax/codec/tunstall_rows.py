@@ -82,7 +82,7 @@ def walk_rows(
     row_starts: Int64[np.ndarray, "rows"],
     row_ends: Int64[np.ndarray, "rows"],
     dictionaries: UInt8[np.ndarray, "rows"],
-    in_features: int,
+    width: int,
     family: TunstallFamily,
 ) -> RowWalk:
     """Check and count rows without keeping their codes. All bounds must lie within data."""
@@ -95,13 +95,13 @@ def walk_rows(
             row_starts[chunk],
             row_ends[chunk],
             dictionaries[chunk],
-            in_features,
+            width,
             family.table,
             NUM_CODEWORDS - family.num_escapes,
             *(part[chunk] for part in walk),
         )
 
-    map_row_chunks(walk_chunk, rows, in_features)
+    map_row_chunks(walk_chunk, rows, width)
     return walk
 
 

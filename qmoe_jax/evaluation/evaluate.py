@@ -59,7 +59,7 @@ def evaluate(
     Args:
       checkpoint: native T5X or compressed, local or gs://; or several: paths, (name, path) pairs,
         or a mapping from name to path. Tables and folders have the names.
-      tokens: examples, a token file of `qmoe_jax.prepare_tokens`.
+      tokens: examples, a token file of `qmoe-jax prepare-tokens`.
       num_examples: use the first so many; all where None.
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
@@ -251,10 +251,7 @@ def _bits_per_weight(path: PathLike) -> float | None:
     if not is_compressed_checkpoint(path):
         return None
     checkpoint = open_compressed_checkpoint(path)
-    weights = sum(
-        spec.num_experts * spec.out_features * spec.in_features
-        for spec in checkpoint.specs.values()
-    )
+    weights = sum(spec.num_experts * spec.rows * spec.width for spec in checkpoint.specs.values())
     return 8 * checkpoint.num_bytes()["coded"] / weights
 
 

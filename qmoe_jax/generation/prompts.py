@@ -223,7 +223,7 @@ def answers_of(
     if not np.all(np.isfinite(all_scores)):
         raise CheckpointError(
             "the model's scores are not finite; its parameters hold NaN or infinity, or bfloat16 "
-            "overflows: look at the checkpoint with qmoe_jax.inspect, or use activation_dtype "
+            "overflows: look at the checkpoint with `qmoe-jax inspect`, or use activation_dtype "
             "float32"
         )
     answers = []

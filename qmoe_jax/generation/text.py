@@ -177,29 +177,33 @@ def fill_prompts(
     settings = GenerationSettings(
         max_decode_length=max_decode_length, batch_size=max(len(prompts), 1)
     )
-    answers = fill_all(module, variables, vocabulary, prompts, settings)
+    answers = generate(module, variables, vocabulary, prompts, settings)
     return [best_first[0] for best_first in answers]
 
 
-def fill_all(
+def generate(
     module: SwitchTransformer,
     variables: Variables,
     vocabulary: Vocabulary,
     prompts: Sequence[str],
-    settings: GenerationSettings,
+    settings: GenerationSettings | None = None,
 ) -> list[list[Filled]]:
-    """Fill the blanks of prompts: every answer to each, the best first.
+    """Fill the blanks of prompts (`<extra_id_0>`, `<extra_id_1>`, ...).
 
     Args:
       module: the model.
       variables: its parameters, dense or codes.
       vocabulary: the model's.
       prompts: texts with blanks.
-      settings: how to generate.
+      settings: how to generate; greedily, 8 prompts at a time, where None.
+
+    Returns:
+      Every answer to each prompt, the best first.
 
     Raises:
       TokensError: another model's vocabulary, or a prompt that is empty or too long.
     """
+    settings = settings or GenerationSettings()
     check_vocabulary(vocabulary, module.config.num_embeddings)
     ids = encode_prompts(vocabulary, prompts)
     answers: list[list[Filled]] = [[] for _ in prompts]

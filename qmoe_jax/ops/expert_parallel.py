@@ -145,4 +145,4 @@ def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Expe
         return DenseExperts(held["kernel"])
     arrays = {name: array[0] for name, array in held.items()}
     starts = arrays.pop("row_block_starts", None)
-    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.fan_in, starts)
+    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.in_features, starts)

@@ -38,7 +38,7 @@ class CodedExperts:
     Attributes:
       spec: static facts; rows are output features, or groups of their weights.
       arrays: the stored arrays by name.
-      fan_in: input features. Where `spec.in_features` is less, each output feature has several
+      in_features: input features. Where `spec.width` is less, each output feature has several
         rows, which lie side by side.
       row_block_starts: int32 [experts, ceil(rows / 32)] of `find_row_block_starts`; None: found
         anew at every call of a CUDA kernel.
@@ -46,18 +46,18 @@ class CodedExperts:
 
     spec: TensorSpec
     arrays: Mapping[str, Array]
-    fan_in: int
+    in_features: int
     row_block_starts: Array | None = None
 
     @property
     def out_features(self) -> int:
         """Output features."""
-        return self.spec.out_features * self.spec.in_features // self.fan_in
+        return self.spec.rows * self.spec.width // self.in_features
 
     def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
         """One expert's kernel in the activation dtype, decoded with XLA."""
         rows = decode_expert_weights(self.spec, self.arrays, expert, dtype)
-        return rows.reshape(-1, self.fan_in).T
+        return rows.reshape(-1, self.in_features).T
 
 
 Experts = DenseExperts | CodedExperts
@@ -76,7 +76,7 @@ def find_row_block_starts(
     lengths = jnp.asarray(arrays["row_lengths"]).astype(jnp.int32)
     if "shortest_rows" in arrays:
         lengths = lengths + jnp.asarray(arrays["shortest_rows"])[:, None]
-    missing = -spec.out_features % ROWS_OF_A_BLOCK
+    missing = -spec.rows % ROWS_OF_A_BLOCK
     blocks = jnp.pad(lengths, ((0, 0), (0, missing))).reshape(spec.num_experts, -1, ROWS_OF_A_BLOCK)
     sums = blocks.sum(axis=2)
     return jnp.cumsum(sums, axis=1) - sums

@@ -66,7 +66,7 @@ def compress(
     Args:
       checkpoint: the native checkpoint, local or gs://.
       output: where the compressed checkpoint goes; it appears there only when it is whole.
-      tokens: calibration examples (a token file of `qmoe_jax.prepare_tokens`); needed for GPTQ.
+      tokens: calibration examples (a token file of `qmoe-jax prepare-tokens`); needed for GPTQ.
         With method="rtn" they may be left out; then no layer error is reported.
       validation_tokens: examples that flow along and give a loss through the compressed experts;
         they never enter a Hessian and change nothing of the output.
@@ -97,7 +97,7 @@ def compress(
     if tokens is None and chosen.needs_tokens:
         raise TokensError(
             'method="gptq" needs calibration tokens; pass tokens=, made by '
-            '`python -m qmoe_jax.prepare_tokens`, or use method="rtn"'
+            '`qmoe-jax prepare-tokens`, or use method="rtn"'
         )
     if tokens is None and validation_tokens is not None:
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")

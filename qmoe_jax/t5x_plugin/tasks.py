@@ -38,10 +38,10 @@ def token_file_task(
 
     In a gin file: `MIXTURE_OR_TASK_NAME = @tasks.token_file_task()`. Its only split is
     "validation". Its metric `loss_per_target_token` is the mean cross entropy in nats, as
-    `python -m qmoe_jax.evaluate` prints it.
+    `qmoe-jax evaluate` prints it.
 
     Args:
-      path: token file, of `python -m qmoe_jax.prepare_tokens`.
+      path: token file, of `qmoe-jax prepare-tokens`.
       vocabulary: of the task's features; `token_file_vocabulary(path)` where None.
       name: of the task; registered anew if it is there.
       num_examples: the first so many; all where None.

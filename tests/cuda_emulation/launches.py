@@ -23,10 +23,10 @@ def row_block_starts(get: GetFunction, coded: CodedTensor, **options: Any) -> np
     """Runs find_row_block_starts."""
     arrays, spec = coded.arrays, coded.spec
     lengths = arrays["row_lengths"]
-    starts = np.full((spec.num_experts, -(-spec.out_features // 32)), -1, np.int32)
+    starts = np.full((spec.num_experts, -(-spec.rows // 32)), -1, np.int32)
     if starts.size:
         arguments = [lengths, arrays.get("shortest_rows"), starts]
-        arguments += [np.int32(spec.out_features), np.int32(lengths.itemsize)]
+        arguments += [np.int32(spec.rows), np.int32(lengths.itemsize)]
         get("find_row_block_starts")((spec.num_experts,), (32,), arguments, **options)
     return starts
 
@@ -86,16 +86,16 @@ def multiply(
     """Runs a fused kernel: y [tokens, out] of x bfloat16 [tokens, in]."""
     spec = coded.spec
     order, token_experts, starts = sort_tokens(experts, spec.num_experts)
-    shape = (len(x), spec.out_features)
+    shape = (len(x), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
-    numbers = [spec.num_experts, spec.out_features, spec.in_features, len(x)]
+    numbers = [spec.num_experts, spec.rows, spec.width, len(x)]
     numbers += [tile_tokens, rows_per_block, int(float32)]
     arguments = [*coding_arguments(get, coded), x, order, token_experts, starts, y]
     get(fused_name(spec.coding, tile_tokens, rows_per_warp))(
-        (len(x), -(-spec.out_features // rows_per_block)),
+        (len(x), -(-spec.rows // rows_per_block)),
         (threads,),
         [*arguments, *(np.int32(n) for n in numbers)],
-        shared_mem=fused_shared_bytes(spec.coding, spec.in_features, tile_tokens, threads),
+        shared_mem=fused_shared_bytes(spec.coding, spec.width, tile_tokens, threads),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)
@@ -113,13 +113,13 @@ def expand(
 ) -> np.ndarray:
     """Runs an expansion kernel: bfloat16 [ids, out, in]."""
     spec = coded.spec
-    dense = np.full((len(expert_ids), spec.out_features, spec.in_features), POISON, np.uint16)
-    numbers = [len(expert_ids), spec.num_experts, spec.out_features, spec.in_features]
+    dense = np.full((len(expert_ids), spec.rows, spec.width), POISON, np.uint16)
+    numbers = [len(expert_ids), spec.num_experts, spec.rows, spec.width]
     numbers += [rows_per_block, int(zero_skipped)]
     arguments = [*coding_arguments(get, coded), np.array(expert_ids, np.int32), dense]
     dictionary_bytes = 2048 if spec.coding.startswith("tunstall") else 0
     get(f"expand_{spec.coding}")(
-        (-(-spec.out_features // rows_per_block), len(expert_ids)),
+        (-(-spec.rows // rows_per_block), len(expert_ids)),
         (threads,),
         [*arguments, *(np.int32(n) for n in numbers)],
         shared_mem=dictionary_bytes + 4096 * (threads // 32),

@@ -119,7 +119,7 @@ def reference_weights(coded):
 
 def assert_products(y, coded, weights, x, experts):
     """Within the rounding of float32 sums of float64 products."""
-    terms = coded.spec.in_features / 8 + 16
+    terms = coded.spec.width / 8 + 16
     assert np.isfinite(y).all()
     for token, expert in enumerate(experts):
         if expert < 0:

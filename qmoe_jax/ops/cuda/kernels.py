@@ -59,9 +59,9 @@ def check_coded(experts: CodedExperts) -> None:
             f"The coding {spec.coding!r} has no CUDA kernels; those that do are "
             f"{', '.join(sorted(_DICTIONARY_BYTES))}. Use implementation='xla'."
         )
-    if spec.in_features != experts.fan_in:
+    if spec.width != experts.in_features:
         raise CudaError(
-            f"A row of codes has {spec.in_features} of the {experts.fan_in} weights of an output "
+            f"A row of codes has {spec.width} of the {experts.in_features} weights of an output "
             "feature (the model was compressed with group_size); the CUDA kernels require whole "
             "rows. Use implementation='xla', or compress without group_size."
         )
@@ -86,7 +86,7 @@ def largest_tile(launcher: Launcher, experts: CodedExperts) -> int:
     fitting = [
         tile
         for tile in TILES
-        if fused_shared_bytes(experts.spec.coding, experts.fan_in, tile, threads)
+        if fused_shared_bytes(experts.spec.coding, experts.in_features, tile, threads)
         <= launcher.device.max_shared_bytes
     ]
     return max(fitting, default=0)
@@ -125,10 +125,10 @@ def fused_product(
     most = largest_tile(launcher, experts)
     if not most:
         raise CudaError(
-            f"Tokens of {spec.in_features} features do not fit the {launcher.device.name}'s "
+            f"Tokens of {spec.width} features do not fit the {launcher.device.name}'s "
             f"{launcher.device.max_shared_bytes} bytes of shared memory; the fused kernel of "
             f"{spec.coding!r} requires "
-            f"{fused_shared_bytes(spec.coding, spec.in_features, 1, settings.few.threads)}. "
+            f"{fused_shared_bytes(spec.coding, spec.width, 1, settings.few.threads)}. "
             "Expand the experts instead (expand_experts), or use implementation='xla'."
         )
     # Room for twice the expected tokens: another tile would decode again, while a larger one
@@ -137,7 +137,7 @@ def fused_product(
     tile = min([tile for tile in TILES if tile >= wanted], default=TILES[-1])
     launch = settings.few if num_tokens <= settings.few_tokens else settings.many
     inputs = _coding_inputs(experts)
-    result = jax.ShapeDtypeStruct((num_tokens, spec.out_features), dtype)
+    result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
     call = fused_call(
         spec,
         launch,
@@ -171,15 +171,15 @@ def fused_call(
     kind = "t2" if tile_tokens <= 2 else "t16"
     rows = f"_rows{launch.rows_per_warp}" if _DICTIONARY_BYTES[spec.coding] else ""
     first = sum(isinstance(argument, int) for argument in front)
-    rows_per_block = max(launch.rows_per_block, -(-spec.out_features // _MAX_GRID_Y))
-    numbers = (spec.num_experts, spec.out_features, spec.in_features, num_tokens)
+    rows_per_block = max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
+    numbers = (spec.num_experts, spec.rows, spec.width, num_tokens)
     numbers = (*numbers, tile_tokens, rows_per_block, int(is_float32))
     return KernelCall(
         source=f"fused_{spec.coding}.cu",
         name=f"fused_{spec.coding}_{kind}{rows}",
-        grid=(num_tokens, -(-spec.out_features // rows_per_block)),
+        grid=(num_tokens, -(-spec.rows // rows_per_block)),
         threads=launch.threads,
-        shared_bytes=fused_shared_bytes(spec.coding, spec.in_features, tile_tokens, launch.threads),
+        shared_bytes=fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads),
         arguments=(*front, *range(first, first + 5), *(np.int32(n) for n in numbers)),
     )
 
@@ -198,7 +198,7 @@ def expand_experts(
     spec, count = experts.spec, expert_ids.shape[0]
     launch = settings_for(launcher, experts).expand
     call = expand_call(spec, launch, count=count, front=front_arguments(spec, experts.arrays))
-    result = jax.ShapeDtypeStruct((count, spec.out_features, spec.in_features), jnp.bfloat16)
+    result = jax.ShapeDtypeStruct((count, spec.rows, spec.width), jnp.bfloat16)
     return run_kernel(launcher, call, [*_coding_inputs(experts), expert_ids], result)
 
 
@@ -207,11 +207,11 @@ def expand_call(
 ) -> KernelCall:
     """Return the launch of an expansion of `count` experts. Pointers: the coding's, ids, dense."""
     first = sum(isinstance(argument, int) for argument in front)
-    numbers = (count, spec.num_experts, spec.out_features, spec.in_features)
+    numbers = (count, spec.num_experts, spec.rows, spec.width)
     return KernelCall(
         source="expand.cu",
         name=f"expand_{spec.coding}",
-        grid=(-(-spec.out_features // launch.rows_per_block), count),
+        grid=(-(-spec.rows // launch.rows_per_block), count),
         threads=launch.threads,
         shared_bytes=_DICTIONARY_BYTES[spec.coding] + 4096 * (launch.threads // 32),
         arguments=(

@@ -1,0 +1,91 @@
+"""`qmoe-jax COMMAND ...`, also as `python -m qmoe_jax COMMAND ...`.
+
+Every command ends alike: bad input is one line `qmoe-jax COMMAND: ...` and exit status 2, and an
+interrupted command says in one line how to go on, with exit status 130.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+import qmoe_jax
+from qmoe_jax.errors import one_line
+
+COMMANDS = {
+    "plan": "what a compression run will read, need and write",
+    "prepare-tokens": "text to tokens, for calibration and evaluation",
+    "compress": "a native T5X checkpoint to a compressed one",
+    "inspect": "what a checkpoint holds, and what each kernel costs",
+    "evaluate": "losses, gaps and router statistics of checkpoints",
+    "infer": "fill the blanks of texts",
+    "dequantize": "a compressed checkpoint back to a native T5X one",
+    "convert": "between compressed checkpoints and other layouts",
+    "demo": "all of it on a small trained model",
+}
+"""Name and meaning of each command; `cli/` has a module of that name."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return the exit status.
+
+    Args:
+      argv: arguments; those of the process where None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        print(f"qmoe-jax {qmoe_jax.__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command.replace("_", "-"), COMMANDS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        print(
+            f"qmoe-jax: there is no command {command!r}; {meant}commands are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    return _run(command, arguments[1:])
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    module = None
+    try:
+        module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
+        return module.main(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can mend (a misspelt option, a missing file, a bad checkpoint) is one
+        # message, not a traceback.
+        print(f"qmoe-jax {command}: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        advice = "run it again" if module is None else module.IF_INTERRUPTED
+        print(f"\nqmoe-jax {command}: interrupted; {advice}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qmoe-jax COMMAND ...",
+            "",
+            "Sub-1-bit compression and exact inference of Mixture-of-Experts models in JAX.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "qmoe-jax COMMAND --help says more; qmoe-jax --version which version this is.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
