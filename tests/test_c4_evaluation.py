@@ -8,9 +8,9 @@ import types
 import golden_data
 import numpy as np
 import pytest
+from command import command, refusal
 
 from qmoe_jax.calibration import sources, tokens
-from qmoe_jax.cli import evaluate, prepare_tokens
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import load_switch
@@ -65,19 +65,21 @@ def c4_folder(tmp_path_factory, texts):
 
 def run(folder, task, *bindings):
     """The command on the demo model; its metrics and the tokens that it kept."""
-    evaluate.main(
-        [
-            f"--gin.CHECKPOINT='{CHECKPOINT}'",
-            f"--gin.TASK='{task}'",
-            f"--gin.VOCABULARY='{VOCABULARY}'",
-            "--gin.INPUTS_LENGTH=128",
-            "--gin.BATCH_SIZE=8",
-            f"--gin.OUTPUT='{folder}'",
-            "--gin.TENSORBOARD=False",
-            *bindings,
-        ]
-    )
+    assert not command("evaluate")(arguments(folder, task, *bindings))
     return json.loads((folder / "metrics.json").read_text()), folder / "tokens.npz"
+
+
+def arguments(folder, task, *bindings):
+    return [
+        f"--gin.CHECKPOINT='{CHECKPOINT}'",
+        f"--gin.TASK='{task}'",
+        f"--gin.VOCABULARY='{VOCABULARY}'",
+        "--gin.INPUTS_LENGTH=128",
+        "--gin.BATCH_SIZE=8",
+        f"--gin.OUTPUT='{folder}'",
+        "--gin.TENSORBOARD=False",
+        *bindings,
+    ]
 
 
 def test_tfds_as_t5x_evaluates(c4_folder, tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_whole_documents_from_tfds_json_lines_and_text_files(c4_folder, texts, t
     made = tmp_path / "made.npz"
     arguments = ["--source", "text", "--files", str(files), "--protocol", "paper", "--split"]
     arguments += ["validation", "--vocabulary", VOCABULARY, "--inputs_length", "128"]
-    assert prepare_tokens.main([*arguments, "--output", str(made)]) == 0
+    assert command("prepare-tokens")([*arguments, "--output", str(made)]) == 0
     np.testing.assert_array_equal(
         tokens.read_tokens(made).tokens.encoder_input_tokens, from_files.tokens.encoder_input_tokens
     )
@@ -187,15 +189,11 @@ def test_bad_text(tmp_path, texts):
 
 
 def test_missing_data_and_seqio_are_one_line(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        run(tmp_path / "out", "c4_v301_span_corruption", f"--gin.DATA_DIR='{tmp_path}'")
-    assert exit_info.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    given = arguments(tmp_path / "out", "c4_v301_span_corruption", f"--gin.DATA_DIR='{tmp_path}'")
+    line = refusal(capsys, "evaluate", *given)
     assert "TFDS has no prepared c4/en:3.0.1 under" in line
     monkeypatch.setitem(sys.modules, "seqio", None)
-    with pytest.raises(SystemExit) as exit_info:
-        run(tmp_path / "out", "jsonl_span_corruption", "--gin.FILES='x'")
-    assert exit_info.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    given = arguments(tmp_path / "out", "jsonl_span_corruption", "--gin.FILES='x'")
+    line = refusal(capsys, "evaluate", *given)
     assert "needs seqio" in line
     assert "pip install 'qmoe-jax[data]'" in line

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import golden_data
 import pytest
+from command import refusal
 from factories import CALIBRATION
 
+from qmoe_jax.__main__ import COMMANDS, main
 from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
-from qmoe_jax.cli import flags as gin_flags
+from qmoe_jax.cli import flags
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.load import load_switch
 
@@ -23,7 +26,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 def run(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "qmoe_jax", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
     )
 
 
@@ -40,7 +47,7 @@ def compressed(golden_checkpoint, tokens, tmp_path_factory):
     """Made by the command, from a working folder that is not the checkout."""
     folder = tmp_path_factory.mktemp("run")
     result = run(
-        "qmoe_jax.compress",
+        "compress",
         "--gin_file=gin/runs/compress.gin",
         f"--gin.CHECKPOINT='{golden_checkpoint('base', 't5x_bfloat16')}'",
         f"--gin.TOKENS='{tokens}'",
@@ -56,7 +63,7 @@ def compressed(golden_checkpoint, tokens, tmp_path_factory):
 def test_evaluate(compressed, tokens, tmp_path):
     # As `python -m`, and then: a machine that evaluates token files needs no TensorFlow.
     code = (
-        "import sys; from qmoe_jax import evaluate; evaluate.main(sys.argv[1:]); "
+        "import sys; from qmoe_jax.__main__ import main; main(['evaluate', *sys.argv[1:]]); "
         "sys.exit(sorted({'tensorflow', 'seqio', 'torch'} & set(sys.modules)) or 0)"
     )
     arguments = [f"--gin.CHECKPOINT='{compressed}'", f"--gin.TOKENS='{tokens}'"]
@@ -87,7 +94,7 @@ def test_the_operative_configuration_is_beside_the_checkpoint(compressed):
 def test_infer_on_the_demo_model(tmp_path):
     pytest.importorskip("sentencepiece")
     result = run(
-        "qmoe_jax.infer",
+        "infer",
         f"--gin.CHECKPOINT='{golden_data.DEMO / 'checkpoint_4200'}'",
         f"--gin.VOCABULARY='{golden_data.DEMO / 'sentencepiece.model'}'",
         "--gin.PROMPTS=['Return the <extra_id_0> of the array.', 'Raises an <extra_id_0>.']",
@@ -102,20 +109,6 @@ def test_infer_on_the_demo_model(tmp_path):
     assert "<extra_id_0>" not in lines[2]
 
 
-def refused(monkeypatch, capsys, command, *arguments):
-    """The one line that a command ends with, in this process: a new one takes seconds to start."""
-    module = importlib.import_module(f"qmoe_jax.{command}")
-    monkeypatch.setattr(sys, "argv", [command, *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        module.main()
-    assert exit_info.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith(f"qmoe_jax.{command}: ")
-    return line
-
-
 @pytest.mark.parametrize(
     ("command", "binding", "message"),
     [
@@ -128,30 +121,30 @@ def refused(monkeypatch, capsys, command, *arguments):
         ("evaluate", "--gin_file=nothing.gin", "there is no gin file nothing.gin in any of "),
     ],
 )
-def test_mistakes_are_one_line_that_names_them(monkeypatch, capsys, command, binding, message):
+def test_mistakes_are_one_line_that_names_them(capsys, command, binding, message):
     required = ["--gin.CHECKPOINT='x'", "--gin.TOKENS='y'", "--gin.OUTPUT='z'"]
-    assert message in refused(monkeypatch, capsys, command, *required, binding)
+    assert message in refusal(capsys, command, *required, binding)
 
 
-def test_missing_required_values_are_named(monkeypatch, capsys):
-    line = refused(monkeypatch, capsys, "compress", "--gin.CHECKPOINT='x'")
+def test_missing_required_values_are_named(capsys):
+    line = refusal(capsys, "compress", "--gin.CHECKPOINT='x'")
     assert "OUTPUT is required; pass --gin.OUTPUT=VALUE" in line
 
 
-def test_a_model_file_provides_the_checkpoint(monkeypatch, capsys):
+def test_a_model_file_provides_the_checkpoint(capsys):
     """T5X's order: the model's file, then the run's."""
     files = ["--gin_file=gin/models/switch_base.gin", "--gin_file=gin/runs/eval.gin"]
-    assert "give either TOKENS" in refused(monkeypatch, capsys, "evaluate", *files)
+    assert "give either TOKENS" in refusal(capsys, "evaluate", *files)
     # The vocabulary is the model file's too: the run file, which comes after it, leaves it alone.
     task = [*files, "--gin.TASK='jsonl_span_corruption'"]
-    assert "needs files (FILES)" in refused(monkeypatch, capsys, "evaluate", *task)
-    line = refused(monkeypatch, capsys, "evaluate", "--gin.TOKENS='x'")
+    assert "needs files (FILES)" in refusal(capsys, "evaluate", *task)
+    line = refusal(capsys, "evaluate", "--gin.TOKENS='x'")
     assert "CHECKPOINT is required" in line
 
 
 def test_a_missing_checkpoint_is_one_message(tmp_path, tokens):
     result = run(
-        "qmoe_jax.evaluate",
+        "evaluate",
         "--gin.CHECKPOINT='nowhere'",
         f"--gin.TOKENS='{tokens}'",
         cwd=tmp_path,
@@ -161,12 +154,121 @@ def test_a_missing_checkpoint_is_one_message(tmp_path, tokens):
     assert "nowhere" in line
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "infer", "prepare_tokens", "demo"])
-def test_help(tmp_path, command):
-    result = run(f"qmoe_jax.{command}", "--help", cwd=tmp_path)
-    assert result.returncode == 0
-    assert "usage" in result.stdout
-    assert f"qmoe_jax.{command}" in result.stdout
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: qmoe-jax {command} ")
+    assert "python -m qmoe_jax." not in text
+
+
+# What argparse asks for before it looks at anything else.
+NEEDED = {
+    "prepare-tokens": ["--source", "demo", "--output", "x"],
+    "inspect": ["x"],
+    "dequantize": ["x", "y"],
+    "convert": ["published", "import", "x", "y"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_one_line(capsys, command):
+    line = refusal(capsys, command, *NEEDED.get(command, []), "--nonsense")
+    assert "--nonsense" in line
+    assert line.endswith("--help says more")
+
+
+def test_commands_are_found_or_the_nearest_is_named(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        listed = capsys.readouterr().out
+        assert all(f"  {name} " in listed for name in COMMANDS)
+    for given, meant in (("comprss", "compress"), ("prepare_tokens", "prepare-tokens")):
+        assert main([given, "--help"]) == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+    assert main(["xyz"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    folder = REPOSITORY / "qmoe_jax" / "cli"
+    modules = {path.stem.replace("_", "-") for path in folder.glob("*.py")}
+    assert modules - {"--init--", "flags"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command):
+    module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "main", interrupted)
+    assert main([command]) == 130
+    line = capsys.readouterr().err.strip()
+    assert line == f"qmoe-jax {command}: interrupted; {module.IF_INTERRUPTED}"
+
+
+WITHOUT = """
+import importlib.abc, sys
+HIDDEN = {"gin", "seqio", "tensorflow", "tensorflow_datasets", "torch"}
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"gin", "seqio", "tensorflow", "tensorflow_datasets", "torch"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+from qmoe_jax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class TestBareCheckout:
+    """A checkout that is not installed, on a machine with JAX but no gin, seqio or TensorFlow."""
+
+    def run(self, *arguments, cwd=REPOSITORY):
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            check=False,
+        )
+
+    def test_plan(self):
+        result = self.run("plan", "switch_base_8", "--host_gb", 4000, "--disk_gb", 9000)
+        assert result.returncode == 0, result.stderr
+        assert "The run fits" in result.stdout
+
+    def test_inspect_and_dequantize(self, gptq, tmp_path):
+        result = self.run("inspect", gptq[0], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "all experts" in result.stdout
+        result = self.run("dequantize", gptq[0], "native", "--no-progress", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "native" / "checkpoint_0" / "checkpoint").is_file()
+
+    @pytest.mark.parametrize(
+        ("command", "function"), [("compress", "compress"), ("infer", "generate")]
+    )
+    def test_what_needs_gin_says_so(self, command, function):
+        """The folder gin/ of the checkout is not taken for gin-config."""
+        result = self.run(command, "--gin.CHECKPOINT='x'")
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert "pip install 'qmoe-jax[gin]'" in line
+        assert f"call qmoe_jax.{function} from Python" in line
+
+    def test_a_namespace_package_is_not_gin(self, monkeypatch):
+        import types
+
+        from qmoe_jax.cli import flags
+
+        namespace = types.ModuleType("gin")
+        namespace.__path__ = [str(REPOSITORY / "gin")]
+        monkeypatch.setitem(sys.modules, "gin", namespace)
+        monkeypatch.delitem(sys.modules, "gin.config", raising=False)
+        with pytest.raises(ValueError, match="gin-config is not installed"):
+            flags._import_gin("compress")
 
 
 @pytest.mark.parametrize("model", ["base", "large", "xxl", "c"])
@@ -175,7 +277,7 @@ def test_model_files_parse_and_agree_with_the_inferred_routing(model):
     path = f"gin/models/switch_{model}.gin"
     entries = [entry for entry in registry["checkpoints"] if entry["gin"] == path]
     assert entries
-    gin_flags._configurable(load_switch, "load_switch")
+    flags._configurable(load_switch, "load_switch")
     gin.clear_config()
     gin.parse_config_file(str(REPOSITORY / path))
     bound = {
@@ -198,15 +300,3 @@ def test_the_registry_s_geometries_are_consistent():
         config = SwitchConfig.from_json(entry["config"])
         # Names, shapes and the rule for routing fields lead back to the very same config.
         assert infer_config(parameter_shapes(config)) == config, entry["name"]
-
-
-def test_compress_is_callable_after_its_submodule_was_imported():
-    code = (
-        "import qmoe_jax.compress, qmoe_jax\n"
-        "try: qmoe_jax.compress('x', 'y')\n"
-        "except ValueError as error: print(error)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "needs calibration tokens" in result.stdout

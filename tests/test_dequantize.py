@@ -10,17 +10,18 @@ import golden_data
 import jax
 import numpy as np
 import pytest
+from command import command
 from factories import CALIBRATION
 
 import qmoe_jax
 from qmoe_jax.checkpoints import dequantize as library
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
-from qmoe_jax.checkpoints.compressed_parts import CodedExperts, step_of_name, variable_shapes
+from qmoe_jax.checkpoints.compressed_parts import CodedExperts, variable_shapes
 from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
+from qmoe_jax.checkpoints.layouts import step_of_name
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
-from qmoe_jax.cli.dequantize import main
 from qmoe_jax.codec import codings
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import evaluate_loss
@@ -138,12 +139,18 @@ def test_shapes_of_variables(compressed):
 def test_step_of_name():
     assert step_of_name("/a/checkpoint_12") == 12
     assert step_of_name("checkpoint_12/") == 12
+    assert step_of_name("file:///a/checkpoint_12/state") == 12
     assert step_of_name("gs://b/my_checkpoint_12") is None
     assert step_of_name("/a/checkpoint_12x") is None
 
 
 def test_command(compressed, native, tmp_path, capsys):
-    assert main([str(compressed("base")), str(tmp_path), "--step", "5", "--no-progress"]) == 0
+    assert (
+        command("dequantize")(
+            [str(compressed("base")), str(tmp_path), "--step", "5", "--no-progress"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{tmp_path / 'checkpoint_5'} written\n"
     checkpoint = open_t5x_checkpoint(tmp_path / "checkpoint_5")
     assert checkpoint.step == 5
@@ -170,7 +177,7 @@ def test_bad_input_is_one_line(compressed, native, tmp_path, capsys, arguments, 
         "native": native,
     }
     (tmp_path / "taken" / "checkpoint_77").mkdir(parents=True)
-    assert main([argument.format(**places) for argument in arguments]) == 2
+    assert command("dequantize")([argument.format(**places) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]

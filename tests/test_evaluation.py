@@ -12,11 +12,11 @@ import time
 import golden_data
 import numpy as np
 import pytest
+from command import command, refusal
 
 import qmoe_jax.evaluation.evaluate as evaluation
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens, write_tokens
-from qmoe_jax.cli import evaluate as command
-from qmoe_jax.cli.inspect import inspect_checkpoint
+from qmoe_jax.checkpoints.inspection import inspect_checkpoint
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.evaluation.writers import scalars
@@ -78,7 +78,7 @@ def without_times(document):
 def test_the_demo_model_s_losses_through_the_command(demo_file, tmp_path, factor, result):
     pytest.importorskip("gin")
     expected = golden_data.demo_info()["results"][result]
-    command.main(
+    assert not command("evaluate")(
         [
             f"--gin.CHECKPOINT='{CHECKPOINT}'",
             f"--gin.TOKENS='{demo_file}'",
@@ -160,7 +160,7 @@ def test_damaged_shards_and_folders_in_use(evaluate, tmp_path):
 def test_sigkill(demo_file, tmp_path):
     """A killed process loses at most the shard that it was computing."""
     arguments = [
-        *(sys.executable, "-m", "qmoe_jax.evaluate", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
+        *(sys.executable, "-m", "qmoe_jax", "evaluate", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
         *(f"--gin.TOKENS='{demo_file}'", "--gin.OUTPUT='out'", "--gin.NUM_EXAMPLES=512"),
         *("--gin.BATCH_SIZE=8", "--gin.TENSORBOARD=False"),
     ]
@@ -201,7 +201,7 @@ def compared(demo_file, tmp_path_factory):
     """Uncompressed and rounded to nearest, through the command: its output folder."""
     pytest.importorskip("gin")
     folder = tmp_path_factory.mktemp("compared")
-    command.main(
+    assert not command("evaluate")(
         [
             f"--gin.CHECKPOINT=[('full', '{CHECKPOINT}'), ('RTN', 'rtn:ternary:{CHECKPOINT}')]",
             f"--gin.TOKENS='{demo_file}'",
@@ -342,19 +342,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     given = [f"--gin.CHECKPOINT='{CHECKPOINT}'"]
     for argument in arguments:
         given.append("--gin." + argument.removeprefix("--gin.").format(**paths))
-    with pytest.raises(SystemExit) as exit_info:
-        command.main(given)
-    assert exit_info.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("qmoe_jax.evaluate: ")
-    assert message in line
+    assert message in refusal(capsys, "evaluate", *given)
 
 
 def test_no_traceback_from_a_real_process(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "qmoe_jax.evaluate", C4, VOCABULARY, "--gin.CHECKPOINT='x'"],
+        [sys.executable, "-m", "qmoe_jax", "evaluate", C4, VOCABULARY, "--gin.CHECKPOINT='x'"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -362,6 +355,6 @@ def test_no_traceback_from_a_real_process(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(
-        "qmoe_jax.evaluate: TFDS has no prepared c4/en"
+        "qmoe-jax evaluate: TFDS has no prepared c4/en"
     )
     assert "Traceback" not in result.stderr

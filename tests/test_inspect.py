@@ -1,4 +1,4 @@
-"""`qmoe_jax.inspect`: what it says of compressed and native checkpoints."""
+"""`qmoe-jax inspect`: what it says of compressed and native checkpoints."""
 
 import json
 import math
@@ -8,14 +8,16 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from command import command
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.checkpoints.inspection import inspect_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
-from qmoe_jax.cli.inspect import format_report, inspect_checkpoint, main
+from qmoe_jax.cli.inspect import format_report
 from qmoe_jax.codec import encode
 from qmoe_jax.codec.codings import coding_names
 from qmoe_jax.config import SwitchConfig
@@ -90,7 +92,7 @@ def test_numbers_of_a_compressed_checkpoint(tmp_path, coding):
 
 def test_text_of_a_compressed_checkpoint(tmp_path, capsys):
     write(tmp_path / "compressed")
-    assert main([str(tmp_path / "compressed")]) == 0
+    assert command("inspect")([str(tmp_path / "compressed")]) == 0
     text = capsys.readouterr().out
     report = inspect_checkpoint(tmp_path / "compressed")
     assert text == format_report(report) + "\n"
@@ -135,24 +137,24 @@ def test_native_checkpoints_are_not_read(golden_checkpoint, model, layout, monke
 
 def test_json(tmp_path, capsys):
     write(tmp_path / "compressed")
-    assert main([str(tmp_path / "compressed"), "--json"]) == 0
+    assert command("inspect")([str(tmp_path / "compressed"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == inspect_checkpoint(tmp_path / "compressed")
 
 
 def test_mistakes_end_in_a_message(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 1
+    assert command("inspect")([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     write(tmp_path / "compressed")
     (tmp_path / "compressed/coded/encoder.layers_1.mlp.expert.wi/levels/0.0.0").write_bytes(b"")
-    assert main([str(tmp_path / "compressed")]) == 1
+    assert command("inspect")([str(tmp_path / "compressed")]) == 2
     assert "encoder/layers_1/mlp/expert/wi/levels" in capsys.readouterr().err
 
 
 def test_the_module_does_not_hide_the_standard_library():
     code = (
-        "import sys, inspect, qmoe_jax.inspect; "
-        "assert inspect.__file__ != qmoe_jax.inspect.__file__; "
+        "import sys, inspect, qmoe_jax.cli.inspect; "
+        "assert inspect.__file__ != qmoe_jax.cli.inspect.__file__; "
         "print('getsource' in dir(inspect))"
     )
     result = subprocess.run(

@@ -6,6 +6,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from command import command
 from published_factories import BASE, GEOMETRIES, write_published
 
 from qmoe_jax.checkpoints import names, published_config, published_files
@@ -13,7 +14,6 @@ from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.published import export_published, import_published
-from qmoe_jax.cli.convert import main
 from qmoe_jax.codec import encode
 from qmoe_jax.errors import CheckpointError
 
@@ -133,17 +133,25 @@ def test_neither_way_overwrites_unasked(published, tmp_path):
 
 def test_command(published, tmp_path, capsys):
     compressed, exported = str(tmp_path / "compressed"), str(tmp_path / "exported")
-    assert main(["import", str(published), compressed, "--no-progress"]) == 0
-    assert main(["export", compressed, exported, "--no-progress"]) == 0
-    assert main(["import", exported, compressed, "--no-progress"]) == 1
+    assert (
+        command("convert")(["published", "import", str(published), compressed, "--no-progress"])
+        == 0
+    )
+    assert command("convert")(["published", "export", compressed, exported, "--no-progress"]) == 0
+    assert command("convert")(["published", "import", exported, compressed, "--no-progress"]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main(["import", exported, compressed, "--no-progress", "--overwrite"]) == 0
+    assert (
+        command("convert")(
+            ["published", "import", exported, compressed, "--no-progress", "--overwrite"]
+        )
+        == 0
+    )
 
 
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "from qmoe_jax.cli.convert import main; main(['--help'])"
+        "from qmoe_jax.__main__ import main; main(['convert', '--help'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from command import command
 from golden_data import DEMO
 
 from qmoe_jax.calibration import span_corruption, tasks, tokens
-from qmoe_jax.cli import prepare_tokens
 from qmoe_jax.errors import TokensError
 
 VOCABULARY = str(DEMO / "sentencepiece.model")
@@ -212,21 +212,21 @@ def test_command_line(jsonl_folder, c4_folder, tmp_path, capsys):
     files = [str(jsonl_folder / "*.json.gz"), str(jsonl_folder / "*.json")]
     json_lines = [*common, "--source", "c4_jsonl", "--files", *files, "--seed", "2"]
     for output in outputs[:2]:
-        assert prepare_tokens.main([*json_lines, "--output", output]) == 0
+        assert command("prepare-tokens")([*json_lines, "--output", output]) == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     tfds = [*common, "--source", "c4_tfds", "--data_dir", c4_folder, "--protocol", "paper"]
-    assert prepare_tokens.main([*tfds, "--output", outputs[2]]) == 0
+    assert command("prepare-tokens")([*tfds, "--output", outputs[2]]) == 0
     assert "6 examples of 128 input and 29 target positions" in capsys.readouterr().out
     read = tokens.read_tokens(outputs[0], num_embeddings=4096)
     assert read.metadata.seed == 2
     assert "c4-train" not in read.metadata.task
     assert len(tokens.read_tokens(outputs[2])) == 6
-    assert prepare_tokens.main([*common, "--source", "c4_jsonl", "--output", "x"]) == 2
-    assert "error: --source c4_jsonl needs --files" in capsys.readouterr().err
+    assert command("prepare-tokens")([*common, "--source", "c4_jsonl", "--output", "x"]) == 2
+    assert "qmoe-jax prepare-tokens: --source c4_jsonl needs --files" in capsys.readouterr().err
 
 
 def test_help_needs_no_tensorflow(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        prepare_tokens.main(["--help"])
+        command("prepare-tokens")(["--help"])
     assert exit_info.value.code == 0
     assert "--protocol {t5x,paper}" in capsys.readouterr().out
