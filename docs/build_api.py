@@ -35,6 +35,7 @@ def build(output: Path) -> int:
 
     # Where each public name is defined. There it is described; the front page leads to it.
     homes = [(name, getattr(qmoe_jax, name).__module__) for name in qmoe_jax.__all__]
+    homes.sort(key=lambda home: home[1] == "qmoe_jax.errors")  # these come last
     del qmoe_jax.__all__  # pdoc would look for no other modules than those named there
     render.configure(
         docformat="google",
@@ -136,6 +137,8 @@ def _annotation(annotation: Any) -> Any:
 
 def _default(default: Any) -> Any:
     """`jnp.float32` and `load_switch` rather than what Python prints of them."""
+    if repr(default) == "<factory>":  # of a dataclass's field
+        return _Text("...")
     if default is inspect.Signature.empty or not hasattr(default, "__name__"):
         return default
     prefix = "jnp." if default.__module__ == "jax.numpy" else ""
