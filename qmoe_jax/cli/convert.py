@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = CommandParser("convert", description=__doc__)
-    parser.add_argument("layout", choices=("published",), help="published: that of the QMoE models")
+    parser.add_argument("layout", choices=("published",), help="that of the published QMoE models")
     parser.add_argument(
         "direction",
         choices=("import", "export"),
