@@ -74,7 +74,7 @@ def text_files(paths: Sequence[str]) -> Iterator[str]:
                 content = gzip.decompress(content)
             yield content.decode()
         except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise TokensError(f"{path}: {error!r}; needed is UTF-8 text.") from error
+            raise TokensError(f"{path} {_fault(error)}; needed is UTF-8 text.") from error
 
 
 def json_lines(paths: Sequence[str]) -> Iterator[str]:
@@ -92,12 +92,38 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
                 lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
                 for line in lines:
                     if line.strip():
-                        yield json.loads(line)["text"]
+                        yield _text_of(line)
                     done += 1
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise TokensError(
-                f'{path} line {done + 1}: {error!r}; needed is a JSON object with "text" a line.'
+                f'{path} line {done + 1} {_fault(error)}; needed is a JSON object with "text" a '
+                "line."
             ) from error
+
+
+def _text_of(line: bytes) -> str:
+    """Return the text of a JSON line.
+
+    Raises:
+      ValueError: it has none.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or "text" not in record:
+        raise ValueError('has no "text"')
+    if not isinstance(record["text"], str):
+        raise ValueError(f'has {record["text"]!r:.40} as its "text"')
+    return record["text"]
+
+
+def _fault(error: Exception) -> str:
+    """Say what is wrong with a document, without the document."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (at byte {error.start:,})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is no JSON ({error.msg} at character {error.pos})"
+    if isinstance(error, OSError | EOFError | zlib.error):
+        return f"cannot be read ({error})"
+    return str(error)
 
 
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:

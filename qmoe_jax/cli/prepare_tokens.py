@@ -22,11 +22,14 @@ Any text: a folder of .txt files, each one document (JSON lines: --source c4_jso
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from qmoe_jax.calibration import tokens
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
+from qmoe_jax.outputs import check_no_input
+from qmoe_jax.paths import local_path
 
 PUBLIC_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 
@@ -37,6 +40,7 @@ IF_INTERRUPTED = "nothing was written, run it again"
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     arguments = make_parser().parse_args(argv)
+    _check_output(arguments)
     token_file = _tokenize(arguments)
     tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
     batch = token_file.tokens
@@ -46,7 +50,34 @@ def main(argv: Sequence[str]) -> int:
         f"{int((batch.encoder_input_tokens != tokens.PAD_ID).sum())} input and "
         f"{batch.num_target_tokens} target tokens, task {token_file.metadata.task}"
     )
+    print(
+        "note: these lengths must be those that the model was trained with (TASK_FEATURE_LENGTHS "
+        "in its gin file); --inputs_length and --targets_length set others",
+        file=sys.stderr,
+    )
     return 0
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Refuse an output that could not be written at the end, or must not be replaced."""
+    path = local_path(arguments.output, "--output", TokensError)
+    check_no_input(path, [arguments.vocabulary, *(arguments.files or ())])
+    if path.exists():
+        if not arguments.overwrite:
+            raise TokensError(f"{path} exists already; choose another output, or pass --overwrite")
+        try:
+            tokens.read_tokens(path)
+        except TokensError as error:
+            raise TokensError(
+                f"{path} is not a token file, or is damaged; it stays as it is. Choose another "
+                "output, or remove it yourself"
+            ) from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TokensError(f"cannot write {path} ({error}); choose another output") from error
 
 
 def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
@@ -109,6 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
         "document",
     )
     parser.add_argument("--output", required=True, help="token file to write, .npz")
+    parser.add_argument("--overwrite", action="store_true", help="replace a token file there")
     parser.add_argument(
         "--num_examples",
         type=int,
