@@ -28,6 +28,17 @@ COMMANDS = {
 BAD_INPUT = 2
 INTERRUPTED = 130
 
+# The extra of pyproject.toml that brings a package.
+_EXTRAS = {
+    "gin": "gin",
+    "matplotlib": "plots",
+    "sentencepiece": "data",
+    "seqio": "data",
+    "tensorflow": "data",
+    "tensorflow_datasets": "data",
+    "torch": "torch",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status.
@@ -63,6 +74,15 @@ def _run(command: str, arguments: list[str]) -> int:
         # What a user can mend (a misspelt option, a missing file, a bad checkpoint) is one
         # message, not a traceback.
         print(f"qmoe-jax {command}: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = error.name or ""
+        if "." in package or package in ("", "qmoe_jax"):
+            raise
+        needed = f"'qmoe-jax[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+        print(
+            f"qmoe-jax {command}: {package} is not installed: pip install {needed}", file=sys.stderr
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         advice = "run it again" if module is None else module.IF_INTERRUPTED

@@ -20,6 +20,10 @@ from qmoe_jax import resources
 
 _CONFIG_SUFFIX = ".operative_config.gin"
 
+# Stands among the search paths for the package's own folder gin/, which has another name when the
+# package is installed.
+_OWN_FILES = "<qmoe_jax>"
+
 _FLAGS = """\
 flags, as T5X's:
   --gin_file=FILE          a gin file; may be given several times, later files win
@@ -103,7 +107,8 @@ def run(
         folders = [f for f in (*arguments.gin_search_paths.split(","), ".") if f]
         for folder in folders:
             gin.add_config_file_search_path(folder)  # for the files' own includes
-        # Includes of the package's own files, which an installed package has under another name.
+        # The package's own files last, so that a user's gin/runs/compress.gin is the one included.
+        gin.add_config_file_search_path(_OWN_FILES)
         gin.config.register_file_reader(_open_own_file, _is_own_file)
         gin.parse_config([f"{macro} = None" for macro in optional_macros])
         files = [_find_file(file, folders) for file in arguments.gin_file or [default_gin_file]]
@@ -189,8 +194,8 @@ def _find_file(file: str, folders: Sequence[str]) -> str:
         path = os.path.join(folder, file)
         if os.path.isfile(path):
             return os.path.abspath(path)
-    if _is_own_file(file):
-        return os.fspath(resources.gin_file(file))
+    if _is_own_file(own := f"{_OWN_FILES}/{file}"):
+        return own
     raise ValueError(f"there is no gin file {file} in any of {', '.join(folders)}")
 
 
@@ -204,12 +209,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _is_own_file(file: str) -> bool:
-    return file.startswith("gin/") and resources.gin_file(file).is_file()
+def _is_own_file(path: str) -> bool:
+    """Whether a path is `gin/...` below `_OWN_FILES`, and the package has it."""
+    file = path.removeprefix(f"{_OWN_FILES}/")
+    return file != path and file.startswith("gin/") and resources.gin_file(file).is_file()
 
 
-def _open_own_file(file: str) -> IO[str]:
-    return open(resources.gin_file(file), encoding="utf-8")
+def _open_own_file(path: str) -> IO[str]:
+    return open(resources.gin_file(path.removeprefix(f"{_OWN_FILES}/")), encoding="utf-8")
 
 
 def _check_macros(config: str, bindings: Sequence[str]) -> None:
