@@ -11,7 +11,6 @@ checkpoints are stored anew in every coding that takes them.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +22,14 @@ import ml_dtypes
 import numpy as np
 from machine import machine_facts
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.decode import decode_expert, decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.stats import bits
 from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.formatting import format_row
 
 # (out, in) of the expert kernels, the codes' zero share, and the compression of the experts that
 # the QMoE paper reports (arXiv 2310.16795, table 5).
@@ -58,6 +59,7 @@ COLUMNS = {
     "decode_weights": "weights Mw/s",
     "ceiling": "ceiling Mw/s",
 }
+WIDTH = 13  # of a column
 Result = dict[str, Any]
 
 
@@ -182,13 +184,13 @@ def main() -> None:
     machine = machine_facts()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print("b/w: bits a weight; Mw/s: million weights a second\n")
-    print(" | ".join(f"{title:>13}" for title in COLUMNS.values()))
+    widths = [max(WIDTH, len(title)) for title in COLUMNS.values()]
+    print(format_row(list(COLUMNS.values()), widths))
     results: dict[str, list[Result]] = {"iid": [], "checkpoints": []}
 
     def add(kind: str, result: Result) -> None:
         results[kind].append(result)
-        cells = (as_cell(result.get(name)) for name in COLUMNS)
-        print(" | ".join(f"{cell:>13}" for cell in cells), flush=True)
+        print(format_row([as_cell(result.get(name)) for name in COLUMNS], widths), flush=True)
 
     for coding in codings.coding_names():
         for model in MODELS:
@@ -198,8 +200,7 @@ def main() -> None:
             add("checkpoints", result)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": machine, **results}, indent=2) + "\n"
-        arguments.json.write_text(text)
+        write_json(arguments.json, {"machine": machine, **results}, indent=2)
 
 
 if __name__ == "__main__":

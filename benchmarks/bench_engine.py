@@ -23,11 +23,13 @@ import time
 import ml_dtypes
 import numpy as np
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import TokenMetadata, from_sequences, write_tokens
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.formatting import format_table
 
 EMBED, MLP, HEADS, VOCAB = 512, 2048, 8, 1024
 # (experts, layers a stack); every second layer is sparse.
@@ -184,12 +186,13 @@ def main() -> None:
     for result in results.values():
         result["gflops"] = result["least_flops"] / result["expert_seconds"] / 1e9
     units = {"bytes": (2**20, "MiB"), "seconds": (1, "s")}
+    rows = [["", *SIZES, "unit"]]
     for key in results["small"]:
         if isinstance(results["small"][key], list):
             continue
         scale, unit = next((u for end, u in units.items() if key.endswith(end)), (1, ""))
-        values = "".join(f"{results[name][key] / scale:18,.2f}" for name in SIZES)
-        print(f"{key:20} {values} {unit}")
+        rows.append([key, *(f"{results[name][key] / scale:,.2f}" for name in SIZES), unit])
+    print(format_table(rows))
     ratio = results["large"]["peak_host_bytes"] / results["small"]["peak_host_bytes"]
     grown = results["large"]["checkpoint_bytes"] / results["small"]["checkpoint_bytes"]
     print(f"\npeak memory of large over small: {ratio:.3f}; checkpoint: {grown:.1f}")
@@ -203,9 +206,7 @@ def main() -> None:
             "peak_memory_ratio": ratio,
             **results,
         }
-        partial = args.json.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, args.json)
+        write_json(args.json, content)
     if ratio > 1.1:
         sys.exit(f"peak memory grew by {ratio - 1:.1%} with the model; at most 10 % is the aim")
 

@@ -10,7 +10,6 @@ least of `--repeats`, without compilation, the two in turn.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import tempfile
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qmoe_jax
+from qmoe_jax.atomic_file import write_json
+from qmoe_jax.formatting import format_row
 from qmoe_jax.generation.beam_search import beam_generate
 from qmoe_jax.generation.reference import greedy_generate_reference
 from qmoe_jax.generation.sampling import greedy_generate
@@ -29,6 +30,7 @@ from qmoe_jax.models.load import dequantized, load_switch
 
 DEMO = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "switch_demo"
 NEVER = -1  # an eos that no token is
+WIDTHS = [13] * 6  # of the table's columns
 
 
 def timed(function) -> tuple[float, np.ndarray]:
@@ -97,15 +99,15 @@ def main():
         row = {"model": name, **compare(module, variables, tokens, args)}
         if not rows:
             print(f"{args.batch} prompts of {tokens.shape[1]} tokens, {args.length} generated")
-            print("  ".join(f"{key.removesuffix('_tokens_per_second'):>13}" for key in row))
+            print(format_row([key.removesuffix("_tokens_per_second") for key in row], WIDTHS))
         rows.append(row)
-        print("  ".join(f"{v:>13}" if isinstance(v, str) else f"{v:>13.1f}" for v in row.values()))
+        print(format_row([v if isinstance(v, str) else f"{v:.1f}" for v in row.values()], WIDTHS))
     print("tokens per second; speed_up is cache over recompute")
     if args.json:
         device = str(jax.devices()[0].device_kind)
         facts = {"device": device, "cpu_count": os.cpu_count(), "dtype": args.dtype}
         shape = {"batch": args.batch, "prompt_length": tokens.shape[1], "generated": args.length}
-        args.json.write_text(json.dumps({**facts, **shape, "rows": rows}, indent=2))
+        write_json(args.json, {**facts, **shape, "rows": rows}, indent=2)
 
 
 if __name__ == "__main__":

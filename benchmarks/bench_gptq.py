@@ -12,7 +12,6 @@ default.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import subprocess
@@ -24,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from machine import machine_facts
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.hessian import finalize_hessian, init_hessian, update_hessian
+from qmoe_jax.formatting import format_row
 from qmoe_jax.quantization.expert_batch import IMPLEMENTATIONS, quantize_experts
 from qmoe_jax.quantization.grids import Ternary
 
@@ -167,7 +168,7 @@ def bench(args, shape: tuple[int, int, int]) -> dict:
 def main():
     parser = argparse.ArgumentParser(description="Speed of batched GPTQ.")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the usual")
+    parser.add_argument("--implementation", choices=(*IMPLEMENTATIONS, "auto"), default="auto")
     parser.add_argument("--act_order", action="store_true", help="time ours with act-order")
     parser.add_argument("--json", type=pathlib.Path, help="write the table as JSON")
     parser.add_argument("--peer", type=pathlib.Path, help="checkout of the original")
@@ -177,17 +178,18 @@ def main():
     parser.add_argument("--peer_device", default="cpu")
     args = parser.parse_args()
 
-    rows = []
+    rows, widths = [], []
     for shape in SHAPES:
         row = bench(args, shape)
         rows.append(row)
         if len(rows) == 1:
-            print("  ".join(f"{name:>12}" for name in row))
-        cells = (f"{value:.6g}".rjust(max(12, len(name))) for name, value in row.items())
-        print("  ".join(cells), flush=True)
+            widths = [max(12, len(name)) for name in row]
+            print(format_row(list(row), widths, num_left=0))
+        cells = [f"{value:.6g}" for value in row.values()]
+        print(format_row(cells, widths, num_left=0), flush=True)
     if args.json:
         results = {"machine": machine_facts(), "rows": rows}
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results, indent=2)
 
 
 if __name__ == "__main__":

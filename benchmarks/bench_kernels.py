@@ -11,7 +11,6 @@ the source that --peer names (`sub1_cuda_kernel.cu` of IST-DASLab/qmoe).
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ import numpy as np
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu, Tokens
 from paper_kernel import PaperKernel
 
+from qmoe_jax.atomic_file import write_json
+from qmoe_jax.codec.coding_tunstall import TunstallCoding
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.tunstall import tunstall_family
-from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda import kernels
 from qmoe_jax.ops.cuda.launch_settings import LaunchSettings, launch_settings
-from qmoe_jax.ops.cuda.launcher import KernelCall
+from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
 
 TOKENS = (1, 2, 4, 8, 16, 64)
 PROGRAM = "bench_kernels"
@@ -74,9 +75,7 @@ def main() -> None:
     for shape in shapes:
         bench_shape(gpu, shape, options, paper, results)
         if options.json:  # whole or not at all, after each shape
-            temporary = options.json.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            temporary.replace(options.json)
+            write_json(options.json, results)
     table = render(results)
     print(table)
     if options.json:
@@ -116,8 +115,9 @@ def bench_shape(
                 if paper_seconds:
                     entry["paper_seconds"] = paper_seconds["seconds"] * experts * tokens
                 results["products"].append(entry)
-        if coding in ("tunstall", "tunstall_2bit"):
-            bench_encoder(gpu, coding, shape, results)
+        implementation = get_coding(coding)
+        if isinstance(implementation, TunstallCoding):
+            bench_encoder(gpu, implementation, shape, results)
 
 
 def token_sets(gpu: Gpu, codes: Codes, experts: int, tokens: int) -> list[Tokens]:
@@ -137,8 +137,8 @@ def time_product(
     limit = gpu.launcher.device.max_shared_bytes
     fitting = [
         tile
-        for tile in cuda_kernels.TILES
-        if cuda_kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
+        for tile in kernels.TILES
+        if kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
     ]
     if not fitting:
         return None
@@ -199,7 +199,7 @@ def bench_expansion(
     shape = (NUM_EXPERTS, spec.rows, spec.width)
     dense = gpu.cupy.full(shape, 0x7FFF, np.uint16)
     ids = gpu.upload(np.arange(NUM_EXPERTS, dtype=np.int32))
-    call = cuda_kernels.expand_call(spec, settings.expand, count=NUM_EXPERTS, front=codes.front)
+    call = kernels.expand_call(spec, settings.expand, count=NUM_EXPERTS, codes=codes.argument)
     launches = [
         gpu.run(call, [array.data.ptr for array in (*copy, ids, dense)]) for copy in codes.copies
     ]
@@ -218,12 +218,15 @@ def bench_expansion(
     return dense
 
 
-def bench_encoder(gpu: Gpu, coding: str, shape: tuple[int, int], results: dict[str, Any]) -> None:
+def bench_encoder(
+    gpu: Gpu, tunstall: TunstallCoding, shape: tuple[int, int], results: dict[str, Any]
+) -> None:
     """Both passes of the encoder, whose bytes are compared with the host's."""
+    coding = tunstall.name
     experts, (out, width) = gpu_bench.UNIQUE_EXPERTS, shape
     codes, levels = gpu_bench.random_codes(coding, (experts, out, width))
     coded = encode(codes, levels, coding)
-    family = tunstall_family(8 if coding == "tunstall_2bit" else 0)
+    family = tunstall.family
     front = [codes, levels, coded.arrays["dictionaries"], family.trie]
     inputs = [gpu.upload(array) for array in front]
     offsets = gpu.upload(coded.arrays["expert_offsets"])
@@ -232,13 +235,20 @@ def bench_encoder(gpu: Gpu, coding: str, shape: tuple[int, int], results: dict[s
     row_ends = gpu.cupy.empty_like(num_bytes)
     data = gpu.cupy.full(coded.arrays["words"].nbytes, 0xEE, np.uint8)
     threads = 128
-    numbers = (experts, out, width, family.trie.shape[1], int(coding == "tunstall_2bit"))
-    scalars = tuple(np.int32(n) for n in numbers)
+    numbers = {
+        "num_experts": experts,
+        "out_features": out,
+        "in_features": width,
+        "num_nodes": family.trie.shape[1],
+        "escapes": int(family.num_escapes > 0),
+    }
+    given = StructArgument.of(kernels.ENCODING, numbers)
 
     def call(name: str, pointers: int) -> KernelCall:
         grid = (-(-out // threads), experts)
         shared = 1024 + 68 * threads
-        return KernelCall("encode.cu", name, grid, threads, shared, (*range(pointers), *scalars))
+        own = range(len(inputs), pointers)
+        return KernelCall("encode.cu", name, grid, threads, shared, (given, *own))
 
     sizes = gpu.run(
         call("encode_tunstall_sizes", 6), [a.data.ptr for a in (*inputs, num_bytes, num_codewords)]
@@ -261,7 +271,7 @@ def time_paper(gpu: Gpu, paper: PaperKernel, codes: Codes) -> dict[str, float]:
     """A launch of the paper's kernel on cold codes: one token, one expert."""
     spec = codes.spec
     shape = (spec.rows, spec.width)
-    names = cuda_kernels.array_names("qmoe")
+    names = kernels.cuda_interface("qmoe").array_names
     tokens = gpu_bench.make_tokens(gpu, spec, [0], 1)
     y = gpu.cupy.zeros(spec.rows, np.uint16)
     launches = []

@@ -21,11 +21,17 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import ml_dtypes  # noqa: E402
 
+from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
 from qmoe_jax.codec.tensor import TensorSpec  # noqa: E402
-from qmoe_jax.ops.cuda import kernels as cuda_kernels  # noqa: E402
+from qmoe_jax.ops.cuda import kernels  # noqa: E402
 from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
-from qmoe_jax.ops.cuda.launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
+    CudaError,
+    CupyLauncher,
+    KernelCall,
+    StructArgument,
+)
 from qmoe_jax.ops.experts import find_row_block_starts  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
@@ -33,7 +39,7 @@ SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6
 NUM_EXPERTS = 64
 UNIQUE_EXPERTS = 4
 """Experts that are encoded; the others are copies of them elsewhere in memory."""
-CODINGS = ("tunstall", "tunstall_2bit", "qmoe", "packed2")
+CODINGS = tuple(name for name in coding_names() if get_coding(name).cuda)
 
 
 class Timing(NamedTuple):
@@ -150,9 +156,9 @@ class Codes(NamedTuple):
     """A tensor of NUM_EXPERTS experts on the device, in several copies."""
 
     spec: TensorSpec
-    front: tuple[int | np.generic, ...]
+    argument: StructArgument
     copies: list[list[Any]]
-    """Arrays of `cuda_kernels.array_names`, once a copy."""
+    """Arrays of `CudaInterface.array_names`, once a copy."""
     stored_bytes: int
     """Of all experts: what a product of all of them must read."""
 
@@ -162,7 +168,7 @@ def random_codes(coding: str, shape: tuple[int, int, int], seed: int = 0) -> tup
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, shape, np.uint8)
     levels = (rng.random((*shape[:2], 2), np.float32) + 0.5) / np.sqrt(shape[2])
-    if coding in ("tunstall", "qmoe"):
+    if get_coding(coding).grid == "ternary":
         levels[..., 0] *= -1
         codes = np.where(noise < 227, 0, 1 + (noise & 1)).astype(np.uint8)
     else:  # as GPTQ leaves 2-bit codes: 0.65 at the row's zero, its neighbours, then the fourth
@@ -189,11 +195,12 @@ def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
     starts = find_row_block_starts(spec, arrays)
     if starts is not None:
         arrays["row_block_starts"] = np.asarray(starts)
-    arrays["table"] = cuda_kernels.table(coding) if coding != "packed2" else np.zeros(1)
+    interface = kernels.cuda_interface(coding)
+    if interface.table is not None:
+        arrays["table"] = interface.table()
     count = -(-gpu.cold_bytes // stored_bytes)
-    names = cuda_kernels.array_names(coding)
-    copies = [[gpu.upload(arrays[name]) for name in names] for _ in range(count)]
-    return Codes(spec, cuda_kernels.front_arguments(spec, arrays), copies, stored_bytes)
+    copies = [[gpu.upload(arrays[name]) for name in interface.array_names] for _ in range(count)]
+    return Codes(spec, kernels.coding_argument(spec, arrays), copies, stored_bytes)
 
 
 class Tokens(NamedTuple):
@@ -222,13 +229,13 @@ def product_launches(
     gpu: Gpu, codes: Codes, tokens: Sequence[Tokens], launch: Launch, tile_tokens: int
 ) -> list[Callable[[], None]]:
     """The fused product of each of `tokens` with each copy of the codes, in turn over memory."""
-    call = cuda_kernels.fused_call(
+    call = kernels.fused_call(
         codes.spec,
         launch,
         num_tokens=len(tokens[0].x),
         tile_tokens=tile_tokens,
         is_float32=False,
-        front=codes.front,
+        codes=codes.argument,
     )
     return [
         gpu.run(call, [array.data.ptr for array in (*copy, *own)])

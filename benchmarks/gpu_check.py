@@ -11,7 +11,6 @@ Flax bring. Exit code 0: all checks passed; 1: some failed; 2: there is no GPU.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_bench
+
+from qmoe_jax.atomic_file import write_json
 
 ROOT = gpu_bench.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +58,7 @@ def main() -> int:
             "summary": done[1],
         }
         report["checks"].append(entry)
-        _write(options.results / "gpu_check.json", report)
+        write_json(options.results / "gpu_check.json", report)
 
     check("correctness", PYTEST, 420)
     sanitizer = shutil.which("compute-sanitizer")
@@ -75,7 +76,7 @@ def main() -> int:
     if options.quick:
         bench += ["--shapes", "768x3072", "6144x2080"]
     check("benchmark", bench, 500)
-    _write(options.results / "gpu_check.json", report)
+    write_json(options.results / "gpu_check.json", report)
     for entry in report["checks"]:
         mark = {True: "passed", False: "FAILED", None: "skipped"}[entry["passed"]]
         print(f"{mark:8} {entry['check']:12} {entry.get('seconds', 0):6} s  {entry['summary']}")
@@ -113,12 +114,6 @@ def _run(command: list[str], limit: int) -> tuple[int, str]:
     if code == 0 and any("skipped" in line and "passed" not in line for line in counted):
         return 1, "every test was skipped"
     return code, "; ".join(counted[-2:]) or lines[-1]
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

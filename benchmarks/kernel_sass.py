@@ -13,7 +13,6 @@ Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisa
 
 import argparse
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -25,9 +24,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.codec.dictionary import dictionary
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tunstall import ZERO_WEIGHTS, choose_dictionary, tunstall_family
+from qmoe_jax.formatting import format_row
 
 KERNEL_FOLDER = Path(__file__).resolve().parents[1] / "kernels_cuda"
 _SPEC = importlib.util.spec_from_file_location("nvrtc", KERNEL_FOLDER / "nvrtc.py")
@@ -37,6 +38,9 @@ nvrtc = sys.modules.setdefault("nvrtc", importlib.util.module_from_spec(_SPEC))
 _SPEC.loader.exec_module(nvrtc)
 
 WIDTHS = (768, 3072, 6144)
+# Characters of the columns of the two tables.
+WALK_COLUMNS = (20, 4, 6, 6, 6, 12)
+KERNEL_COLUMNS = (32, 4, 9, 13)
 
 # A kernel of one number of tokens, so that its cubin has one loop over rounds.
 _PROBE = """
@@ -44,16 +48,13 @@ _PROBE = """
 #include "multiply.cuh"
 using namespace qmoe;
 extern "C" __global__ void __launch_bounds__(256)
-    probe({parameters}_PARAMETERS, TOKEN_PARAMETERS) {{
-  {type} coding;
-  {parameters}_ARRAYS(coding);
-  const Shape shape = {{num_experts, out_features, in_features}};
-  const Tokens tokens = {{x, token_order, token_experts, expert_starts, y, num_tokens,
-                         tile_tokens, y_is_float32}};
-  const int expert = token_experts[blockIdx.x], row = blockIdx.y * rows_per_block;
+    probe(const {arrays} arrays, const ProductArguments product) {{
+  {type} coding(arrays);
+  const Shape shape = {{product.num_experts, product.out_features, product.in_features}};
+  const int expert = product.token_experts[blockIdx.x], row = blockIdx.y * product.rows_per_block;
   coding.open(shape, expert, shared_begin());
-  multiply_tile<{type}, {tokens}>(coding, shape, tokens, expert, blockIdx.x, num_tokens, row,
-                                  least(row + rows_per_block, out_features));
+  multiply_tile<{type}, {tokens}>(coding, shape, product, expert, blockIdx.x, product.num_tokens,
+                                  row, min_of(row + product.rows_per_block, shape.out_features));
 }}
 """
 
@@ -115,7 +116,7 @@ def main() -> int:
 
     results: dict[str, Any] = {"zero_share": options.zero_share, "walks": [], "kernels": []}
     print(f"Warp instructions by machine code, zero share {options.zero_share}; not run on a GPU.")
-    columns = f"{'walk':20} {'sm':>4} {'tokens':>6} {'round':>6} {'branch':>6} {'inner':>12}"
+    columns = format_row(("walk", "sm", "tokens", "round", "branch", "inner"), WALK_COLUMNS)
     print(f"\n{columns}  a weight at width {' '.join(map(str, WIDTHS))}")
     trips = _qmoe_trips(options.zero_share)
     for walk in WALKS:
@@ -126,10 +127,9 @@ def main() -> int:
                     _a_weight(walk, loop, width, options.zero_share, trips) for width in WIDTHS
                 ]
                 inner = "+".join(map(str, loop.inner)) if loop.inner else "-"
-                print(
-                    f"{walk.name:20} {architecture:4} {tokens:6} {loop.always:6} "
-                    f"{loop.branched:6} {inner:>12}  " + " ".join(f"{r:.3f}" for r in rates)
-                )
+                counts = (architecture, tokens, loop.always, loop.branched, inner)
+                columns = format_row((walk.name, *map(str, counts)), WALK_COLUMNS)
+                print(f"{columns}  {' '.join(f'{rate:.3f}' for rate in rates)}")
                 results["walks"].append(
                     {
                         "walk": walk.name,
@@ -139,18 +139,18 @@ def main() -> int:
                         "instructions_a_weight": dict(zip(map(str, WIDTHS), rates, strict=True)),
                     }
                 )
-    print(f"\n{'kernel':32} {'sm':>4} {'registers':>9} {'spilled bytes':>13}")
+    columns = format_row(("kernel", "sm", "registers", "spilled bytes"), KERNEL_COLUMNS)
+    print(f"\n{columns}")
     for source in nvrtc.SOURCES:
         for architecture in options.architectures:
             for name, needs in nvrtc.compile_file(source, architecture).resources.items():
-                print(f"{name:32} {architecture:4} {needs.registers:9} {needs.spilled_bytes:13}")
+                counts = (architecture, needs.registers, needs.spilled_bytes)
+                print(format_row((name, *map(str, counts)), KERNEL_COLUMNS))
                 results["kernels"].append(
                     {"kernel": name, "architecture": architecture, **needs._asdict()}
                 )
     if options.json:
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        temporary.replace(options.json)
+        write_json(options.json, results)
     return 0
 
 
@@ -166,7 +166,10 @@ def find_disassembler() -> str | None:
 def measure(walk: Walk, tokens: int, architecture: int, disassembler: str) -> Loop:
     """Compiles a walk for one number of tokens and finds its loop over rounds."""
     source = _PROBE.format(
-        header=walk.header, parameters=walk.header.upper(), type=walk.type, tokens=tokens
+        header=walk.header,
+        arrays=f"{walk.header.capitalize()}Arrays",
+        type=walk.type,
+        tokens=tokens,
     )
     cubin = nvrtc.compile_source(source, architecture, "probe.cu")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -19,8 +19,7 @@ import numpy as np
 from bench_kernels import token_sets
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu
 
-from qmoe_jax.ops.cuda import kernels as cuda_kernels
-from qmoe_jax.ops.cuda import launch_settings
+from qmoe_jax.ops.cuda import kernels, launch_settings
 from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings
 
 PROGRAM = "tune_kernels"
@@ -43,12 +42,12 @@ def main() -> None:
         found[coding] = tune(gpu, coding)
         print(f"{coding}: {found[coding]}", flush=True)
     launch_settings.write_settings(gpu.launcher.device.name, found)
-    print(f"written to {launch_settings.PATH} as {gpu.launcher.device.name!r}")
+    print(f"written to {launch_settings.settings_path()} as {gpu.launcher.device.name!r}")
 
 
 def tune(gpu: Gpu, coding: str) -> LaunchSettings:
     """The settings of a coding: a pass over the shapes, one shape's data at a time."""
-    warps = (1, 4) if coding.startswith("tunstall") else (1,)
+    warps = kernels.cuda_interface(coding).rows_per_warp
     launches = [Launch(t, r, w) for t, r, w in itertools.product(THREADS, ROWS, warps)]
     expansions = [Launch(t, r) for t, r in itertools.product(THREADS, ROWS)]
     few, many = (dict.fromkeys(launches, 0.0) for _ in range(2))
@@ -89,8 +88,8 @@ def product_seconds(gpu: Gpu, codes: Codes, launch: Launch, experts: int, tokens
     spec, limit = codes.spec, gpu.launcher.device.max_shared_bytes
     fitting = [
         tile
-        for tile in cuda_kernels.TILES
-        if cuda_kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
+        for tile in kernels.TILES
+        if kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
     ]
     if not fitting:
         return float("inf")
@@ -101,7 +100,7 @@ def product_seconds(gpu: Gpu, codes: Codes, launch: Launch, experts: int, tokens
 def expand_seconds(gpu: Gpu, codes: Codes, dense: object, launch: Launch) -> float:
     """Expansion of all experts."""
     ids = gpu.upload(np.arange(NUM_EXPERTS, dtype=np.int32))
-    call = cuda_kernels.expand_call(codes.spec, launch, count=NUM_EXPERTS, front=codes.front)
+    call = kernels.expand_call(codes.spec, launch, count=NUM_EXPERTS, codes=codes.argument)
     arrays: list[Sequence[object]] = [(*copy, ids, dense) for copy in codes.copies]
     launches = [gpu.run(call, [a.data.ptr for a in some]) for some in arrays]  # type: ignore
     return gpu.time((launches * 3)[:3]).seconds

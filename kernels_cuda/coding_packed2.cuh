@@ -5,6 +5,13 @@
 
 namespace qmoe {
 
+// A tensor of all experts of a layer: what every kernel takes first.
+struct Packed2Arrays {
+  const u8* packed;   // uint8 [num_experts, out_features, ceil(in_features / 4)]: four codes a byte
+  const u32* levels;  // bfloat16 [num_experts, out_features, 2], a row a word: (scale, zero); at a
+                      // multiple of 4 bytes
+};
+
 struct Packed2Coding {
   static constexpr int LANES = 32;
   static constexpr u32 SHARED_BYTES = 0;
@@ -13,20 +20,21 @@ struct Packed2Coding {
   static constexpr u32 UNROLL = 4;  // bytes a lane loads before it uses them
   static constexpr u32 COLUMNS = 32 * UNROLL;  // of a round
 
-  const u8* packed;
-  const u32* levels;
+  const Packed2Arrays& arrays;
 
   const u8* bytes;  // the row's
   bool exists;
   float values[4];
+
+  QMOE_DEVICE_MEMBER explicit Packed2Coding(const Packed2Arrays& given) : arrays(given) {}
 
   QMOE_DEVICE_MEMBER void open(const Shape&, int, u32) {}
 
   QMOE_DEVICE_MEMBER void seek(const Shape& shape, int expert, int row) {
     exists = row < shape.out_features;
     const u64 index = static_cast<u64>(expert) * shape.out_features + (exists ? row : 0);
-    bytes = packed + index * ((shape.in_features + 3) / 4);
-    const u32 pair = levels[index];
+    bytes = arrays.packed + index * ((shape.in_features + 3) / 4);
+    const u32 pair = arrays.levels[index];
     const float scale = from_bf16(pair & 0xffff), zero = from_bf16(pair >> 16);
 #pragma unroll
     for (int code = 0; code < 4; ++code)
@@ -60,14 +68,8 @@ struct Packed2Coding {
       visitor.add(WHOLE || own + 32 * k < columns, visitor.origin + 4 * own + 128 * k,
                   codes[k] & low_bit ? odd : even);
     }
-    visitor.end_round(least(first + COLUMNS, columns));
+    visitor.end_round(min_of(first + COLUMNS, columns));
   }
 };
 
 }  // namespace qmoe
-
-// What a kernel of this coding is given first, and how it reaches the struct above.
-#define PACKED2_PARAMETERS const u8 *packed, const u32 *levels
-#define PACKED2_ARRAYS(coding)                                                                    \
-  coding.packed = packed;                                                                         \
-  coding.levels = levels

@@ -5,20 +5,30 @@
 
 namespace qmoe {
 
+// A tensor of all experts of a layer: what every kernel takes first. Fields are those of FORMAT.md but
+// for row_block_starts and table.
+struct QmoeArrays {
+  const u16* codewords;         // uint16 [num_codewords]: all rows, one after another
+  const int* expert_offsets;    // int32 [num_experts + 1]: first codeword of each expert
+  const void* row_lengths;      // uint8 or uint16 [num_experts, out_features]: codewords of each row
+  const int* row_block_starts;  // int32 [num_experts, ceil(out_features / 32)]: where every 32nd row
+                                // begins, in codewords from the expert's first
+                                // (find_row_block_starts)
+  const u32* levels;            // bfloat16 [num_experts, out_features, 2], a row a word: (low, high);
+                                // at a multiple of 4 bytes
+  const Pair32* table;          // uint32 [65536, 2]: the dictionary (codec/dictionary.py); at a
+                                // multiple of 8 bytes
+  u32 num_codewords;            // of all experts; nothing beyond is read
+  int row_length_bytes;         // of an element of row_lengths: 1 or 2
+};
+
 struct QmoeCoding {
   static constexpr int LANES = 32;
   static constexpr u32 SHARED_BYTES = 0;
   static constexpr bool HAS_BASE = false;
   static constexpr float base = 0;
 
-  const u16* codewords;
-  const int* expert_offsets;
-  const void* row_lengths;
-  int length_bytes;
-  const int* row_block_starts;
-  const u32* levels;
-  const Pair32* table;
-  u32 total_codewords;
+  const QmoeArrays& arrays;
 
   const u16* own;  // the expert's first codeword
   u32 own_size;
@@ -26,18 +36,20 @@ struct QmoeCoding {
   float low, high;
   int begin, end;
 
+  QMOE_DEVICE_MEMBER explicit QmoeCoding(const QmoeArrays& given) : arrays(given) {}
+
   QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32) {
-    const u32 first = least(static_cast<u32>(expert_offsets[expert]), total_codewords);
-    const u32 last = least(static_cast<u32>(expert_offsets[expert + 1]), total_codewords);
-    own = codewords + first;
+    const u32 first = min_of(static_cast<u32>(arrays.expert_offsets[expert]), arrays.num_codewords);
+    const u32 last = min_of(static_cast<u32>(arrays.expert_offsets[expert + 1]), arrays.num_codewords);
+    own = arrays.codewords + first;
     own_size = last > first ? last - first : 0;
   }
 
   QMOE_DEVICE_MEMBER void seek(const Shape& shape, int expert, int row) {
-    places.find(row_lengths, length_bytes, row_block_starts, shape, expert, 0, own_size, row,
-                &begin, &end);
-    const int existing = least(row, shape.out_features - 1);
-    const u32 pair = levels[static_cast<u64>(expert) * shape.out_features + existing];
+    places.find(arrays.row_lengths, arrays.row_length_bytes, arrays.row_block_starts, shape, expert,
+                0, own_size, row, &begin, &end);
+    const int existing = min_of(row, shape.out_features - 1);
+    const u32 pair = arrays.levels[static_cast<u64>(expert) * shape.out_features + existing];
     low = from_bf16(pair & 0xffff);
     high = from_bf16(pair >> 16);
   }
@@ -53,11 +65,11 @@ struct QmoeCoding {
     while (__any_sync(ALL_LANES, busy)) {
       const bool present = at + lane_of_warp() < end;
       Pair32 entry = {0, 0};
-      if (present) entry = table[next];
+      if (present) entry = arrays.table[next];
       at += 32;
       next = at + lane_of_warp() < end ? own[at + lane_of_warp()] : 0;
       const u32 length4 = 8 * (entry.x & 15);  // pairs are two weights
-      const u32 through = running_sum<32>(length4);
+      const u32 through = inclusive_scan<32>(length4);
       const u32 here4 = column4 + through - length4;
       if (here4 < in4) {
         // Codes, two bits each: 0 to 13 of the first word, 14 to 27 of the second.
@@ -83,18 +95,3 @@ struct QmoeCoding {
 };
 
 }  // namespace qmoe
-
-// What a kernel of this coding is given first, and how it reaches the struct above.
-#define QMOE_PARAMETERS                                                                           \
-  const u16 *codewords, const int *expert_offsets, const void *row_lengths,                       \
-      const int *row_block_starts, const u32 *levels, const Pair32 *table, u32 num_codewords,     \
-      int row_length_bytes
-#define QMOE_ARRAYS(coding)                                                                       \
-  coding.codewords = codewords;                                                                   \
-  coding.expert_offsets = expert_offsets;                                                         \
-  coding.row_lengths = row_lengths;                                                               \
-  coding.length_bytes = row_length_bytes;                                                         \
-  coding.row_block_starts = row_block_starts;                                                     \
-  coding.levels = levels;                                                                         \
-  coding.table = table;                                                                           \
-  coding.total_codewords = num_codewords

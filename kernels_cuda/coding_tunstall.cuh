@@ -121,7 +121,7 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
       entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
       sum += entries[k].y;
     }
-    const u32 through = running_sum<LANES>(sum);
+    const u32 through = inclusive_scan<LANES>(sum);
     const u32 round = __shfl_sync(ALL_LANES, through, LANES - 1, LANES);
     const u32 first4 = column4 + (through - sum & 0xffff);
     // Sign r of the row is bit 8 end - 1 - r.
@@ -208,7 +208,24 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
   }
 }
 
-// --- Arrays of a tensor, and what the kernels ask of a coding ---
+// --- What the kernels ask of a coding ---
+
+// A tensor of all experts of a layer, coding "tunstall" or "tunstall_2bit": what every kernel takes
+// first. Fields are those of FORMAT.md but for row_block_starts and table.
+struct TunstallArrays {
+  const u32* words;             // uint32 [num_words]: bytes of rows, each expert from a new word
+  const int* expert_offsets;    // int32 [num_experts + 1]: first word of each expert
+  const u8* dictionaries;       // uint8 [num_experts]: number of its dictionary, 0 to 9
+  const int* shortest_rows;     // int32 [num_experts]: bytes of its shortest row
+  const void* row_lengths;      // uint8 or uint16 [num_experts, out_features]: bytes beyond those
+  const int* row_block_starts;  // int32 [num_experts, ceil(out_features / 32)]: where every 32nd row
+                                // begins, in bytes from the expert's first (find_row_block_starts)
+  const u32* levels;            // bfloat16 [num_experts, out_features, 2], a row a word: (low, high)
+                                // or (scale, zero); at a multiple of 4 bytes
+  const u32* table;             // uint32 [10, 256, 2]: dictionaries (codec/tunstall.py)
+  u32 num_words;                // words of all experts; nothing beyond is read
+  int row_length_bytes;         // of an element of row_lengths: 1 or 2
+};
 
 template <int LANES_, int PER_LANE, bool ESCAPES>
 struct TunstallCoding {
@@ -217,16 +234,7 @@ struct TunstallCoding {
   // 2-bit codes: symbol 0 may have a weight, see base().
   static constexpr bool HAS_BASE = ESCAPES;
 
-  const u32* words;
-  const int* expert_offsets;
-  const u8* dictionaries;
-  const int* shortest_rows;
-  const void* row_lengths;
-  int length_bytes;
-  const int* row_block_starts;
-  const u32* levels;
-  const u32* table;
-  u32 total_words;
+  const TunstallArrays& arrays;
 
   TunstallExpert codes;
   u32 shortest;
@@ -235,26 +243,29 @@ struct TunstallCoding {
   float values[3], base;
   int begin, end;
 
+  QMOE_DEVICE_MEMBER explicit TunstallCoding(const TunstallArrays& given) : arrays(given) {}
+
   // Everything that is the same for the block; fills the shared dictionary. A barrier must follow.
   QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared) {
-    const u32 first = least(static_cast<u32>(expert_offsets[expert]), total_words);
-    const u32 last = least(static_cast<u32>(expert_offsets[expert + 1]), total_words);
-    const u32 number = least(static_cast<u32>(dictionaries[expert]), NUM_DICTIONARIES - 1u);
-    const int least_bytes = shortest_rows[expert];
-    codes = TunstallExpert{words + first, least(last > first ? last - first : 0, (1u << 26) - 1),
-                           table + 512 * number};
+    const u32 first = min_of(static_cast<u32>(arrays.expert_offsets[expert]), arrays.num_words);
+    const u32 last = min_of(static_cast<u32>(arrays.expert_offsets[expert + 1]), arrays.num_words);
+    const u32 number = min_of(static_cast<u32>(arrays.dictionaries[expert]), NUM_DICTIONARIES - 1u);
+    const int row_bytes = arrays.shortest_rows[expert];
+    codes = TunstallExpert{arrays.words + first,
+                           min_of(last > first ? last - first : 0, (1u << 26) - 1),
+                           arrays.table + 512 * number};
     keep_in_register(codes.words);
-    shortest = least_bytes > 0 ? least_bytes : 0;
+    shortest = row_bytes > 0 ? row_bytes : 0;
     dictionary = shared;
     stage_dictionary(codes.table, shared);
   }
 
   // Finds a row and its weights. All lanes.
   QMOE_DEVICE_MEMBER void seek(const Shape& shape, int expert, int row) {
-    places.find(row_lengths, length_bytes, row_block_starts, shape, expert, shortest,
-                4 * codes.num_words, row, &begin, &end);
-    const int existing = least(row, shape.out_features - 1);
-    const u32 pair = levels[static_cast<u64>(expert) * shape.out_features + existing];
+    places.find(arrays.row_lengths, arrays.row_length_bytes, arrays.row_block_starts, shape, expert,
+                shortest, 4 * codes.num_words, row, &begin, &end);
+    const int existing = min_of(row, shape.out_features - 1);
+    const u32 pair = arrays.levels[static_cast<u64>(expert) * shape.out_features + existing];
     const float first = from_bf16(pair & 0xffff), second = from_bf16(pair >> 16);
     if (ESCAPES) {
       // Codes of symbols 0 to 3, two bits each, by the row's zero.
@@ -288,20 +299,3 @@ struct TunstallCoding {
 };
 
 }  // namespace qmoe
-
-// What a kernel of this coding is given first, and how it reaches the struct above.
-#define TUNSTALL_PARAMETERS                                                                       \
-  const u32 *words, const int *expert_offsets, const u8 *dictionaries, const int *shortest_rows,  \
-      const void *row_lengths, const int *row_block_starts, const u32 *levels, const u32 *table,  \
-      u32 num_words, int row_length_bytes
-#define TUNSTALL_ARRAYS(coding)                                                                   \
-  coding.words = words;                                                                           \
-  coding.expert_offsets = expert_offsets;                                                         \
-  coding.dictionaries = dictionaries;                                                             \
-  coding.shortest_rows = shortest_rows;                                                           \
-  coding.row_lengths = row_lengths;                                                               \
-  coding.length_bytes = row_length_bytes;                                                         \
-  coding.row_block_starts = row_block_starts;                                                     \
-  coding.levels = levels;                                                                         \
-  coding.table = table;                                                                           \
-  coding.total_words = num_words

@@ -1,6 +1,6 @@
-// Types, bfloat16, shared memory and warp sums: what all kernels need. No header of CUDA is included,
-// so NVRTC alone compiles the sources. On a CPU, tests/cuda_emulation defines QMOE_EMULATION, what
-// CUDA has built in, and the access to shared memory.
+// Types, bfloat16, shared memory, warp scans and reductions: what all kernels need. No header of CUDA
+// is included, so NVRTC alone compiles the sources. On a CPU, tests/cuda_emulation defines
+// QMOE_EMULATION, what CUDA has built in, and the access to shared memory.
 #pragma once
 
 typedef unsigned char u8;
@@ -122,7 +122,7 @@ QMOE_DEVICE float round_to_bf16(float value) { return from_bf16(to_bf16(value));
 // --- Small helpers ---
 
 template <class T>
-QMOE_DEVICE T least(T a, T b) {
+QMOE_DEVICE T min_of(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -130,9 +130,9 @@ QMOE_DEVICE int lane_of_warp() { return threadIdx.x & 31; }
 QMOE_DEVICE int warp_of_block() { return threadIdx.x >> 5; }
 QMOE_DEVICE int warps_of_block() { return blockDim.x >> 5; }
 
-// Sum of values up to and including this lane's, within groups of LANES lanes.
+// Inclusive scan: the sum of values up to and including this lane's, in groups of LANES lanes.
 template <int LANES>
-QMOE_DEVICE u32 running_sum(u32 value) {
+QMOE_DEVICE u32 inclusive_scan(u32 value) {
 #ifdef QMOE_EMULATION
   const int lane = threadIdx.x & (LANES - 1);
   for (int distance = 1; distance < LANES; distance *= 2) {
@@ -153,9 +153,9 @@ QMOE_DEVICE u32 running_sum(u32 value) {
   return value;
 }
 
-// Sum of values over groups of LANES lanes, the same in each of them.
+// Warp reduction: the sum of values over groups of LANES lanes, the same in each of them.
 template <int LANES>
-QMOE_DEVICE float total(float value) {
+QMOE_DEVICE float warp_sum(float value) {
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2)
     value += __shfl_xor_sync(ALL_LANES, value, distance);
@@ -180,7 +180,7 @@ struct Shape {
 QMOE_DEVICE u32 row_length(const void* row_lengths, int length_bytes, u64 index, u32 shortest) {
   const u32 rest = length_bytes == 1 ? static_cast<const u8*>(row_lengths)[index]
                                      : static_cast<const u16*>(row_lengths)[index];
-  return least(rest + shortest, (1u << 26) - 1);
+  return min_of(rest + shortest, (1u << 26) - 1);
 }
 
 // Bounds of rows, one warp's: 32 lengths and one starting point at a time, kept between calls.
@@ -205,10 +205,10 @@ struct RowPlaces {
       if (own < shape.out_features)
         length = row_length(row_lengths, length_bytes,
                             static_cast<u64>(expert) * shape.out_features + own, shortest);
-      start = least(first, limit) + running_sum<32>(length) - length;
+      start = min_of(first, limit) + inclusive_scan<32>(length) - length;
     }
-    const u32 stop = least(__shfl_sync(ALL_LANES, start + length, row & 31), limit);
-    const u32 from = least(__shfl_sync(ALL_LANES, start, row & 31), limit);
+    const u32 stop = min_of(__shfl_sync(ALL_LANES, start + length, row & 31), limit);
+    const u32 from = min_of(__shfl_sync(ALL_LANES, start, row & 31), limit);
     *begin = row < shape.out_features ? static_cast<int>(from) : 0;
     *end = row < shape.out_features ? static_cast<int>(stop) : 0;
   }

@@ -1,5 +1,5 @@
 // Codes to stored rows, byte for byte as qmoe_jax.codec.encode, and the starting points of rows that the
-// decoders need. README.md in this folder has arguments, launch sizes and the order of calls.
+// decoders need. README.md in this folder has launch sizes and the order of calls.
 #include "common.cuh"
 
 using namespace qmoe;
@@ -12,44 +12,56 @@ constexpr u32 TILE_STRIDE = TILE_COLUMNS + 4;
 constexpr int MAX_NODES = 255;
 constexpr u32 TRIE_BYTES = 1024;  // int16 [nodes, 2], rounded up
 
+// What both passes of the encoder of "tunstall" and "tunstall_2bit" take first. Codes must be valid.
+struct EncodeArguments {
+  const u8* codes;         // uint8 [num_experts, out_features, in_features]
+  const u32* levels;       // bfloat16 [num_experts, out_features, 2], a row a word
+  const u8* dictionaries;  // uint8 [num_experts]: number of each expert's dictionary, 0 to 9
+  const short* trie;       // int16 [10, num_nodes, 2]: codec/tunstall.py, TunstallFamily
+  int num_experts;         // at least 1
+  int out_features;        // at least 1: rows of an expert
+  int in_features;         // at least 1: weights in a row
+  int num_nodes;           // of a dictionary's trie
+  int escapes;             // 0: "tunstall"; 1: "tunstall_2bit"
+};
+
 // Parses one row at a time a thread; a block has blockDim.x rows of one expert and walks over their
 // columns tile by tile, which all threads load together.
 //
 // sink.codeword(u32) and sink.sign(u32 bit) are called in the order of the row; sink.end() at its end.
 template <class Sink>
-QMOE_DEVICE void parse_rows(const u8* codes, const u32* levels, const u8* dictionaries,
-                            const short* trie, int num_nodes, int escapes, const Shape& shape,
-                            Sink& sink) {
+QMOE_DEVICE void parse_rows(const EncodeArguments& input, Sink& sink) {
+  const int out_features = input.out_features, in_features = input.in_features;
   const u32 trie_at = shared_begin(), tile_at = trie_at + TRIE_BYTES;
   const int expert = blockIdx.y;
   const int first_row = blockIdx.x * blockDim.x;
   const int row = first_row + threadIdx.x;
-  const u64 first = static_cast<u64>(expert) * shape.out_features + first_row;
-  const u32 number = least<u32>(dictionaries[expert], 9);
-  for (int i = threadIdx.x; i < 2 * num_nodes; i += blockDim.x)
-    shared_store<short>(trie_at + 2 * i, trie[2 * num_nodes * number + i]);
+  const u64 first = static_cast<u64>(expert) * out_features + first_row;
+  const u32 number = min_of<u32>(input.dictionaries[expert], 9);
+  for (int i = threadIdx.x; i < 2 * input.num_nodes; i += blockDim.x)
+    shared_store<short>(trie_at + 2 * i, input.trie[2 * input.num_nodes * number + i]);
 
   u32 symbols = 0b11100100;  // symbol of code c in bits 2c, 2c + 1
-  if (escapes && row < shape.out_features) {
-    const float zero = from_bf16(levels[first + threadIdx.x] >> 16);
+  if (input.escapes && row < out_features) {
+    const float zero = from_bf16(input.levels[first + threadIdx.x] >> 16);
     if (zero == 1) symbols = 0b11010010;
     if (zero == 2) symbols = 0b10000111;
     if (zero == 3) symbols = 0b00011011;
   }
   int node = 0;
   u32 ones = 0, escaped = 0;  // of the entry so far
-  for (int begin = 0; begin < shape.in_features; begin += TILE_COLUMNS) {
-    const int columns = least(TILE_COLUMNS, shape.in_features - begin);
+  for (int begin = 0; begin < in_features; begin += TILE_COLUMNS) {
+    const int columns = min_of(TILE_COLUMNS, in_features - begin);
     __syncthreads();
     for (int at = threadIdx.x; at < static_cast<int>(blockDim.x) * TILE_COLUMNS;
          at += blockDim.x) {
       const int tile_row = at / TILE_COLUMNS, column = at % TILE_COLUMNS;
-      if (first_row + tile_row < shape.out_features && column < columns)
+      if (first_row + tile_row < out_features && column < columns)
         shared_store<u8>(tile_at + tile_row * TILE_STRIDE + column,
-                         codes[(first + tile_row) * shape.in_features + begin + column]);
+                         input.codes[(first + tile_row) * in_features + begin + column]);
     }
     __syncthreads();
-    if (row >= shape.out_features) continue;
+    if (row >= out_features) continue;
     for (int column = 0; column < columns; ++column) {
       const u32 code = shared_load<u8>(tile_at + threadIdx.x * TILE_STRIDE + column);
       const u32 symbol = symbols >> 2 * (code & 3) & 3;
@@ -59,7 +71,7 @@ QMOE_DEVICE void parse_rows(const u8* codes, const u32* levels, const u8* dictio
         ++ones;
       }
       node = shared_load<short>(trie_at + 2 * (2 * node + (symbol != 0)));
-      if (begin + column == shape.in_features - 1)
+      if (begin + column == in_features - 1)
         while (node > 0) node = shared_load<short>(trie_at + 2 * (2 * node));
       if (node < 0) {
         for (u32 place = 0; escaped >> place != 0; ++place)
@@ -70,7 +82,7 @@ QMOE_DEVICE void parse_rows(const u8* codes, const u32* levels, const u8* dictio
       }
     }
   }
-  if (row < shape.out_features) sink.end();
+  if (row < out_features) sink.end();
 }
 
 struct RowCounter {
@@ -109,25 +121,25 @@ struct ByteWriter {
 
 }  // namespace qmoe
 
-// Pass 1: bytes and codewords of each row, int32 [experts, out].
+// Pass 1: bytes and codewords of each row.
 extern "C" __global__ void __launch_bounds__(128)
-    encode_tunstall_sizes(const u8* codes, const u32* levels, const u8* dictionaries,
-                          const short* trie, int* num_bytes, int* num_codewords, int num_experts,
-                          int out_features, int in_features, int num_nodes, int escapes) {
-  const u64 row = static_cast<u64>(blockIdx.y) * out_features + blockIdx.x * blockDim.x +
+    encode_tunstall_sizes(const EncodeArguments input,
+                          int* num_bytes,       // int32 [num_experts, out_features]
+                          int* num_codewords) { // int32 [num_experts, out_features]
+  const u64 row = static_cast<u64>(blockIdx.y) * input.out_features + blockIdx.x * blockDim.x +
                   threadIdx.x;
   RowCounter counter = {num_bytes + row, num_codewords + row, 0, 0};
-  parse_rows(codes, levels, dictionaries, trie, num_nodes, escapes,
-             Shape{num_experts, out_features, in_features}, counter);
+  parse_rows(input, counter);
 }
 
-// Pass 2: the rows' bytes, and zeros after an expert's last row to the end of its last word. row_ends are
-// inclusive running sums of num_bytes within each expert.
+// Pass 2: the rows' bytes, and zeros after an expert's last row to the end of its last word.
 extern "C" __global__ void __launch_bounds__(128)
-    encode_tunstall_rows(const u8* codes, const u32* levels, const u8* dictionaries,
-                         const short* trie, const int* expert_offsets, const int* row_ends,
-                         u8* bytes, int num_experts, int out_features, int in_features,
-                         int num_nodes, int escapes) {
+    encode_tunstall_rows(const EncodeArguments input,
+                         const int* expert_offsets,  // int32 [num_experts + 1]: first word of each
+                         const int* row_ends,        // int32 [num_experts, out_features]: inclusive
+                                                     // scan of num_bytes within each expert
+                         u8* bytes) {                // uint8 [4 * words]; every byte is written
+  const int out_features = input.out_features;
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   ByteWriter writer = {nullptr, nullptr, nullptr, 0, 0};
   if (row < out_features) {
@@ -139,13 +151,15 @@ extern "C" __global__ void __launch_bounds__(128)
     if (row == out_features - 1)
       for (u8* filler = writer.limit; filler < stop; ++filler) *filler = 0;
   }
-  parse_rows(codes, levels, dictionaries, trie, num_nodes, escapes,
-             Shape{num_experts, out_features, in_features}, writer);
+  parse_rows(input, writer);
 }
 
-// Four 2-bit codes a byte: packed [experts, out, ceil(in / 4)]. One thread a byte.
+// Four 2-bit codes a byte. One thread a byte.
 extern "C" __global__ void __launch_bounds__(256)
-    encode_packed2(const u8* codes, u8* packed, u64 num_rows, int in_features) {
+    encode_packed2(const u8* codes,    // uint8 [num_rows, in_features], valid
+                   u8* packed,         // uint8 [num_rows, ceil(in_features / 4)]
+                   u64 num_rows,       // of all experts
+                   int in_features) {  // at least 1
   const u64 row_bytes = (in_features + 3) / 4;
   const u64 at = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= num_rows * row_bytes) return;
@@ -158,15 +172,17 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Once after loading: where row 32 b of each expert begins, in units (bytes of tunstall, codewords of
-// qmoe) from the expert's first; int32 [experts, ceil(out / 32)]. A warp an expert. shortest_rows is
-// null for qmoe.
+// qmoe) from the expert's first. A warp an expert.
 extern "C" __global__ void __launch_bounds__(32)
-    find_row_block_starts(const void* row_lengths, const int* shortest_rows, int* row_block_starts,
-                          int out_features, int row_length_bytes) {
+    find_row_block_starts(const void* row_lengths,   // uint8 or uint16 [num_experts, out_features]
+                          const int* shortest_rows,  // int32 [num_experts]; null for qmoe
+                          int* row_block_starts,     // int32 [num_experts, ceil(out_features / 32)]
+                          int out_features,          // at least 1
+                          int row_length_bytes) {    // of an element of row_lengths: 1 or 2
   const int expert = blockIdx.x;
   const int blocks = (out_features + ROW_BLOCK - 1) / ROW_BLOCK;
-  const int least_length = shortest_rows ? shortest_rows[expert] : 0;
-  const u32 shortest = least_length > 0 ? least_length : 0;
+  const int stored = shortest_rows ? shortest_rows[expert] : 0;
+  const u32 shortest = stored > 0 ? stored : 0;
   u32 start = 0;
   for (int block = 0; block < blocks; ++block) {
     const int row = block * ROW_BLOCK + lane_of_warp();
@@ -178,6 +194,6 @@ extern "C" __global__ void __launch_bounds__(32)
                          static_cast<u64>(expert) * out_features + row, shortest)
             : 0;
     // Damaged lengths stop at 2^28, which no expert reaches (codewords: 2^31 - 1).
-    start = least(start + __shfl_sync(ALL_LANES, running_sum<32>(length), 31), 0x7fffffffu);
+    start = min_of(start + __shfl_sync(ALL_LANES, inclusive_scan<32>(length), 31), 0x7fffffffu);
   }
 }

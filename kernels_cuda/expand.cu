@@ -1,5 +1,5 @@
-// Codes of chosen experts to dense bfloat16 [n, out, in]. README.md in this folder has arguments and
-// launch sizes.
+// Codes of chosen experts to dense bfloat16 [n, out, in]. README.md in this folder has launch
+// sizes; the arguments are explained at their structs.
 //
 // A warp takes a row. In a round its lanes scatter their non-zero weights into a ring of 2048 columns in
 // shared memory; then the warp writes the finished columns, 16 bytes a lane, and clears them. Rows as
@@ -16,6 +16,20 @@ namespace qmoe {
 // A round of 32 one-byte codewords covers at most 32 * 58 = 1856 columns, and up to 7 wait.
 constexpr u32 RING_COLUMNS = 2048;
 constexpr u32 RING_BYTES = 2 * RING_COLUMNS;
+
+// What every expansion kernel takes behind its coding's arrays.
+struct ExpandArguments {
+  const int* expert_ids;  // int32 [num_slots]: which experts; an id that is negative, or num_experts
+                          // and more, is skipped
+  u16* dense;             // bfloat16 [num_slots, out_features, in_features]; written wholly but for
+                          // skipped slots
+  int num_slots;          // at most 65535
+  int num_experts;        // at least 1
+  int out_features;       // at least 1: rows of an expert
+  int in_features;        // at least 1: weights in a row
+  int rows_per_block;     // at least 1
+  int zero_skipped;       // 1: a skipped slot is filled with zeros; 0: it is left as it is
+};
 
 // The visitor of a walk.
 struct RowWriter {
@@ -62,18 +76,19 @@ struct RowWriter {
 
 // Block (chunk, slot): rows of the chunk of expert expert_ids[slot].
 template <class Coding>
-QMOE_DEVICE void expand(Coding coding, const Shape& shape, const int* expert_ids, u16* dense,
-                        int num_slots, int rows_per_block, int zero_skipped) {
-  const int row_begin = blockIdx.x * rows_per_block;
-  const int row_end = least(row_begin + rows_per_block, shape.out_features);
+QMOE_DEVICE void expand(Coding coding, const ExpandArguments& expansion) {
+  const Shape shape = {expansion.num_experts, expansion.out_features, expansion.in_features};
+  const int row_begin = blockIdx.x * expansion.rows_per_block;
+  const int row_end = min_of(row_begin + expansion.rows_per_block, shape.out_features);
   const int slot = blockIdx.y;
-  if (row_begin >= shape.out_features || slot >= num_slots) return;
+  if (row_begin >= shape.out_features || slot >= expansion.num_slots) return;
   const u64 in_features = shape.in_features;
-  u16* const matrix = dense + static_cast<u64>(slot) * shape.out_features * in_features;
+  u16* const matrix =
+      expansion.dense + static_cast<u64>(slot) * shape.out_features * in_features;
 
-  const int expert = expert_ids[slot];
+  const int expert = expansion.expert_ids[slot];
   if (static_cast<u32>(expert) >= static_cast<u32>(shape.num_experts)) {
-    if (!zero_skipped) return;
+    if (!expansion.zero_skipped) return;
     for (u64 at = row_begin * in_features + threadIdx.x; at < row_end * in_features;
          at += blockDim.x)
       matrix[at] = 0;
@@ -83,7 +98,7 @@ QMOE_DEVICE void expand(Coding coding, const Shape& shape, const int* expert_ids
   RowWriter writer;
   writer.ring = shared_begin() + Coding::SHARED_BYTES + RING_BYTES * warp_of_block();
   writer.columns = shape.in_features;
-  writer.aligned = in_features % 8 == 0 && reinterpret_cast<u64>(dense) % 16 == 0;
+  writer.aligned = in_features % 8 == 0 && reinterpret_cast<u64>(expansion.dense) % 16 == 0;
   writer.fill = 0;
   writer.clear_all();
   __syncthreads();
@@ -105,37 +120,22 @@ QMOE_DEVICE void expand(Coding coding, const Shape& shape, const int* expert_ids
 
 }  // namespace qmoe
 
-#define EXPAND_PARAMETERS                                                                         \
-  const int *expert_ids, u16 *dense, int num_slots, int num_experts, int out_features,            \
-      int in_features, int rows_per_block, int zero_skipped
-#define EXPAND(coding)                                                                            \
-  expand(coding, Shape{num_experts, out_features, in_features}, expert_ids, dense, num_slots,     \
-         rows_per_block, zero_skipped)
-
 extern "C" __global__ void __launch_bounds__(256)
-    expand_tunstall(TUNSTALL_PARAMETERS, EXPAND_PARAMETERS) {
-  TunstallCoding<32, 1, false> coding;
-  TUNSTALL_ARRAYS(coding);
-  EXPAND(coding);
+    expand_tunstall(const TunstallArrays arrays, const ExpandArguments expansion) {
+  expand(TunstallCoding<32, 1, false>(arrays), expansion);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    expand_tunstall_2bit(TUNSTALL_PARAMETERS, EXPAND_PARAMETERS) {
-  TunstallCoding<32, 1, true> coding;
-  TUNSTALL_ARRAYS(coding);
-  EXPAND(coding);
+    expand_tunstall_2bit(const TunstallArrays arrays, const ExpandArguments expansion) {
+  expand(TunstallCoding<32, 1, true>(arrays), expansion);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    expand_qmoe(QMOE_PARAMETERS, EXPAND_PARAMETERS) {
-  QmoeCoding coding;
-  QMOE_ARRAYS(coding);
-  EXPAND(coding);
+    expand_qmoe(const QmoeArrays arrays, const ExpandArguments expansion) {
+  expand(QmoeCoding(arrays), expansion);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    expand_packed2(PACKED2_PARAMETERS, EXPAND_PARAMETERS) {
-  Packed2Coding coding;
-  PACKED2_ARRAYS(coding);
-  EXPAND(coding);
+    expand_packed2(const Packed2Arrays arrays, const ExpandArguments expansion) {
+  expand(Packed2Coding(arrays), expansion);
 }

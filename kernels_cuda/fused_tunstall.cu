@@ -1,6 +1,6 @@
-// Compressed experts times their tokens, coding "tunstall": one launch for all (expert, tokens) pairs of a
-// layer; one expert is the same with all tokens in it. README.md in this folder has arguments and launch
-// sizes.
+// Compressed experts times their tokens, coding "tunstall": one launch for all (expert, tokens)
+// pairs of a layer; one expert is the same with all tokens in it. README.md in this folder has launch
+// sizes; the arguments are explained at their structs.
 #include "coding_tunstall.cuh"
 #include "multiply.cuh"
 
@@ -8,10 +8,8 @@ using namespace qmoe;
 
 #define TUNSTALL_KERNEL(name, max_tokens, lanes)                                                  \
   extern "C" __global__ void __launch_bounds__(256)                                               \
-      name(TUNSTALL_PARAMETERS, TOKEN_PARAMETERS) {                                               \
-    TunstallCoding<lanes, 4, false> coding;                                                       \
-    TUNSTALL_ARRAYS(coding);                                                                      \
-    MULTIPLY(max_tokens, coding);                                                                 \
+      name(const TunstallArrays arrays, const ProductArguments product) {                         \
+    multiply<max_tokens>(TunstallCoding<lanes, 4, false>(arrays), product);                       \
   }
 
 TUNSTALL_KERNEL(fused_tunstall_t2_rows4, 2, 8)

@@ -13,18 +13,28 @@
 
 namespace qmoe {
 
-struct Tokens {
-  const u16* x;             // bfloat16 [num_tokens, in]
-  const int* order;         // [num_tokens]: row in x and y of each sorted token
-  const int* experts;       // [num_tokens]: expert of each sorted token
-  const int* expert_starts; // [num_experts + 1]: first sorted token of each expert
-  void* y;                  // bfloat16 or float32 [num_tokens, out]
-  int num_tokens, tile_tokens, y_is_float32;
+// What every product kernel takes behind its coding's arrays.
+struct ProductArguments {
+  const u16* x;              // bfloat16 [num_tokens, in_features]
+  const int* token_order;    // int32 [num_tokens]: row in x and y of each token, sorted by expert
+  const int* token_experts;  // int32 [num_tokens]: expert of each sorted token; negative, or
+                             // num_experts and more: none
+  const int* expert_starts;  // int32 [num_experts + 1]: first sorted token of each expert
+  void* y;                   // bfloat16 or float32 [num_tokens, out_features]; written wholly, zeros
+                             // for tokens without an expert
+  int num_experts;           // at least 1
+  int out_features;          // at least 1: rows of an expert
+  int in_features;           // at least 1: weights in a row
+  int num_tokens;            // at least 1
+  int tile_tokens;           // tokens of an expert that share a decode: 1 or 2 (kernels t2); 1, 2, 4,
+                             // 8 or 16 (t16)
+  int rows_per_block;        // at least 1
+  int y_is_float32;          // 0 or 1
 };
 
-QMOE_DEVICE void store_output(const Tokens& tokens, u64 index, float value) {
-  if (tokens.y_is_float32) static_cast<float*>(tokens.y)[index] = value;
-  else static_cast<u16*>(tokens.y)[index] = static_cast<u16>(to_bf16(value));
+QMOE_DEVICE void store_output(const ProductArguments& product, u64 index, float value) {
+  if (product.y_is_float32) static_cast<float*>(product.y)[index] = value;
+  else static_cast<u16*>(product.y)[index] = static_cast<u16>(to_bf16(value));
 }
 
 // The tokens of one column.
@@ -69,20 +79,21 @@ struct Sums {
 };
 
 template <class Coding, int TOKENS>
-QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Tokens& tokens, int expert,
-                               int first_token, int num_tokens, int row_begin, int row_end) {
+QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const ProductArguments& product,
+                               int expert, int first_token, int num_tokens, int row_begin,
+                               int row_end) {
   const u32 x_at = shared_begin() + Coding::SHARED_BYTES;
   const u32 rows_at = x_at + (shape.in_features + COLUMN_PADDING) *
-                               (tokens.tile_tokens > 1 ? 2 * tokens.tile_tokens : 4);
+                               (product.tile_tokens > 1 ? 2 * product.tile_tokens : 4);
   const u32 sums_at = rows_at + 4 * MAX_TILE_TOKENS;
 
   // Stage the tokens, zeros behind the last column and for tokens that are not there.
   const u16* own[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
-    const int row = t < num_tokens ? tokens.order[first_token + t] : -1;
-    own[t] = static_cast<u32>(row) < static_cast<u32>(tokens.num_tokens)
-                 ? tokens.x + static_cast<u64>(row) * shape.in_features
+    const int row = t < num_tokens ? product.token_order[first_token + t] : -1;
+    own[t] = static_cast<u32>(row) < static_cast<u32>(product.num_tokens)
+                 ? product.x + static_cast<u64>(row) * shape.in_features
                  : nullptr;
     if (threadIdx.x == t) shared_store<int>(rows_at + 4 * t, own[t] ? row : -1);
   }
@@ -110,7 +121,7 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Tokens&
   if (Coding::HAS_BASE) {
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      const float sum = total<32>(partial[t]);
+      const float sum = warp_sum<32>(partial[t]);
       if (lane_of_warp() == 0)
         shared_store<float>(sums_at + 4 * (MAX_TILE_TOKENS * (1 + warp_of_block()) + t), sum);
     }
@@ -131,7 +142,7 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Tokens&
   const int step = ROWS * warps_of_block();
   const int rows_per_warp = (row_end - row_begin + step - 1) / step * ROWS;
   const int warp_begin = row_begin + warp_of_block() * rows_per_warp;
-  const int warp_end = least(warp_begin + rows_per_warp, row_end);
+  const int warp_end = min_of(warp_begin + rows_per_warp, row_end);
   for (int first = warp_begin; first < warp_end; first += ROWS) {
     const int row = first + lane_of_warp() / Coding::LANES;
     coding.seek(shape, expert, row);
@@ -139,14 +150,14 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Tokens&
     coding.template walk<true>(shape, sums);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      float sum = total<Coding::LANES>(sums.sums[t]);
+      float sum = warp_sum<Coding::LANES>(sums.sums[t]);
       if (threadIdx.x % Coding::LANES != t % Coding::LANES || t >= num_tokens || row >= warp_end)
         continue;
       if (Coding::HAS_BASE && coding.base != 0)
         sum = fmaf(coding.base, shared_load<float>(sums_at + 4 * t), sum);
       const int token = shared_load<int>(rows_at + 4 * t);
       if (token >= 0)
-        store_output(tokens, static_cast<u64>(token) * shape.out_features + row, sum);
+        store_output(product, static_cast<u64>(token) * shape.out_features + row, sum);
     }
   }
 }
@@ -154,32 +165,32 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Tokens&
 // Block (p, chunk): if a tile of tokens begins at sorted token p, the tile times the chunk's rows.
 // A kernel for small tiles has room for more warps: a tile of 16 tokens needs twice the registers.
 template <int MAX_TOKENS, class Coding>
-QMOE_DEVICE void multiply(Coding coding, const Shape& shape, const Tokens& tokens,
-                          int rows_per_block) {
+QMOE_DEVICE void multiply(Coding coding, const ProductArguments& product) {
   constexpr int ROWS = 32 / Coding::LANES;
-  const int rows = (rows_per_block + ROWS - 1) / ROWS * ROWS;
+  const Shape shape = {product.num_experts, product.out_features, product.in_features};
+  const int rows = (product.rows_per_block + ROWS - 1) / ROWS * ROWS;
   const int row_begin = blockIdx.y * rows;
-  const int row_end = least(row_begin + rows, shape.out_features);
+  const int row_end = min_of(row_begin + rows, shape.out_features);
   const int place = blockIdx.x;
-  if (row_begin >= shape.out_features || place >= tokens.num_tokens) return;
+  if (row_begin >= shape.out_features || place >= product.num_tokens) return;
 
-  const int expert = tokens.experts[place];
+  const int expert = product.token_experts[place];
   if (static_cast<u32>(expert) >= static_cast<u32>(shape.num_experts)) {
-    const int token = tokens.order[place];
-    if (static_cast<u32>(token) >= static_cast<u32>(tokens.num_tokens)) return;
+    const int token = product.token_order[place];
+    if (static_cast<u32>(token) >= static_cast<u32>(product.num_tokens)) return;
     for (int row = row_begin + threadIdx.x; row < row_end; row += blockDim.x)
-      store_output(tokens, static_cast<u64>(token) * shape.out_features + row, 0);
+      store_output(product, static_cast<u64>(token) * shape.out_features + row, 0);
     return;
   }
-  const int start = tokens.expert_starts[expert];
-  const int stop = least(tokens.expert_starts[expert + 1], tokens.num_tokens);
-  if (start < 0 || place < start || (place - start) % tokens.tile_tokens != 0) return;
-  const int count = least(least(tokens.tile_tokens, stop - place), MAX_TOKENS);
+  const int start = product.expert_starts[expert];
+  const int stop = min_of(product.expert_starts[expert + 1], product.num_tokens);
+  if (start < 0 || place < start || (place - start) % product.tile_tokens != 0) return;
+  const int count = min_of(min_of(product.tile_tokens, stop - place), MAX_TOKENS);
   if (count <= 0) return;
 
   coding.open(shape, expert, shared_begin());
   const auto tile = [&](auto size) {
-    multiply_tile<Coding, decltype(size)::value>(coding, shape, tokens, expert, place, count,
+    multiply_tile<Coding, decltype(size)::value>(coding, shape, product, expert, place, count,
                                                  row_begin, row_end);
   };
   if (count == 1) {
@@ -194,14 +205,3 @@ QMOE_DEVICE void multiply(Coding coding, const Shape& shape, const Tokens& token
 }
 
 }  // namespace qmoe
-
-// What every kernel takes behind its coding's arrays, and its body.
-#define TOKEN_PARAMETERS                                                                          \
-  const u16 *x, const int *token_order, const int *token_experts, const int *expert_starts,      \
-      void *y, int num_experts, int out_features, int in_features, int num_tokens,               \
-      int tile_tokens, int rows_per_block, int y_is_float32
-#define MULTIPLY(max_tokens, coding)                                                              \
-  multiply<max_tokens>(coding, Shape{num_experts, out_features, in_features},                     \
-                       Tokens{x, token_order, token_experts, expert_starts, y, num_tokens,        \
-                              tile_tokens, y_is_float32},                                         \
-                       rows_per_block)

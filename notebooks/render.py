@@ -13,7 +13,6 @@ import copy
 import hashlib
 import html
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Any
 
 import nbclient
 import nbformat
+
+from qmoe_jax.atomic_file import open_atomically
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What TensorFlow says of the machine when it is imported.
@@ -237,9 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     path = arguments.html or arguments.notebook.with_suffix(".html")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page)
-    os.replace(partial, path)
+    with open_atomically(path) as file:
+        file.write(page.encode())
     print(path)
 
 

@@ -73,8 +73,8 @@ def emulated():
 @pytest.fixture
 def launcher(emulated):
     """The emulator, in CuPy's place for the length of a test."""
-    from qmoe_jax.ops.cuda import launcher as cuda_launcher
+    from qmoe_jax.ops.cuda.launcher import use_launcher
 
     emulated.calls.clear()
-    with cuda_launcher.use_launcher(emulated):
+    with use_launcher(emulated):
         yield emulated

@@ -1,11 +1,11 @@
-"""Damages valid coded tensors at random: each is refused, or decodes as the slow decoder does.
+"""Damages valid coded tensors at random: each is refused, or decodes as the reference decoder does.
 
     python tests/fuzz_codec.py --count 1000000 --seed 0 --json fuzz.json
 
 Not a test module; test_fuzz_codec.py runs a short part of it. Every input depends on the seed and
 its number alone: `--first N --count 1` runs input N again.
 
-For every input that `codings.validate` accepts, the codes of the slow reference decoder must be
+For every input that `codings.validate` accepts, the codes of the reference decoder must be
 below `num_symbols`, and XLA's must equal them. XLA compiles for each spec and set of shapes, so
 only the first `MAX_COMPILED` a coding are decoded that way; damage to contents alone, most
 of it, keeps them. Some refused inputs are decoded as well: decoders must stay in bounds whatever

@@ -1,8 +1,8 @@
 """What plans are made of, and the published numbers they are compared with."""
 
-from qmoe_jax.planning import public_checkpoints as registry
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
-from qmoe_jax.planning.limits import Resources
+from qmoe_jax.planning.memory import Resources
+from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
 
 # The QMoE paper (arXiv 2310.16795), "Compression rates and sizes for ternary models": experts'
 # compression, GB in bfloat16, GB compressed.
@@ -27,7 +27,7 @@ T5X_DOCUMENTATION = {
 
 
 def facts(name="switch_base_128"):
-    return ModelFacts.from_registry(registry.public_checkpoint(name), "float32")
+    return ModelFacts.from_registry(public_checkpoint(name), "float32")
 
 
 def some_tokens(count=1000, validation=0):
@@ -38,5 +38,5 @@ def some_tokens(count=1000, validation=0):
 
 
 def resources(device="h100", **changes):
-    found = registry.devices()[device]
+    found = devices()[device]
     return Resources(device=found, device_bytes=found.memory_bytes, **changes)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from qmoe_jax.codec import codings, reference
 from qmoe_jax.codec.decode import decode_expert, decode_expert_weights, dequantize, device_arrays
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.codec.outline import CodedOutline
+from qmoe_jax.codec.stats import bits
+from qmoe_jax.codec.tensor import NUM_SYMBOLS, CodedTensor, TensorSpec
 from qmoe_jax.errors import CodecError
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -209,8 +211,65 @@ class TestSpec:
             TensorSpec.from_json(fields)
 
     def test_unknown_coding_is_named(self):
-        with pytest.raises(CodecError, match=r"coding 'huffman' is unknown; .* qmoe, packed2"):
+        with pytest.raises(
+            CodecError, match=r"coding 'huffman' is unknown; .* qmoe, tunstall_2bit, packed2"
+        ):
             codings.get_coding("huffman")
+
+    def test_manifests_keep_their_keys(self):
+        """Rows and width are Python's names; stored bytes have the kernel's."""
+        spec = TensorSpec("qmoe", 1, 2, 3, 4)
+        stored = (
+            '{"coding": "qmoe", "num_experts": 1, "out_features": 2, "in_features": 3, '
+            '"max_row_codewords": 4}'
+        )
+        assert json.dumps(spec.to_json()) == stored
+        outline = CodedOutline(spec, (5,), {"codewords": "uint16"}, {"codewords": ()})
+        assert json.dumps(outline.to_json()["spec"]) == stored
+        assert CodedOutline.from_json(json.loads(json.dumps(outline.to_json()))) == outline
+        fields = spec.to_json() | {"in_features": 0}
+        with pytest.raises(CodecError, match=r"in_features\) is 0; .* at least 1"):
+            TensorSpec.from_json(fields)
+
+
+class TestWhatCodingsState:
+    def test_grids_share_out_all_codings(self):
+        by_grid = [codings.codings_of_grid(grid) for grid in NUM_SYMBOLS]
+        assert sorted(sum(by_grid, ())) == sorted(codings.coding_names())
+        assert all(by_grid)
+        for grid, names in zip(NUM_SYMBOLS, by_grid, strict=True):
+            for name in names:
+                assert codings.get_coding(name).num_symbols == NUM_SYMBOLS[grid]
+
+    @pytest.mark.parametrize("grid", NUM_SYMBOLS)
+    def test_the_smallest_coding_comes_first(self, grid):
+        codes = random_codes((1, 64, 768), 0.885, NUM_SYMBOLS[grid])
+        levels = random_levels(codes)
+        if grid == "2bit":
+            levels[..., 1] = 0
+        sizes = [
+            bits(encode(codes, levels, name))["total"] for name in codings.codings_of_grid(grid)
+        ]
+        assert sizes == sorted(sizes)
+
+    @pytest.mark.parametrize("coding", codings.coding_names())
+    def test_kinds_of_arrays(self, coding):
+        found = codings.get_coding(coding)
+        assert found.array_names == tuple(found.array_kinds)
+        names = {
+            kind: [name for name, its in found.array_kinds.items() if its == kind]
+            for kind in ("codes", "levels", "lengths")
+        }
+        assert names["levels"] == ["levels"]
+        assert len(names["codes"]) == 1
+        assert found.code_array in (*names["codes"], None)
+        assert (found.code_array is None) == ("expert_offsets" not in found.array_names)
+        codes = random_codes((2, 3, 40), 0.8, found.num_symbols)
+        coded = encode(codes, random_levels(codes), coding)
+        counted = bits(coded)
+        for kind, counted_as in (("codes", "codes"), ("levels", "levels"), ("lengths", "offsets")):
+            stored = sum(coded.arrays[name].nbytes for name in names[kind])
+            assert counted[counted_as] == 8 * stored
 
 
 class TestConcatenate:

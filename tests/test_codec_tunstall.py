@@ -128,7 +128,7 @@ class TestRows:
     @settings(max_examples=100, deadline=None)
     @given(st.binary(max_size=40), st.integers(1, 60), st.sampled_from([0, 8]))
     def test_any_row_that_walks_without_fault_decodes(self, data, width, num_escapes):
-        """Whatever the walk accepts is a row by the slow decoder, which ends where it should."""
+        """What the walk accepts is a row by the reference decoder, which ends where it should."""
         family, entries = tunstall_family(num_escapes), reference.tunstall_entries(0, num_escapes)
         array = np.frombuffer(data, np.uint8)
         bounds = np.zeros(1, np.int64), np.full(1, len(data), np.int64)

@@ -208,8 +208,9 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, command):
     assert line == f"qmoe-jax {command}: interrupted; {module.IF_INTERRUPTED}"
 
 
-HIDDEN = """
+WITHOUT = """
 import importlib.abc, sys
+HIDDEN = {"gin", "seqio", "tensorflow", "tensorflow_datasets", "torch"}
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"gin", "seqio", "tensorflow", "tensorflow_datasets", "torch"}:
@@ -221,11 +222,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 class TestBareCheckout:
-    """A checkout on a machine that has JAX, but no gin, seqio or TensorFlow, and no installation."""
+    """A checkout that is not installed, on a machine with JAX but no gin, seqio or TensorFlow."""
 
     def run(self, *arguments, cwd=REPOSITORY):
         return subprocess.run(
-            [sys.executable, "-c", HIDDEN, *map(str, arguments)],
+            [sys.executable, "-c", WITHOUT, *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=cwd,

@@ -12,11 +12,11 @@ from markers import needs_compiler
 
 import qmoe_jax
 from qmoe_jax.codec.tensor import TensorSpec
+from qmoe_jax.errors import CudaError
 from qmoe_jax.generation.sampling import greedy_generate
 from qmoe_jax.models import load
 from qmoe_jax.models.moe import DERIVED
-from qmoe_jax.ops.cuda import launcher as cuda_launcher
-from qmoe_jax.ops.cuda.launcher import CudaError
+from qmoe_jax.ops.cuda.launcher import use_launcher
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def logits_of(emulated, compressed, inputs):
 
     @functools.cache
     def run(implementation, dtype, in_jit=True):
-        with cuda_launcher.use_launcher(emulated):
+        with use_launcher(emulated):
             module, variables = qmoe_jax.load_switch(
                 compressed, dtype, implementation=implementation
             )

@@ -20,10 +20,9 @@ from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import CodedTensor
-from qmoe_jax.ops.cuda import kernels as cuda_kernels
-from qmoe_jax.ops.cuda import launch_settings
-from qmoe_jax.ops.cuda import launcher as cuda_launcher
-from qmoe_jax.ops.cuda.launcher import CudaError
+from qmoe_jax.errors import CudaError
+from qmoe_jax.ops.cuda import kernels, launch_settings
+from qmoe_jax.ops.cuda.launcher import CupyLauncher, cuda_is_available, use_launcher
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, find_row_block_starts
 from qmoe_jax.ops.products import (
     compressed_product,
@@ -48,7 +47,7 @@ def make_experts(coding, num_experts, out, width, seed=0) -> CodedExperts:
 
 
 def reference_weights(experts) -> np.ndarray:
-    """float64 [experts, out, in] by the slow decoder."""
+    """float64 [experts, out, in] by the reference decoder."""
     arrays = {name: np.asarray(array) for name, array in experts.arrays.items()}
     coded = CodedTensor(experts.spec, arrays)
     codes = get_coding(experts.spec.coding).decode_numpy_reference(coded)
@@ -88,7 +87,7 @@ class TestProduct:
         ],
     )
     def test_in_and_out_of_jit(self, launcher, coding, dtype, tokens, num_experts, out, width):
-        """Beside float64 products with the weights of the slow decoder."""
+        """Beside float64 products with the weights of the reference decoder."""
         experts = make_experts(coding, num_experts, out, width, seed=tokens)
         rng = np.random.default_rng(width)
         x = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
@@ -119,7 +118,7 @@ class TestProduct:
     def test_many_tokens_expand(self, launcher, monkeypatch, dtype):
         """Over the limit, each expert with tokens is expanded once, in a loop on the device."""
         settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
-        monkeypatch.setattr(cuda_kernels, "launch_settings", lambda *_: settings)
+        monkeypatch.setattr(kernels, "launch_settings", lambda *_: settings)
         experts = make_experts("tunstall", 4, 9, 50)
         rng = np.random.default_rng(0)
         x = jnp.asarray(rng.normal(size=(7, 50)), dtype)
@@ -134,7 +133,7 @@ class TestProduct:
         ids = jnp.asarray([2, 0], jnp.int32)
         weights = decode_expert_weights(experts.spec, experts.arrays, 2)
         expected = [weights, reference_weights(experts)[0].astype(ml_dtypes.bfloat16)]
-        expand = functools.partial(cuda_kernels.expand_experts, launcher, experts)
+        expand = functools.partial(kernels.expand_experts, launcher, experts)
         for dense in (expand(ids), jax.jit(expand)(ids)):
             np.testing.assert_array_equal(dense, np.stack(expected))
         fetched = kernel_fetch(experts, jnp.float32, "cuda")(jnp.int32(2))
@@ -286,20 +285,30 @@ class TestUnsupported:
         ):
             product(experts, "gpu")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
 
+    def test_a_coding_without_kernels(self, monkeypatch):
+        """XLA runs it; "cuda" names the codings that have kernels."""
+        experts = make_experts("tunstall", 1, 2, 3)
+        monkeypatch.setattr(get_coding("tunstall"), "cuda", None)
+        match = "'tunstall' has no CUDA kernels; those that do are packed2, qmoe, tunstall_2bit"
+        with pytest.raises(CudaError, match=match):
+            kernels.check_coded(experts)
+        with pytest.raises(ValueError, match="settings for .'tunstall'."):
+            launch_settings.write_settings("a", {"tunstall": launch_settings.LaunchSettings()})
+
     def test_no_gpu_or_no_cupy(self):
         if jax.default_backend() == "gpu":
             pytest.skip("there is a GPU")
         experts = make_experts("tunstall", 1, 2, 3)
         with pytest.raises(CudaError, match="JAX runs on 'cpu'; implementation='cuda' requires"):
             product(experts, "cuda")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
-        assert not cuda_launcher.cuda_is_available()
+        assert not cuda_is_available()
 
     def test_no_cupy(self, monkeypatch):
         if importlib.util.find_spec("cupy") is not None:
             pytest.skip("CuPy is installed")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         with pytest.raises(CudaError, match="CuPy is not installed.*pip install cupy-cuda13x"):
-            cuda_launcher.CupyLauncher()
+            CupyLauncher()
 
     @needs_compiler
     def test_groups_of_columns(self, launcher):
@@ -323,12 +332,10 @@ class TestUnsupported:
         experts = make_experts("tunstall", 1, 3, 9000)
         x = jnp.ones((1, 9000), jnp.bfloat16)
         index = jnp.zeros(1, jnp.int32)
-        order = cuda_kernels.sort_tokens(index, 1)
+        order = kernels.sort_tokens(index, 1)
         with pytest.raises(CudaError, match="9000 features do not fit.*36864 bytes"):
-            cuda_kernels.fused_product(
-                small, experts, x, order, expected_tokens=1.0, dtype=jnp.bfloat16
-            )
-        with cuda_launcher.use_launcher(small):
+            kernels.fused_product(small, experts, x, order, expected_tokens=1.0, dtype=jnp.bfloat16)
+        with use_launcher(small):
             y = product(experts, "cuda")(x, index)
         assert [name for name, _ in small.calls] == ["expand_tunstall"]
         np.testing.assert_array_equal(y, product(experts, "xla")(x, index))

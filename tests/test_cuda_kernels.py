@@ -19,6 +19,7 @@ from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.codec.tunstall import ZERO_WEIGHTS
+from qmoe_jax.ops.cuda import kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -51,7 +52,7 @@ def random_tensor(coding, shape, zero_share=0.85, seed=0, **options):
 
 
 def reference_weights(coded: CodedTensor) -> np.ndarray:
-    """bfloat16 [experts, out, in] by the slow decoder."""
+    """bfloat16 [experts, out, in] by the reference decoder."""
     codes = get_coding(coded.spec.coding).decode_numpy_reference(coded)
     return reference.dequantize(coded, codes).astype(BF16)
 
@@ -182,14 +183,15 @@ class TestTokens:
         """Token orders and starts from outside are not followed out of bounds."""
         coded = random_tensor(coding, (2, 5, 20))
         x, y = np.ones((3, 20), BF16), np.full((3, 5), np.nan, np.float32)
-        front = launches.coding_arguments(get, coded)
-        numbers = [np.int32(n) for n in (2, 5, 20, 3, 2, 16, 1)]
+        front = launches.coding_argument(get, coded)
         order, experts = np.array([7, -3, 1], np.int32), np.array([1, 1, 1], np.int32)
         for starts in ([0, 0, 99], [0, -5, 3], [0, 2, 1]):
-            arguments = [*front, x, order, experts, np.array(starts, np.int32), y, *numbers]
-            kernel = get(launches.fused_name(coding, 2))
-            kernel(
-                (3, 1), (64,), arguments, shared_mem=launches.fused_shared_bytes(coding, 20, 2, 64)
+            values = (x, order, experts, np.array(starts, np.int32), y, 2, 5, 20, 3, 2, 16, 1)
+            get(kernels.fused_name(coding, 2, 4))(
+                (3, 1),
+                (64,),
+                [front, launches.Struct(kernels.PRODUCT, values)],
+                shared_mem=kernels.fused_shared_bytes(coding, 20, 2, 64),
             )
         assert np.isnan(y[[0, 2]]).all()
 

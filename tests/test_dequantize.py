@@ -17,8 +17,9 @@ import qmoe_jax
 from qmoe_jax.checkpoints import dequantize as library
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
-from qmoe_jax.checkpoints.compressed_parts import CodedExperts, step_of_name, variable_shapes
+from qmoe_jax.checkpoints.compressed_parts import CodedExperts, variable_shapes
 from qmoe_jax.checkpoints.dequantize import dequantize_checkpoint
+from qmoe_jax.checkpoints.layouts import step_of_name
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
 from qmoe_jax.codec import codings
@@ -138,6 +139,7 @@ def test_shapes_of_variables(compressed):
 def test_step_of_name():
     assert step_of_name("/a/checkpoint_12") == 12
     assert step_of_name("checkpoint_12/") == 12
+    assert step_of_name("file:///a/checkpoint_12/state") == 12
     assert step_of_name("gs://b/my_checkpoint_12") is None
     assert step_of_name("/a/checkpoint_12x") is None
 

@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import qmoe_jax
+from qmoe_jax.ops.expert_parallel import expert_mesh
+from qmoe_jax.ops.local_devices import local_devices
+from qmoe_jax.pipeline.devices import Devices
 
 _PROGRAM = """
 import json, sys
@@ -113,3 +117,20 @@ def test_generated_tokens_are_the_same(results):
 
 def test_experts_that_do_not_divide_are_refused(results):
     assert "8 experts cannot be split evenly over 3 devices" in results["refusal"]
+
+
+@pytest.mark.parametrize("take", [local_devices, expert_mesh, Devices.local])
+def test_devices_that_are_not_there(take):
+    """One check for all that spread over devices, with one message."""
+    have = len(jax.local_devices())
+    for count in (0, have + 1):
+        with pytest.raises(
+            ValueError,
+            match=rf"num_devices is {count}; this process has {have} .* give 1 to {have}",
+        ):
+            take(count)
+
+
+def test_devices_of_this_process():
+    assert local_devices(None) == jax.local_devices()
+    assert local_devices(1) == jax.local_devices()[:1]

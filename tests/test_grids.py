@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_jax.quantization.grids import Ternary, TwoBit, grid_from_name
+from qmoe_jax.quantization.grids import Ternary, TwoBit
 from qmoe_jax.quantization.rtn import round_to_nearest
+from qmoe_jax.quantization.settings import CompressionSettings
 
 GRIDS = [Ternary(), TwoBit()]
 
@@ -104,8 +105,7 @@ def test_two_bit_zero_row_is_zero():
     np.testing.assert_array_equal(TwoBit().dequantize(codes, levels), np.zeros((3, 1)))
 
 
-def test_grids_are_hashable_and_found_by_name():
+def test_grids_are_hashable_and_named_as_in_settings():
     assert {Ternary(): 1}[Ternary()] == 1
-    assert grid_from_name("two_bit") == TwoBit()
-    with pytest.raises(ValueError, match="'binary' is unknown; choose one of"):
-        grid_from_name("binary")
+    for name in ("ternary", "2bit"):
+        assert CompressionSettings(grid=name).quantization_grid.name == name

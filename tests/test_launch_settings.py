@@ -9,14 +9,14 @@ from qmoe_jax.ops.cuda import launch_settings
 
 class TestLaunchSettings:
     def test_the_shipped_file_is_read(self):
-        content = json.loads(launch_settings.PATH.read_text())
+        content = json.loads(launch_settings.settings_path().read_text())
         for codings in content["devices"].values():
             for fields in codings.values():
                 launch_settings.settings_from_json(fields)
 
     def test_which_entry_counts(self, tmp_path, monkeypatch):
         path = tmp_path / "kernel_launch.json"
-        monkeypatch.setattr(launch_settings, "PATH", path)
+        monkeypatch.setattr(launch_settings, "settings_path", lambda: path)
         assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
         for place, name in enumerate(("default", "compute capability 9.0", "a")):
             chosen = launch_settings.LaunchSettings(few_tokens=10 + place)
@@ -25,7 +25,7 @@ class TestLaunchSettings:
         assert launch_settings.launch_settings("b", "9.0", "tunstall").few_tokens == 11
         assert launch_settings.launch_settings("b", "8.0", "tunstall").few_tokens == 10
         assert launch_settings.launch_settings("a", "9.0", "qmoe").few_tokens == 4
-        assert not list(tmp_path.glob("*.tmp"))
+        assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize(
         "text",
@@ -39,7 +39,7 @@ class TestLaunchSettings:
     def test_damage_is_named(self, tmp_path, monkeypatch, text):
         path = tmp_path / "kernel_launch.json"
         path.write_text(text)
-        monkeypatch.setattr(launch_settings, "PATH", path)
+        monkeypatch.setattr(launch_settings, "settings_path", lambda: path)
         with pytest.raises(ValueError, match="kernel_launch.json is not as it should be"):
             launch_settings.launch_settings("a", "9.0", "qmoe")
         launch_settings._read.cache_clear()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from plan_factories import facts, resources, some_tokens
 
-from qmoe_jax.planning import memory as plan_memory
-from qmoe_jax.planning.limits import fits_memory
+from qmoe_jax.planning import memory
 from qmoe_jax.planning.plan import make_plan
 from qmoe_jax.quantization import host_gptq
 from qmoe_jax.quantization.expert_batch import quantize_experts
@@ -29,11 +28,9 @@ def test_memory_grows_with_the_expert_batch(name, method, on_cpu):
     for batch in range(1, 9):
         settings = CompressionSettings(expert_batch=batch, method=method)
         host = sum(
-            plan_memory.host_memory(
-                model, tokens, settings, zeros=ZEROS, buffers_on_disk=False
-            ).values()
+            memory.host_memory(model, tokens, settings, zeros=ZEROS, buffers_on_disk=False).values()
         )
-        phases = plan_memory.device_memory(model, tokens, settings, on_cpu=on_cpu)
+        phases = memory.device_memory(model, tokens, settings, on_cpu=on_cpu)
         now = (host, sum(phases["quantize"].values()))
         assert now[0] > before[0]
         assert now[1] > before[1]
@@ -50,7 +47,7 @@ def test_the_largest_expert_batch_is_the_largest_that_fits(device, host_gb):
 
     def fits(batch):
         changed = dataclasses.replace(settings, expert_batch=batch)
-        return fits_memory(model, tokens, changed, there, ZEROS)
+        return memory.fits_memory(model, tokens, changed, there, ZEROS)
 
     by_trying = [batch for batch in range(1, model.config.num_experts + 1) if fits(batch)]
     assert largest == max(by_trying, default=0)
@@ -71,7 +68,7 @@ def test_workspace_against_xla_s_own_account(experts, width, out, at_once):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(quantize).lower(*arguments).compile()
     allotted = compiled.memory_analysis().temp_size_in_bytes
-    predicted = plan_memory.gptq_workspace(width, out, at_once)
+    predicted = memory.gptq_workspace(width, out, at_once)
     assert predicted > 0.9 * allotted
     assert predicted < 2 * allotted
 
@@ -102,17 +99,17 @@ def test_host_workspace_against_what_is_allocated(width, out, threads, act_order
 
 def test_hidden_states_and_buffers():
     model, tokens = facts(), some_tokens(100, 20)
-    hidden = plan_memory.hidden_state_bytes(model, tokens)
+    hidden = memory.hidden_state_bytes(model, tokens)
     assert hidden == {"encoder": 120 * 512 * 768 * 4, "decoder": 120 * 114 * 768 * 4}
     settings = CompressionSettings()
     held = {
-        on_disk: plan_memory.host_memory(
-            model, tokens, settings, zeros=ZEROS, buffers_on_disk=on_disk
-        )["hidden states"]
+        on_disk: memory.host_memory(model, tokens, settings, zeros=ZEROS, buffers_on_disk=on_disk)[
+            "hidden states"
+        ]
         for on_disk in (False, True)
     }
     assert held == {False: sum(hidden.values()), True: 0}
-    output, buffers = plan_memory.disk(
+    output, buffers = memory.disk(
         model, tokens, settings, 5, zeros=ZEROS, buffers_on_disk=True, journal=False
     )
     assert output == {"compressed checkpoint": 5}

@@ -12,8 +12,7 @@ from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.stats import bits
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.planning import public_checkpoints as registry
-from qmoe_jax.planning import sizes as plan_sizes
+from qmoe_jax.planning import public_checkpoints, sizes
 from qmoe_jax.planning.inputs import ModelFacts
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -31,7 +30,7 @@ BILLIONS = {"base_128": 7.4, "large_128": 26.3, "xxl_128": 395, "c_2048": 1571}
 
 
 def test_the_registry_agrees_with_the_documentation_of_t5x():
-    known = registry.public_checkpoints()
+    known = public_checkpoints.public_checkpoints()
     assert list(known) == list(T5X_DOCUMENTATION)
     root = "gs://t5-data/pretrained_models/t5x/moe/switch_classic/"
     for name, (gin_file, location) in T5X_DOCUMENTATION.items():
@@ -60,9 +59,9 @@ def test_numbers_of_parameters(name, billions):
 def test_sizes_agree_with_the_paper(name):
     compression, in_bfloat16, compressed = PAPER_SIZES[name]
     model = facts(name)
-    zeros = plan_sizes.zero_share(model.config, "ternary")
+    zeros = sizes.zero_share(model.config, "ternary")
     assert not zeros.source.startswith("assumed")
-    size = plan_sizes.published_size(model.config, model.shapes, zeros.value)
+    size = sizes.published_size(model.config, model.shapes, zeros.value)
     assert size.bfloat16_bytes / 1e9 == pytest.approx(in_bfloat16, rel=0.005)
     assert size.total / 1e9 == pytest.approx(compressed, rel=0.05)
     assert size.expert_compression == pytest.approx(compression, rel=0.05)
@@ -70,9 +69,9 @@ def test_sizes_agree_with_the_paper(name):
 
 def test_independent_codes_cost_what_the_paper_says():
     """Section 4.3.2: 21.11x for matrices of c-2048 sampled with 88.5 % zeros."""
-    shapes = plan_sizes.expert_kernel_shapes(facts("switch_c_2048").config).values()
+    shapes = sizes.expert_kernel_shapes(facts("switch_c_2048").config).values()
     per_weight = [
-        plan_sizes.sample_bits("qmoe", out, width, 0.885).codes_per_weight + 64 / width
+        sizes.sample_bits("qmoe", out, width, 0.885).codes_per_weight + 64 / width
         for out, width in shapes
     ]
     assert 16 / np.mean(per_weight) == pytest.approx(21.11, rel=0.01)
@@ -80,9 +79,9 @@ def test_independent_codes_cost_what_the_paper_says():
 
 def test_zero_shares_of_the_other_models_are_said_to_be_assumed():
     for name in T5X_DOCUMENTATION.keys() - PAPER_SIZES:
-        zeros = plan_sizes.zero_share(facts(name).config, "ternary")
+        zeros = sizes.zero_share(facts(name).config, "ternary")
         assert zeros.source.startswith("assumed")
-        assert zeros.value in plan_sizes.PAPER_ZERO_SHARES["ternary"].values()
+        assert zeros.value in sizes.PAPER_ZERO_SHARES["ternary"].values()
 
 
 @pytest.mark.parametrize("coding", codings.coding_names())
@@ -96,11 +95,12 @@ def test_the_sample_s_size_is_that_of_whole_tensors(coding, out, width, zeros):
     if codings.get_coding(coding).num_symbols == 3:
         codes = (draws > zeros).astype(np.uint8) + (draws > (1 + zeros) / 2)
     else:
-        first, second, _ = plan_sizes._TWO_BIT_NONZERO
+        first, second, _ = sizes._TWO_BIT_NONZERO
         bounds = [zeros, zeros + (1 - zeros) * first, zeros + (1 - zeros) * (first + second)]
         codes = np.array([1, 2, 0, 3])[np.searchsorted(bounds, draws)]
     coded = encode(codes.astype(np.uint8), levels.astype(ml_dtypes.bfloat16), coding)
-    predicted = plan_sizes.sample_bits(coding, out, width, zeros).per_weight(out, width)
+    sample = sizes.sample_bits(coding, out, width, zeros)
+    predicted = sample.codes_per_weight + sample.per_row / width + sample.per_expert / (out * width)
     tolerance = 0.01 if out * width > 50_000 else 0.06
     assert predicted == pytest.approx(bits(coded)["bits_per_weight"], rel=tolerance)
 
@@ -116,9 +116,7 @@ def test_the_plan_s_size_is_that_of_a_real_run(golden_checkpoint, tmp_path, meth
     zeros = sum(kernel.zeros * kernel.num_weights for kernel in report.kernels) / weights
     settings = CompressionSettings(method=method, grid=grid)
     model = ModelFacts.from_checkpoint(str(source))
-    size = plan_sizes.compressed_size(
-        model.config, model.shapes, model.dtypes, settings, {grid: zeros}
-    )
+    size = sizes.compressed_size(model.config, model.shapes, model.dtypes, settings, {grid: zeros})
     stored = open_compressed_checkpoint(tmp_path / "out").num_bytes()
     assert size.expert_weights == weights
     assert size.dense == stored["dense"]
@@ -127,10 +125,10 @@ def test_the_plan_s_size_is_that_of_a_real_run(golden_checkpoint, tmp_path, meth
 
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(CheckpointError, match="switch_base_128"):
-        registry.public_checkpoint("switch-base-128b")
+        public_checkpoints.public_checkpoint("switch-base-128b")
 
 
 def test_missing_configs_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "CONFIGS", tmp_path)
-    with pytest.raises(CheckpointError, match="run from a checkout"):
-        registry._read("devices.json")
+    monkeypatch.setattr(public_checkpoints, "CONFIGS", tmp_path)
+    with pytest.raises(CheckpointError, match="comes with the package"):
+        public_checkpoints._read("devices.json")

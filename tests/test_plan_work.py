@@ -8,17 +8,17 @@ from plan_factories import facts, resources, some_tokens
 
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
-from qmoe_jax.planning import inputs as plan_inputs
-from qmoe_jax.planning import time as plan_work
+from qmoe_jax.planning import inputs
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.plan import make_plan
+from qmoe_jax.planning.time import device_work
 from qmoe_jax.quantization.settings import CompressionSettings
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 40])
 @pytest.mark.parametrize("layout", ["t5x_float32_multichunk", "t5x_bfloat16"])
 def test_bytes_to_read_count_every_chunk(golden_checkpoint, monkeypatch, layout, cache_bytes):
-    monkeypatch.setattr(plan_inputs, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(inputs, "MAX_CACHE_BYTES", cache_bytes)
     path = golden_checkpoint("base", layout)
     model, source = ModelFacts.from_checkpoint(str(path)), open_t5x_checkpoint(path)
     expected = 0
@@ -41,7 +41,7 @@ def test_operations_by_hand():
     tokens = TokenFacts.from_means(
         32, 0, {"encoder": 512.0, "decoder": 128.0}, lengths
     )  # 16,384 and 4,096 tokens: 2,048 and 512 an expert, both whole chunks of 256
-    work = plan_work.device_work(model, tokens, CompressionSettings())
+    work = device_work(model, tokens, CompressionSettings())
     layers, experts, embed, mlp = 6, 8, 768, 3072
     count = layers * (16384 + 4096)
     assert work["Hessians"].flops == 2 * count * (embed**2 + mlp**2)
@@ -50,7 +50,7 @@ def test_operations_by_hand():
     assert work["sweep"].flops == 2 * layers * experts * (embed**2 * mlp + mlp**2 * embed)
     # 16 experts a batch take all 8 at once: a step a column.
     assert work["sweep"].steps == 2 * layers * (embed + mlp)
-    halves = plan_work.device_work(model, tokens, CompressionSettings(expert_batch=4))
+    halves = device_work(model, tokens, CompressionSettings(expert_batch=4))
     assert halves["sweep"].steps == 2 * work["sweep"].steps
 
 

@@ -1,6 +1,7 @@
 """The token file: round trip, batches, and every way in which it can be wrong."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -210,6 +211,14 @@ def test_write_refuses(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_the_digest_that_runs_record(path):
+    """Of the bytes alone, whatever the file; the header's covers shapes too."""
+    found = tokens.read_tokens(path)
+    content = b"".join(array.tobytes() for array in found.tokens.arrays().values())
+    assert found.sha256() == hashlib.sha256(content).hexdigest()
+    assert found[:1].sha256() != found.sha256()
+
+
 def test_plain_arrays_of_the_demo(tmp_path):
     path = DEMO / "validation_tokens.npz"
     read = tokens.read_plain_tokens(path, METADATA, num_embeddings=4096)
@@ -238,7 +247,7 @@ def test_plain_arrays_of_the_demo(tmp_path):
 
 def test_reading_needs_no_tensorflow():
     program = (
-        "import sys, qmoe_jax.calibration.tokens, qmoe_jax.prepare_tokens, "
+        "import sys, qmoe_jax.calibration.tokens, qmoe_jax.cli.prepare_tokens, "
         "qmoe_jax.calibration.tasks, qmoe_jax.demo.docstrings\n"
         "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'jax'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.formatting import format_memory
 
 
 class ListBuffer:
@@ -93,6 +94,6 @@ def _reserve(path: str | os.PathLike[str], num_bytes: int) -> None:
                 file.truncate(num_bytes)
     except OSError as error:
         raise CheckpointError(
-            f"cannot reserve {num_bytes / 2**30:.2f} GiB for hidden states at {path} ({error}); "
-            "free some space or choose another buffer_dir"
+            f"cannot reserve {format_memory(num_bytes, 'GiB')} for hidden states at {path} "
+            f"({error}); free some space or choose another buffer_dir"
         ) from error

@@ -26,7 +26,13 @@ class SampleBatch:
     batch_size: int
 
 
-def _padded_length(longest: int, full_length: int) -> int:
+def padded_length(longest: int, full_length: int) -> int:
+    """Return the length that a batch is padded to: few lengths, so that few programs are compiled.
+
+    Args:
+      longest: tokens of its longest sample.
+      full_length: upper bound.
+    """
     return min(full_length, -(-max(longest, 1) // _LENGTH_STEP) * _LENGTH_STEP)
 
 
@@ -54,7 +60,7 @@ def plan_sample_batches(
         samples = order[start : start + batch_size]
         yield SampleBatch(
             samples + first_sample,
-            _padded_length(int(encoder_lengths[samples].max()), full_encoder_length),
-            _padded_length(int(decoder_lengths[samples].max()), full_decoder_length),
+            padded_length(int(encoder_lengths[samples].max()), full_encoder_length),
+            padded_length(int(decoder_lengths[samples].max()), full_decoder_length),
             batch_size,
         )

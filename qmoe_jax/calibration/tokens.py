@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.errors import TokensError
 
 FORMAT = "qmoe_jax.tokens"
@@ -117,6 +118,16 @@ class TokenFile:
         num_examples = len(arrays["encoder_input_tokens"])
         return TokenFile(TokenBatch(**arrays, num_real=num_examples), self.metadata)
 
+    def sha256(self) -> str:
+        """Return the digest of the examples that runs record: of the arrays' bytes alone.
+
+        The header of a token file has another, which covers their names and shapes too.
+        """
+        digest = hashlib.sha256()
+        for array in self.tokens.arrays().values():
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def batches(self, batch_size: int) -> Iterator[TokenBatch]:
         """Yield batches of exactly `batch_size` rows, so that one compilation serves all.
 
@@ -162,6 +173,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: TokenBatch, metadata: Tok
 
     Raises:
       TokensError: no examples, filler rows, arrays that disagree, or ids outside the vocabulary.
+      OSError: the file cannot be written.
     """
     path = Path(path)
     arrays = tokens.arrays()
@@ -180,14 +192,9 @@ def write_tokens(path: str | os.PathLike[str], tokens: TokenBatch, metadata: Tok
     }
     text = json.dumps(header, sort_keys=True).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            # pyright takes the arrays for savez's own flags.
-            np.savez_compressed(file, header=np.frombuffer(text, np.uint8), **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomically(path) as file:
+        # pyright takes the arrays for savez's own flags.
+        np.savez_compressed(file, header=np.frombuffer(text, np.uint8), **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def read_tokens(path: str | os.PathLike[str], *, num_embeddings: int | None = None) -> TokenFile:
@@ -355,6 +362,7 @@ def _checked_file(
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """Return the sha256 of a token file's header: of names, shapes and little-endian contents."""
     digest = hashlib.sha256()
     for name in ARRAY_NAMES:
         array = arrays[name]

@@ -1,7 +1,6 @@
 """Parts of a compressed checkpoint: the shapes of its arrays, and some experts of a kernel."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,12 +30,6 @@ def variable_shapes(checkpoint: CompressedCheckpoint) -> dict[str, jax.ShapeDtyp
         name: jax.ShapeDtypeStruct(tuple(entry["shape"]), jax.numpy.dtype(entry["dtype"]))
         for name, entry in sorted(entries.items())
     }
-
-
-def step_of_name(url: str) -> int | None:
-    """Return the training step in a folder's name, `checkpoint_<step>` as T5X has it, or None."""
-    match = re.search(r"(?:^|/)checkpoint_(\d+)/?$", url)
-    return int(match[1]) if match else None
 
 
 def read_experts(

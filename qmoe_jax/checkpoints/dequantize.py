@@ -13,8 +13,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
-from qmoe_jax.checkpoints.compressed_parts import CodedExperts, step_of_name
+from qmoe_jax.checkpoints.compressed_parts import CodedExperts
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.checkpoints.layouts import step_of_name
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.decode import decode_expert_weights

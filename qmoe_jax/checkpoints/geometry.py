@@ -10,7 +10,6 @@ from qmoe_jax.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-_EMBEDDING = "token_embedder/embedding"
 _LOGITS = "decoder/logits_dense/kernel"
 _MOST_LISTED = 5
 
@@ -18,7 +17,7 @@ _MOST_LISTED = 5
 def parameter_shapes(config: SwitchConfig) -> dict[str, Shape]:
     """Shape of every parameter of a Switch Transformer, by sorted '/'-joined name."""
     embed = config.embed_dim
-    shapes: dict[str, Shape] = {_EMBEDDING: (config.num_embeddings, embed)}
+    shapes: dict[str, Shape] = {names.EMBEDDING: (config.num_embeddings, embed)}
     if not config.tied_logits:
         shapes[_LOGITS] = (embed, config.num_embeddings)
     stacks = (
@@ -106,7 +105,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> SwitchConfig:
     first_experts = next((name for name in experts if name.endswith(f"/{wi}/kernel")), experts[0])
     num_experts, _, expert_mlp_dim = _axes(shapes, first_experts, 3)
     dense = [name for name in sorted(shapes) if re.search(rf"layers_\d+/mlp/{wi}/kernel$", name)]
-    num_embeddings, embed_dim = _axes(shapes, _EMBEDDING, 2)
+    num_embeddings, embed_dim = _axes(shapes, names.EMBEDDING, 2)
     num_heads, relpos_buckets = _axes(shapes, "encoder/relpos_bias/rel_embedding", 2)
     query = "encoder/layers_0/attention/query/kernel"
     joined = _axes(shapes, query, 2)[1]

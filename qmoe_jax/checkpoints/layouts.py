@@ -241,7 +241,7 @@ def _names_of_metadata(folder: Folder, metadata: bytes) -> tuple[dict[str, str],
             f"{url} names no parameters: expected keys that begin with 'target'. "
             "It was not written by T5X."
         )
-    step = "state.step" if ["state", "step"] in paths else _step_of_name(folder)
+    step = "state.step" if ["state", "step"] in paths else step_of_name(folder.url)
     return arrays, step
 
 
@@ -250,9 +250,14 @@ def _inline_step(folder: Folder, tree: dict[str, Any]) -> int | None:
     try:
         return int(np.asarray(tree["state"]["step"]).item())
     except (KeyError, TypeError, ValueError):
-        return _step_of_name(folder)
+        return step_of_name(folder.url)
 
 
-def _step_of_name(folder: Folder) -> int | None:
-    match = re.search(r"checkpoint_(\d+)(/state)?$", folder.url)
+def step_of_name(url: str) -> int | None:
+    """Return the training step in a folder's name, None where it has none.
+
+    Args:
+      url: ends in `checkpoint_<step>`, as T5X names folders, or in the `state` of Orbax in it.
+    """
+    match = re.search(r"(?:^|/)checkpoint_(\d+)(?:/state)?/?$", url)
     return int(match[1]) if match else None

@@ -9,18 +9,13 @@ from flax import traverse_util
 _LAYER = re.compile(r"(encoder|decoder)/layers_(0|[1-9]\d*)/")
 _EXPERT_KERNEL = re.compile(r"(encoder|decoder)/layers_\d+/mlp/expert/(wi|wi_0|wi_1|wo)/kernel")
 
+# What the embedding is called, `[num_embeddings, embed]`.
+EMBEDDING = "token_embedder/embedding"
+
 
 def to_dotted(name: str) -> str:
     """Name of a parameter's array in a checkpoint: `target.encoder.layers_1.mlp.wi.kernel`."""
     return "target." + name.replace("/", ".")
-
-
-def from_dotted(dotted: str) -> str:
-    """Inverse of `to_dotted`; ValueError for a name that is not under `target.`."""
-    prefix, _, rest = dotted.partition(".")
-    if prefix != "target" or not rest:
-        raise ValueError(f"{dotted!r} is no parameter name: expected 'target.<dotted path>'")
-    return rest.replace(".", "/")
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

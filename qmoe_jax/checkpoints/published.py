@@ -168,7 +168,7 @@ def _read_dense(folder: pathlib.Path, config: SwitchConfig) -> dict[str, np.ndar
                 "model again"
             )
         arrays[name] = np.ascontiguousarray(array.T) if transposed else array
-    embedding = arrays[published_names.EMBEDDING]
+    embedding = arrays[names.EMBEDDING]
     for hf_name in copies:
         where = f"{file}: {hf_name}"
         copy = published_files.to_numpy(tensors[hf_name], where, _DENSE_DTYPES, embedding.shape)
@@ -347,7 +347,7 @@ def _dense_to_hf(source: CompressedCheckpoint) -> dict[str, np.ndarray]:
         hf_name: arrays[name].T if transposed else arrays[name]
         for name, (hf_name, transposed) in published_names.dense_parameters(source.config).items()
     }
-    embedding = arrays[published_names.EMBEDDING]
+    embedding = arrays[names.EMBEDDING]
     return tensors | dict.fromkeys(published_names.embedding_copies(source.config), embedding)
 
 

@@ -12,7 +12,6 @@ from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
-EMBEDDING = "token_embedder/embedding"
 HF_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Hugging Face's further names for `shared.weight`."""
 HF_LOGITS = "lm_head.weight"
@@ -31,7 +30,7 @@ _ATTENTION_NORMS = {
 }
 _MLP_SUBLAYER = {"encoder": "layer.1", "decoder": "layer.2"}
 _OUTSIDE_BLOCKS = {
-    EMBEDDING: ("shared.weight", False),
+    names.EMBEDDING: ("shared.weight", False),
     "decoder/logits_dense/kernel": (HF_LOGITS, True),
     "encoder/encoder_norm/scale": ("encoder.final_layer_norm.weight", False),
     "decoder/decoder_norm/scale": ("decoder.final_layer_norm.weight", False),

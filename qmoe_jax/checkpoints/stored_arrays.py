@@ -16,7 +16,7 @@ from qmoe_jax.checkpoints.storage import Folder, short_message
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.errors import CheckpointError
 
-_CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 24  # of a chunk on disk, at the most
 _REMEDY = "copy the checkpoint again, or compress again"
 
 
@@ -231,7 +231,7 @@ def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
     if not shape:
         return []
     row_bytes = max(1, item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
-    first = min(max(1, shape[0]), max(1, _CHUNK_BYTES // row_bytes))
+    first = min(max(1, shape[0]), max(1, CHUNK_BYTES // row_bytes))
     return [first, *(max(1, n) for n in shape[1:])]
 
 

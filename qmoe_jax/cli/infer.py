@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.cli import flags
+from qmoe_jax.formatting import format_memory
 from qmoe_jax.generation import text
 from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
 from qmoe_jax.generation.prompts import (
@@ -332,9 +333,9 @@ class Speed:
 
 def memory() -> str:
     """Peak memory of the process, and of devices that count theirs."""
-    parts = [f"peak memory {peak_host_bytes() / 2**20:,.0f} MiB on the host"]
+    parts = [f"peak memory {format_memory(peak_host_bytes())} on the host"]
     for device in jax.local_devices():
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         if peak is not None:
-            parts.append(f"{peak / 2**20:,.0f} MiB on {device.device_kind} {device.id}")
+            parts.append(f"{format_memory(peak)} on {device.device_kind} {device.id}")
     return ", ".join(parts)

@@ -17,6 +17,7 @@ from typing import Any
 
 from qmoe_jax.checkpoints.inspection import BFLOAT16_BYTES, inspect_checkpoint, ratio
 from qmoe_jax.cli.flags import CommandParser
+from qmoe_jax.formatting import format_bytes, format_table
 
 IF_INTERRUPTED = "nothing was written, run it again"
 
@@ -45,7 +46,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         for part, title in (("experts", "experts"), ("dense", "dense"), ("total", "whole model")):
             lines.append(
                 f"{title:<12}{report['parameters'][part]:>19,} parameters "
-                f"{_size(report['num_bytes'][part]):>12}"
+                f"{format_bytes(report['num_bytes'][part]):>12}"
             )
         return "\n".join(lines)
     lines += ["", *_kernel_lines(report), ""]
@@ -53,8 +54,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         parameters, num_bytes = report["parameters"][part], report["num_bytes"][part]
         in_bfloat16 = BFLOAT16_BYTES * parameters
         lines.append(
-            f"{title:<12}{parameters:>19,} parameters {_size(num_bytes):>12}, in bfloat16 "
-            f"{_size(in_bfloat16):>12}: {ratio(in_bfloat16, num_bytes):.2f}x smaller"
+            f"{title:<12}{parameters:>19,} parameters {format_bytes(num_bytes):>12}, in bfloat16 "
+            f"{format_bytes(in_bfloat16):>12}: {ratio(in_bfloat16, num_bytes):.2f}x smaller"
         )
     return "\n".join(lines)
 
@@ -76,32 +77,21 @@ def _geometry_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel_lines(report: Mapping[str, Any]) -> list[str]:
-    width = max([len("all experts"), *(len(kernel["name"]) for kernel in report["kernels"])])
-    head = (
-        f"{'kernel':<{width}} {'coding':<13} {'zeros':>7} {'entropy':>8} {'codes':>7} "
-        f"{'levels':>7} {'lengths':>8} {'bits/weight':>12} {'of limit':>9}"
-    )
-    lines = [head, "-" * len(head)]
+    heads = ("kernel", "coding", "zeros", "entropy", "codes", "levels", "lengths", "bits/weight")
+    rows: list[tuple[str, ...]] = [(*heads, "of limit")]
     for kernel in report["kernels"]:
-        lines.append(_bits_line(kernel["name"], kernel["coding"], kernel["bits"], width))
-    return [*lines, _bits_line("all experts", "", report["experts"]["bits"], width)]
+        rows.append(_bits_row(kernel["name"], kernel["coding"], kernel["bits"]))
+    rows.append(_bits_row("all experts", "", report["experts"]["bits"]))
+    widths = (0, 13, 7, 8, 7, 7, 8, 12, 9)
+    table = format_table(rows, min_widths=widths, separator=" ", num_left=2, rule="line")
+    return table.splitlines()
 
 
-def _bits_line(name: str, coding: str, bits: Mapping[str, Any], width: int) -> str:
+def _bits_row(name: str, coding: str, bits: Mapping[str, Any]) -> tuple[str, ...]:
     weights = ratio(bits["total"], bits["bits_per_weight"])
     codes, levels, lengths = (ratio(bits[p], weights) for p in ("codes", "levels", "offsets"))
     return (
-        f"{name:<{width}} {coding:<13} {bits['zero_share']:>7.2%} {bits['entropy']:>8.4f} "
-        f"{codes:>7.4f} {levels:>7.4f} {lengths:>8.4f} {bits['bits_per_weight']:>12.4f} "
-        f"{bits['entropy_share']:>9.1%}"
+        *(name, coding, f"{bits['zero_share']:.2%}", f"{bits['entropy']:.4f}", f"{codes:.4f}"),
+        *(f"{levels:.4f}", f"{lengths:.4f}", f"{bits['bits_per_weight']:.4f}"),
+        f"{bits['entropy_share']:.1%}",
     )
-
-
-def _size(num_bytes: int) -> str:
-    """`1.46 GB`, in powers of ten."""
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.4g} {unit}"

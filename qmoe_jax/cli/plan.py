@@ -25,13 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
-from qmoe_jax.planning import public_checkpoints as registry
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
-from qmoe_jax.planning.limits import Resources
+from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
+from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
 from qmoe_jax.planning.sizes import ZeroShare
 from qmoe_jax.planning.text import format_list, format_plan
 from qmoe_jax.quantization.settings import CompressionSettings
@@ -66,7 +67,7 @@ def _model(arguments: argparse.Namespace) -> ModelFacts:
     given = arguments.checkpoint
     if "/" in given or os.path.exists(given):
         return ModelFacts.from_checkpoint(given)
-    return ModelFacts.from_registry(registry.public_checkpoint(given), arguments.source_dtype)
+    return ModelFacts.from_registry(public_checkpoint(given), arguments.source_dtype)
 
 
 def _tokens(
@@ -100,7 +101,7 @@ def _tokens(
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
-    device = registry.devices()[arguments.device]
+    device = devices()[arguments.device]
     memory = device.memory_bytes
     if arguments.device_gb is not None:
         memory = round(1e9 * arguments.device_gb)
@@ -303,18 +304,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.list or arguments.checkpoint is None:
         print(format_list())
         return 0
-    if arguments.device not in registry.devices():
-        raise ValueError(
-            f"device is {arguments.device!r}; choose one of {', '.join(registry.devices())}"
-        )
+    if arguments.device not in devices():
+        raise ValueError(f"device is {arguments.device!r}; choose one of {', '.join(devices())}")
     plan = plan_from_arguments(arguments)
     if arguments.json is not None:
-        _write_json(Path(arguments.json), plan)
+        write_json(arguments.json, plan.to_json())
     print(format_plan(plan))
     return 1 if plan.problems else 0
-
-
-def _write_json(path: Path, plan: Plan) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
-    os.replace(partial, path)

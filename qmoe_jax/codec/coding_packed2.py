@@ -11,7 +11,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import expand, reference
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.tensor import (
+    NUM_SYMBOLS,
+    ArrayKind,
     CodedTensor,
     TensorSpec,
     check_array,
@@ -26,9 +29,21 @@ class Packed2Coding:
     """Four 2-bit codes a byte, rows padded to whole bytes; levels are (scale, zero)."""
 
     name = "packed2"
-    num_symbols = 4
-    array_names: tuple[str, ...] = ("packed", "levels")
+    grid = "2bit"
+    num_symbols = NUM_SYMBOLS[grid]
+    array_kinds: Mapping[str, ArrayKind] = {"packed": "codes", "levels": "levels"}
+    array_names: tuple[str, ...] = tuple(array_kinds)
     code_array: str | None = None
+    cuda: CudaInterface | None = CudaInterface(
+        source="fused_packed2.cu",
+        arguments=ArgumentStruct(
+            "Packed2Arrays", (("packed", "const u8*"), ("levels", "const u32*"))
+        ),
+        sizes={},
+        table=None,
+        dictionary_bytes=0,
+        rows_per_warp=(1,),
+    )
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Pack codes uint8 [experts, rows, width]."""

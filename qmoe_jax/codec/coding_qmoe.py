@@ -11,9 +11,12 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import expand, reference
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.dictionary import MAX_ENTRY_PAIRS, NUM_ENTRIES, dictionary
 from qmoe_jax.codec.greedy import encode_rows
 from qmoe_jax.codec.tensor import (
+    NUM_SYMBOLS,
+    ArrayKind,
     CodedTensor,
     TensorSpec,
     check_array,
@@ -35,9 +38,39 @@ class QmoeCoding:
     """Dictionary codewords, rows one after another, experts one after another."""
 
     name = "qmoe"
-    num_symbols = 3
-    array_names: tuple[str, ...] = ("codewords", "expert_offsets", "row_lengths", "levels")
+    grid = "ternary"
+    num_symbols = NUM_SYMBOLS[grid]
+    array_kinds: Mapping[str, ArrayKind] = {
+        "codewords": "codes",
+        "expert_offsets": "lengths",
+        "row_lengths": "lengths",
+        "levels": "levels",
+    }
+    array_names: tuple[str, ...] = tuple(array_kinds)
     code_array: str | None = "codewords"
+    cuda: CudaInterface | None = CudaInterface(
+        source="fused_qmoe.cu",
+        arguments=ArgumentStruct(
+            "QmoeArrays",
+            (
+                ("codewords", "const u16*"),
+                ("expert_offsets", "const int*"),
+                ("row_lengths", "const void*"),
+                ("row_block_starts", "const int*"),
+                ("levels", "const u32*"),
+                ("table", "const Pair32*"),
+                ("num_codewords", "u32"),
+                ("row_length_bytes", "int"),
+            ),
+        ),
+        sizes={
+            "num_codewords": ("codewords", "entries"),
+            "row_length_bytes": ("row_lengths", "item_bytes"),
+        },
+        table=lambda: dictionary().table,
+        dictionary_bytes=0,
+        rows_per_warp=(1,),
+    )
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode codes uint8 [experts, rows, width], each row on its own."""

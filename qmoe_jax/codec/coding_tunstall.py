@@ -14,7 +14,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import reference, tunstall_rows
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.tensor import (
+    NUM_SYMBOLS,
+    ArrayKind,
     CodedTensor,
     TensorSpec,
     check_array,
@@ -27,6 +30,7 @@ from qmoe_jax.codec.tensor import (
 )
 from qmoe_jax.codec.tunstall import (
     MAX_ENTRY_NONZEROS,
+    NUM_CODEWORDS,
     NUM_DICTIONARIES,
     TunstallFamily,
     choose_dictionary,
@@ -43,31 +47,63 @@ _MAX_EXPERT_WORDS = 2**26
 _CODES_OF_SYMBOLS = np.array([[0, 1, 2, 3], [1, 2, 0, 3], [2, 1, 3, 0], [3, 2, 1, 0]], np.uint8)
 
 
+_CUDA_ARGUMENTS = ArgumentStruct(
+    "TunstallArrays",
+    (
+        ("words", "const u32*"),
+        ("expert_offsets", "const int*"),
+        ("dictionaries", "const u8*"),
+        ("shortest_rows", "const int*"),
+        ("row_lengths", "const void*"),
+        ("row_block_starts", "const int*"),
+        ("levels", "const u32*"),
+        ("table", "const u32*"),
+        ("num_words", "u32"),
+        ("row_length_bytes", "int"),
+    ),
+)
+
+
 class TunstallCoding:
     """Rows of codewords and sign bits in whole bytes, experts in whole 32-bit words."""
 
-    array_names: tuple[str, ...] = (
-        "words",
-        "expert_offsets",
-        "dictionaries",
-        "shortest_rows",
-        "row_lengths",
-        "levels",
-    )
+    array_kinds: Mapping[str, ArrayKind] = {
+        "words": "codes",
+        "expert_offsets": "lengths",
+        "dictionaries": "lengths",
+        "shortest_rows": "lengths",
+        "row_lengths": "lengths",
+        "levels": "levels",
+    }
+    array_names: tuple[str, ...] = tuple(array_kinds)
     code_array: str | None = "words"
 
-    def __init__(self, name: str, num_symbols: int):
+    def __init__(self, name: str, grid: str):
         self.name = name
-        self.num_symbols = num_symbols
+        self.grid = grid
+        self.num_symbols = NUM_SYMBOLS[grid]
+        self._has_escapes = grid == "2bit"
+        self.cuda: CudaInterface | None = CudaInterface(
+            source=f"fused_{name}.cu",
+            arguments=_CUDA_ARGUMENTS,
+            sizes={
+                "num_words": ("words", "entries"),
+                "row_length_bytes": ("row_lengths", "item_bytes"),
+            },
+            table=lambda: self.family.table,
+            dictionary_bytes=8 * NUM_CODEWORDS,
+            rows_per_warp=(1, 4),
+        )
 
     @property
-    def _family(self) -> TunstallFamily:
-        return tunstall_family(MAX_ENTRY_NONZEROS if self.num_symbols == 4 else 0)
+    def family(self) -> TunstallFamily:
+        """The dictionaries."""
+        return tunstall_family(MAX_ENTRY_NONZEROS if self._has_escapes else 0)
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode codes uint8 [experts, rows, width]: rows on their own, a zero share an expert."""
         experts, rows, width = codes.shape
-        family = self._family
+        family = self.family
         order = self._codes_of_symbols(levels)
         dictionaries = np.array(
             [
@@ -176,7 +212,7 @@ class TunstallCoding:
         def own(name: str) -> jax.Array:
             return jnp.take(jnp.asarray(arrays[name]), expert, axis=0, mode="clip")
 
-        family = self._family
+        family = self.family
         num_bytes = own("row_lengths").astype(jnp.int32) + own("shortest_rows")
         row_ends = jnp.cumsum(num_bytes)
         row_codes = None
@@ -204,14 +240,14 @@ class TunstallCoding:
         by_symbol = self._walk(coded).symbol_counts
         levels = coded.arrays["levels"]
         codes = self._codes_of_symbols(levels).astype(np.int64)
-        if self.num_symbols == 4:
+        if self._has_escapes:
             codes = codes - zero_codes(levels)[..., None] & 3
         counts = np.zeros(4, np.int64)
         np.add.at(counts, codes.reshape(-1, 4), by_symbol)
         return counts[: self.num_symbols]
 
     def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts rows 4"]:
-        zero = zero_codes(levels) if self.num_symbols == 4 else np.zeros(levels.shape[:2], int)
+        zero = zero_codes(levels) if self._has_escapes else np.zeros(levels.shape[:2], int)
         return _CODES_OF_SYMBOLS[zero]
 
     def _walk(self, coded: CodedTensor) -> tunstall_rows.RowWalk:
@@ -225,7 +261,7 @@ class TunstallCoding:
             ends.reshape(-1),
             np.repeat(arrays["dictionaries"], spec.rows),
             spec.width,
-            self._family,
+            self.family,
         )
 
 

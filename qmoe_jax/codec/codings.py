@@ -11,7 +11,8 @@ from jaxtyping import Int64, UInt8
 from qmoe_jax.codec.coding_packed2 import Packed2Coding
 from qmoe_jax.codec.coding_qmoe import QmoeCoding
 from qmoe_jax.codec.coding_tunstall import TunstallCoding
-from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.codec.cuda_interface import CudaInterface
+from qmoe_jax.codec.tensor import ArrayKind, CodedTensor, TensorSpec
 from qmoe_jax.errors import CodecError
 
 
@@ -21,12 +22,18 @@ class Coding(Protocol):
 
     name: str
     """The name that specs carry."""
+    grid: str
+    """The grid of the codes: "ternary" or "2bit"."""
     num_symbols: int
-    """Codes are below this: 3 (ternary) or 4 (2-bit), which also settles the weights' grid."""
-    array_names: tuple[str, ...]
+    """Codes are below this: `NUM_SYMBOLS` of the grid."""
+    array_kinds: Mapping[str, ArrayKind]
     """Every array that a coded tensor stores. "levels" bfloat16 [experts, rows, 2] is one."""
+    array_names: tuple[str, ...]
+    """Names of these arrays."""
     code_array: str | None
     """The array that `expert_offsets` index; None where every array has one entry an expert."""
+    cuda: CudaInterface | None
+    """How the CUDA kernels take a tensor; None without kernels: XLA decodes it."""
 
     def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
         """Encode uint8 [experts, rows, width] codes, already checked by `encode.encode`."""
@@ -51,7 +58,7 @@ class Coding(Protocol):
         ...
 
     def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
-        """Decode all codes slowly and plainly, as FORMAT.md describes it."""
+        """Decode all codes by the reference decoder: plain Python, as FORMAT.md describes it."""
         ...
 
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
@@ -65,11 +72,11 @@ class Coding(Protocol):
 
 @functools.cache
 def _codings() -> dict[str, Coding]:
-    codings: tuple[Coding, ...] = (
+    codings: tuple[Coding, ...] = (  # of a grid the smallest first
+        TunstallCoding("tunstall", grid="ternary"),
         QmoeCoding(),
+        TunstallCoding("tunstall_2bit", grid="2bit"),
         Packed2Coding(),
-        TunstallCoding("tunstall", num_symbols=3),
-        TunstallCoding("tunstall_2bit", num_symbols=4),
     )
     return {coding.name: coding for coding in codings}
 
@@ -77,6 +84,15 @@ def _codings() -> dict[str, Coding]:
 def coding_names() -> tuple[str, ...]:
     """Names of all codings."""
     return tuple(_codings())
+
+
+def codings_of_grid(grid: str) -> tuple[str, ...]:
+    """Names of the codings that store a grid's codes, the smallest first: that is the default.
+
+    Args:
+      grid: "ternary" or "2bit".
+    """
+    return tuple(name for name, coding in _codings().items() if coding.grid == grid)
 
 
 def get_coding(name: str) -> Coding:

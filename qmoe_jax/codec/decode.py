@@ -45,7 +45,7 @@ def dequantize(
     Computed in float32, then rounded to `dtype`: ternary weights are exact in bfloat16.
     """
     first, second = jnp.split(levels.astype(jnp.float32), 2, axis=-1)
-    if get_coding(spec.coding).num_symbols == 3:
+    if get_coding(spec.coding).grid == "ternary":
         weights = jnp.where(codes == 1, first, jnp.where(codes == 2, second, 0.0))
     else:
         weights = first * (codes.astype(jnp.float32) - second)

@@ -10,18 +10,17 @@ from qmoe_jax.errors import CodecError
 
 
 def encode(
-    codes: np.ndarray | jax.Array, levels: np.ndarray | jax.Array, coding: str = "qmoe"
+    codes: np.ndarray | jax.Array, levels: np.ndarray | jax.Array, coding: str
 ) -> CodedTensor:
     """Encode the codes of a batch of experts, or of all of them.
 
     Args:
-      codes: uint8 [experts, rows, width]. For ternary codings ("qmoe", "tunstall") 0 = zero,
-        1 = low, 2 = high; for 2-bit codings ("packed2", "tunstall_2bit") 0..3. Experts and rows
-        may be 0 in number, `in` is at least 1.
+      codes: uint8 [experts, rows, width]. Ternary: 0 = zero, 1 = low, 2 = high; 2-bit: 0 to 3.
+        Experts and rows may be 0 in number, the width is at least 1.
       levels: bfloat16 [experts, rows, 2], the two parameters of each row: (low, high) for ternary
-        codings, (scale, zero) for 2-bit codings. Kept as they are; other dtypes are refused, since
+        codes, (scale, zero) for 2-bit ones. Kept as they are; other dtypes are refused, since
         codes that were chosen for unrounded levels no longer are the nearest.
-      coding: name of the coding.
+      coding: name, one of `codings.codings_of_grid` of the codes' grid.
 
     Batches of consecutive experts are joined by `codings.concatenate`.
     """

@@ -1,4 +1,4 @@
-"""Slow and plain encoder and decoder, in the order of FORMAT.md. The fast paths are held to it.
+"""Reference encoder and decoder: plain Python in the order of FORMAT.md, which tests hold all to.
 
 It shares only the "qmoe" dictionary's table with them: no trie, no expansion, no threads.
 """

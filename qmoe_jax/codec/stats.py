@@ -24,7 +24,7 @@ def outline_bits(
       counts: how often each value occurs in it, as `Coding.symbol_counts` counts.
 
     Returns a dict of
-      codes, levels, offsets, total: bits stored.
+      codes, levels, offsets, total: bits stored; offsets are arrays of lengths of every sort.
       bits_per_weight: total over the number of weights.
       code_bits_per_weight: codes alone over the number of weights.
       zero_share: share of the weight 0.
@@ -33,10 +33,11 @@ def outline_bits(
         the share of each value.
     Quotients of a tensor without weights are 0.
     """
+    kinds = get_coding(outline.spec.coding).array_kinds
     stored = {"codes": 0, "levels": 0, "offsets": 0}
     for name in outline.dtypes:
-        kind = {get_coding(outline.spec.coding).code_array: "codes", "packed": "codes"}.get(name)
-        stored[kind or ("levels" if name == "levels" else "offsets")] += 8 * outline.num_bytes(name)
+        kind = kinds[name]
+        stored["offsets" if kind == "lengths" else kind] += 8 * outline.num_bytes(name)
     total, weights = sum(stored.values()), outline.spec.num_weights
     entropy = code_entropy(counts)
     return {

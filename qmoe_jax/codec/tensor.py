@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from qmoe_jax.errors import CodecError
 NUM_SYMBOLS = {"ternary": 3, "2bit": 4}
 """Grids by name: codes are below this."""
 
-# Fields of a spec -> the keys that manifests store them under, with the least value of each number.
+ArrayKind = Literal["codes", "levels", "lengths"]
+"""What a stored array holds: codes, levels, or where and how rows lie among the codes."""
+
+# Fields of a spec -> the keys that manifests store them under, and the minimum of numbers.
 _STORED = {
     "coding": ("coding", None),
     "num_experts": ("num_experts", 0),
@@ -91,7 +94,7 @@ class CodedTensor:
 
 
 def to_offsets(counts: np.ndarray, name: str) -> np.ndarray:
-    """Return running totals of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
+    """Return cumulative sums of counts [..., n] along the last axis, from 0: int32 [..., n + 1]."""
     offsets = np.zeros((*counts.shape[:-1], counts.shape[-1] + 1), np.int64)
     np.cumsum(counts, axis=-1, dtype=np.int64, out=offsets[..., 1:])
     if offsets.size and offsets.max() >= 2**31:

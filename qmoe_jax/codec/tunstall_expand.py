@@ -1,9 +1,10 @@
 """XLA expansion of "tunstall" rows to codes; no knowledge of experts or files.
 
-The steps: look up the codewords' entries; their places are running sums of their lengths; put their
-masks into the row's bit mask, 32 weights a word. The rank of each word's first non-zero weight is a
-running sum of population counts, and tells which 32 of the row's sign bits begin there; deal them
-out to the set bits of the word in 32 unrolled steps, which XLA fuses into one loop over words.
+The steps: look up the codewords' entries; their places are cumulative sums of their lengths; put
+their masks into the row's bit mask, 32 weights a word. The rank of each word's first non-zero
+weight is a cumulative sum of population counts, and tells which 32 of the row's sign bits begin
+there; deal them out to the set bits of the word in 32 unrolled steps, which XLA fuses into one loop
+over words.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def expand_rows(
         codeword = holding >> (8 * (at & 3)).astype(jnp.uint32) & jnp.uint32(255)
         low, high = jnp.take(table[:, 0], codeword), jnp.take(table[:, 1], codeword)
         length = (low & jnp.uint32(63)).astype(jnp.int32)
-        return codeword.astype(jnp.int32), low, high, _running_sum(length) - length
+        return codeword.astype(jnp.int32), low, high, _inclusive_scan(length) - length
 
     codeword, low, high, start = _apart(some, look_up)
     present = start < width
@@ -63,7 +64,7 @@ def expand_rows(
     if tail:
         masks = masks.at[:, -1].set(masks[:, -1] & jnp.uint32((1 << tail) - 1))
     count = jax.lax.population_count(masks).astype(jnp.int32)
-    rank = _running_sum(count) - count
+    rank = _inclusive_scan(count) - count
 
     # Sign r of a row is bit 8 row_end - 1 - r of the expert.
     below = 8 * row_ends[:, None] - rank - _WORD
@@ -120,8 +121,8 @@ def _add_words(
     return words.reshape(rows, num_words)
 
 
-def _running_sum(counts: Int32[jax.Array, "rows n"]) -> Int32[jax.Array, "rows n"]:
-    """Return running totals along each row, as products with triangles of ones: exact below 2^24.
+def _inclusive_scan(counts: Int32[jax.Array, "rows n"]) -> Int32[jax.Array, "rows n"]:
+    """Return each row's inclusive scan, as products with triangles of ones: exact below 2^24.
 
     Four times as fast as `jnp.cumsum` on a CPU.
     """
@@ -150,7 +151,7 @@ def _escaped_ranks(
     """Return a bit for each escaped rank, rank 0 in the highest bit of word 0."""
     place = codeword - (NUM_CODEWORDS - MAX_ENTRY_NONZEROS)
     count = jax.lax.population_count(low >> 6) + jax.lax.population_count(high)
-    rank = _running_sum(count.astype(jnp.int32)) - count.astype(jnp.int32) + place
+    rank = _inclusive_scan(count.astype(jnp.int32)) - count.astype(jnp.int32) + place
     bits = jnp.uint32(1) << (31 - (rank & 31)).astype(jnp.uint32)
     bits = jnp.where(present & (place >= 0), bits, jnp.uint32(0))
     return _add_words([bits], rank >> 5, num_words)

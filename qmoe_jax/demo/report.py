@@ -3,8 +3,6 @@
 import base64
 import html
 import io
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from typing import Any
 # Here and not where it is used: the demo is not to find out after minutes that it is missing.
 from matplotlib.figure import Figure
 
+from qmoe_jax import atomic_file
 from qmoe_jax.evaluation.metrics import LossReport
+from qmoe_jax.formatting import format_table
 from qmoe_jax.generation.text import Filled
 from qmoe_jax.pipeline.report import CompressionReport
 
@@ -36,7 +36,13 @@ def _samples(filled: Sequence[Filled]) -> list[dict[str, str]]:
 
 
 def baseline_row(loss: LossReport, filled: Sequence[Filled], seconds: float) -> Row:
-    """Return the uncompressed model; `seconds` is loading, evaluating and generating."""
+    """Return the row of the uncompressed model.
+
+    Args:
+      loss: on the validation tokens.
+      filled: the prompts with their blanks filled.
+      seconds: of loading, evaluating and generating.
+    """
     return {
         "name": "uncompressed",
         "loss": loss.loss,
@@ -60,7 +66,18 @@ def variant_row(
     baseline: LossReport,
     filled: Sequence[Filled],
 ) -> Row:
-    """Return a compressed model; `seconds` is the compression alone."""
+    """Return the row of a compressed model; its `seconds` are those of the compression alone.
+
+    Args:
+      name: in the table.
+      report: of its compression.
+      loss: on the validation tokens.
+      baseline: loss of the uncompressed model on the same tokens.
+      filled: the prompts with their blanks filled.
+
+    Raises:
+      ValueError: the two losses are over other examples.
+    """
     gap, standard_error = loss.gap_to(baseline)
     compression = report.to_json()
     compression.pop("output")
@@ -82,7 +99,7 @@ def variant_row(
 
 
 def document(rows: list[Row], **facts: Any) -> dict[str, Any]:
-    """All results as one JSON object."""
+    """Return all results as one JSON object: `facts`, units, and the rows as `models`."""
     return {
         "units": {
             "loss": "nats per target token, dropless routing",
@@ -104,19 +121,13 @@ def table(document: dict[str, Any]) -> str:
     cells = [[title for title, _, _ in _COLUMNS]]
     for row in document["models"]:
         cells.append([form.format(row[key]) for _, key, form in _COLUMNS])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    lines = []
-    for line in cells:
-        padded = [line[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded))
-    lines.insert(1, "  ".join("-" * width for width in widths))
     first = document["models"][0]
-    lines.append(
+    lines = [
+        format_table(cells),
         f"\n{first['num_target_tokens']:,} validation target tokens, "
         f"{document['num_calibration_examples']:,} calibration examples, "
-        f"{document['seconds']:.0f} seconds in all."
-    )
+        f"{document['seconds']:.0f} seconds in all.",
+    ]
     for row in document["models"]:
         lines.append(f"\n{row['name']}:")
         lines += [f"  {sample['text']}" for sample in row["samples"]]
@@ -125,7 +136,7 @@ def table(document: dict[str, Any]) -> str:
 
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Write the results atomically."""
-    _write(path, json.dumps(document, indent=1) + "\n")
+    atomic_file.write_json(path, document)
 
 
 def write_html(document: dict[str, Any], path: Path) -> None:
@@ -146,9 +157,7 @@ def write_html(document: dict[str, Any], path: Path) -> None:
         for row in document["models"]
     )
     image = base64.b64encode(_plots(document)).decode()
-    _write(
-        path,
-        f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
+    page = f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}
@@ -162,8 +171,9 @@ validation target tokens, {document["num_calibration_examples"]:,} calibration e
 <ul>{units}</ul>
 <img alt="Loss against bits, error and zeros per layer" src="data:image/png;base64,{image}">
 <h2>Filled blanks</h2>{samples}
-""",
-    )
+"""
+    with atomic_file.open_atomically(path) as file:
+        file.write(page.encode())
 
 
 def _plots(document: dict[str, Any]) -> bytes:
@@ -202,9 +212,3 @@ def _plots(document: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

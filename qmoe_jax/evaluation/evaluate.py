@@ -50,7 +50,7 @@ def evaluate(
     load: Callable[..., Any] = load_switch,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Loss per target token, accuracy, z-loss and router statistics of checkpoints.
+    """Measure loss per target token, accuracy, z-loss and router statistics of checkpoints.
 
     With an `output` folder, what is finished is kept there every `batches_per_shard` batches, and
     the same call goes on from it after a kill, with the same figures: to the bit where the device
@@ -59,7 +59,8 @@ def evaluate(
     Args:
       checkpoint: native T5X or compressed, local or gs://; or several: paths, (name, path) pairs,
         or a mapping from name to path. Tables and folders have the names.
-      tokens: examples, a token file of `qmoe-jax prepare-tokens`.
+      tokens: path of a token file, as `qmoe-jax prepare-tokens` writes it, or what `read_tokens`
+        returns: int32 [examples, inputs_length] and [examples, targets_length], padded with 0.
       num_examples: use the first so many; all where None.
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
@@ -69,16 +70,19 @@ def evaluate(
       overwrite: throw away what `output` holds of a run with other settings.
       tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
       batches_per_shard: batches that are stored together.
-      load: `load_switch`, or one with routing fields bound.
+      load: called with a path, `activation_dtype` and `expert_capacity_factor`; returns (module,
+        variables): `load_switch`, or that with further arguments bound.
       progress: show progress bars.
 
     Returns:
-      A JSON object: `tokens` and `settings` describe the evaluation, `models` has for each
-      checkpoint
+      A JSON object: `tokens` (examples, their sha256, metadata) and `settings` describe the
+      evaluation, `models` has for each checkpoint, in their order,
 
-      name, checkpoint.
+      name, checkpoint: its name and path.
+      num_examples, num_target_tokens: what was evaluated.
       loss: nats per target token; `loss_standard_error` over examples.
-      gap, gap_standard_error: loss above that of the first checkpoint on the same tokens, paired.
+      gap, gap_standard_error: nats per target token above the first checkpoint on the same tokens,
+        and the error of the paired differences.
       accuracy: share of target tokens that are the most probable one.
       z_loss: mean over target tokens of the squared log-partition function.
       bits_per_weight: stored bits per expert weight; None of a native checkpoint.
@@ -88,10 +92,16 @@ def evaluate(
       seconds: of the model's runs, without loading; `target_tokens_per_second` without the batch
         that compiles, None where that is the only one.
 
+      Standard errors are NaN where there is one example.
+
     Raises:
-      CheckpointError: a checkpoint is unreadable, or `output` is of other settings or in use.
-      TokensError: unreadable tokens, or of a larger vocabulary than the model's.
-      ValueError: a setting out of its range.
+      CheckpointError: a checkpoint is unreadable, or `output` cannot be written, is in use, or
+        holds a run with other settings (`overwrite` throws that away).
+      CodecError: damaged codes.
+      TokensError: unreadable tokens, fewer than `num_examples`, of a larger vocabulary than the
+        model's, or a batch size below 1.
+      ValueError: a number below 1, no checkpoint or two of a name, an `output` that is not local,
+        or `tensorboard=True` without tensorboardX.
     """
     checkpoints = name_checkpoints(checkpoint)
     if num_examples is not None and num_examples < 1:
@@ -118,7 +128,7 @@ def evaluate(
     batches = list(token_file.batches(batch_size))
     description = {
         "num_examples": len(token_file),
-        "sha256": _digest(token_file),
+        "sha256": token_file.sha256(),
         **dataclasses.asdict(token_file.metadata),
     }
     settings = {
@@ -163,7 +173,7 @@ def evaluate(
 
 
 def name_checkpoints(checkpoint: Checkpoints) -> dict[str, PathLike]:
-    """Names for checkpoints: those given, else the last component of each path.
+    """Return the checkpoints by name: the one given, else the last component of the path.
 
     Raises:
       ValueError: none is given, two get the same name, or a name is no folder name.
@@ -222,7 +232,7 @@ def _run(
 
 
 def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
-    """Which checkpoint it is: of a compressed one its manifest tells all arrays.
+    """Return which checkpoint it is: of a compressed one its manifest tells all arrays.
 
     Raises:
       CheckpointError: it cannot be opened.
@@ -251,12 +261,5 @@ def _bits_per_weight(path: PathLike) -> float | None:
     if not is_compressed_checkpoint(path):
         return None
     checkpoint = open_compressed_checkpoint(path)
-    weights = sum(spec.num_experts * spec.rows * spec.width for spec in checkpoint.specs.values())
+    weights = sum(spec.num_weights for spec in checkpoint.specs.values())
     return 8 * checkpoint.num_bytes()["coded"] / weights
-
-
-def _digest(tokens: TokenFile) -> str:
-    digest = hashlib.sha256()
-    for array in tokens.tokens.arrays().values():
-        digest.update(array.tobytes())
-    return digest.hexdigest()

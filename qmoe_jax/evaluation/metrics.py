@@ -17,10 +17,10 @@ from qmoe_jax.models.switch import SwitchTransformer
 
 @dataclasses.dataclass(frozen=True)
 class LossReport:
-    """Sums over a set of examples.
+    """Losses of a model on a set of examples, as sums per example; two compare by `gap_to`.
 
     Attributes:
-      cross_entropy: float64 [examples], the sum over each example's target tokens, in nats.
+      cross_entropy: float64 [examples], -log p summed over each example's target tokens, in nats.
       num_target_tokens: int64 [examples].
       num_correct: int64 [examples], target tokens that are the most probable one.
     """
@@ -40,7 +40,13 @@ class LossReport:
         return float(self.num_correct.sum() / self.num_target_tokens.sum())
 
     def gap_to(self, other: "LossReport") -> tuple[float, float]:
-        """Loss above `other` on the same examples, and its paired standard error.
+        """Return the loss above `other` on the same examples, and its standard error.
+
+        Both in nats per target token. The error is that of paired differences between examples;
+        NaN where there is one example.
+
+        Args:
+          other: of another model on the same examples.
 
         Raises:
           ValueError: the two reports are not over the same examples.
@@ -63,7 +69,7 @@ class LossReport:
 def cross_entropy(
     logits: Float[Array, "... vocab"], targets: Int[Array, "..."]
 ) -> Float[Array, "..."]:
-    """-log p(target) in nats, without z-loss or label smoothing; 0 weight is the caller's."""
+    """Return -log p(target) in nats, without z-loss or label smoothing; padding counts too."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
@@ -73,7 +79,7 @@ def batch_sums(
     targets: Int[Array, "batch length"],
     weights: Array,
 ) -> tuple[Float[Array, "batch"], Int[Array, "batch"], Int[Array, "batch"]]:
-    """Per example: cross entropy, number of target tokens, number of correct ones."""
+    """Sum per example: cross entropy in nats, number of target tokens, number of correct ones."""
     real = weights > 0
     losses = jnp.where(real, cross_entropy(logits, targets), 0.0)
     correct = real & (jnp.argmax(logits, axis=-1) == targets)
@@ -141,7 +147,7 @@ def evaluate_loss(
     *,
     progress: str | None = None,
 ) -> LossReport:
-    """Loss of a model over batches of tokens.
+    """Measure the loss of a model over batches of tokens, teacher-forced.
 
     Args:
       module: the model.
@@ -150,6 +156,9 @@ def evaluate_loss(
         `decoder_target_tokens` and `decoder_loss_weights`, each [batch, length]. Rows whose
         weights are all zero (padding of the last batch) are left out of the report.
       progress: label of a progress bar; None shows none.
+
+    Raises:
+      ValueError: no batches.
     """
     parts: list[BatchSums] = []
     for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):

@@ -78,7 +78,7 @@ def _layer_sums(
 def router_report(
     layers: Mapping[str, Mapping[str, np.ndarray]], whole_batches: Int[np.ndarray, "whole"]
 ) -> dict[str, Any]:
-    """Statistics of an evaluation from the sums of its batches.
+    """Return the router statistics of an evaluation from the sums of its batches.
 
     Args:
       layers: for each layer the arrays of `router_sums`, stacked over batches on a first axis.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qmoe_jax.formatting import format_table
+
 _LOSS_COLUMNS = (("loss", "loss", "{:.4f}"),)
 _GAP_COLUMNS = (("gap", "gap", "{:+.4f}"), ("+-", "gap_standard_error", "{:.4f}"))
 _MODEL_COLUMNS = (
@@ -51,12 +53,4 @@ def _table(
         for _, key, form in columns:
             value = values[key]
             cells[-1].append("-" if value is None else form.format(value))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
+    return format_table(cells)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.errors import TokensError
 
 # Fields of a JSON line that may hold its prompt, the first one found.
@@ -121,16 +122,9 @@ class AnswerFile:
 
     @staticmethod
     def _write(path: Path, lines: Sequence[Any]) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+        with open_atomically(path) as file:
+            for line in lines:
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
 def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, CudaError
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cuda.kernels import check_coded
-from qmoe_jax.ops.cuda.launcher import CudaError, cuda_is_available, current_launcher
+from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
     check_split,
     expert_mesh,
@@ -161,8 +161,7 @@ def _choose_implementation(implementation: str, config: SwitchConfig, coded: Cod
         return "xla"
     try:
         for name, spec in coded:
-            fan_in = _fan_in(config, name)
-            check_coded(CodedExperts(spec, {}, fan_in))
+            check_coded(CodedExperts(spec, {}, _in_features(config, name)))
     except CudaError:
         if implementation == "auto":
             return "xla"
@@ -170,7 +169,7 @@ def _choose_implementation(implementation: str, config: SwitchConfig, coded: Cod
     return "cuda"
 
 
-def _fan_in(config: SwitchConfig, kernel: str) -> int:
+def _in_features(config: SwitchConfig, kernel: str) -> int:
     return config.expert_mlp_dim if kernel.endswith("/wo") else config.embed_dim
 
 
@@ -207,7 +206,7 @@ def dequantized(
             for key in [key for key in flat if key.startswith(kernel + "/")]
         }
         decode = jax.jit(functools.partial(decode_expert_weights, spec, dtype=jnp.dtype(dtype)))
-        num_in = _fan_in(module.config, kernel)
+        num_in = _in_features(module.config, kernel)
         flat[f"{kernel}/kernel"] = jnp.stack(
             [decode(arrays, e).reshape(-1, num_in).T for e in range(spec.num_experts)]
         )

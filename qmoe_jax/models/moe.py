@@ -37,7 +37,7 @@ class CodedKernel(nn.Module):
     """The kernels of all experts as codes: the arrays of one coded tensor, read as parameters."""
 
     spec: TensorSpec
-    fan_in: int
+    in_features: int
 
     @nn.compact
     def __call__(self) -> CodedExperts:
@@ -55,7 +55,7 @@ class CodedKernel(nn.Module):
                 )
             arrays[name] = self.get_variable("params", name)
         starts = self.get_variable(DERIVED, "row_block_starts")
-        return CodedExperts(self.spec, arrays, self.fan_in, starts)
+        return CodedExperts(self.spec, arrays, self.in_features, starts)
 
 
 class Expert(nn.Module):
@@ -97,7 +97,7 @@ class MoeLayer(nn.Module):
       coded: expert kernels that are stored as codes.
       dtype: activation dtype of the experts; the result is float32 (the combine
         weights are float32 and promote it).
-      implementation: of the experts' products, "xla" or "cuda" (`ops.compressed_product`).
+      implementation: of the experts' products, "xla" or "cuda" (`ops.products`).
       mesh: over which experts are split (`ops.expert_parallel`); None: they are not.
     """
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+from qmoe_jax.ops.local_devices import local_devices
 from qmoe_jax.ops.products import expert_mlp
 
 AXIS = "experts"
@@ -28,13 +29,7 @@ def expert_mesh(num_devices: int) -> Mesh:
     Raises:
       ValueError: there are not so many.
     """
-    available = jax.local_devices()
-    if not 1 <= num_devices <= len(available):
-        raise ValueError(
-            f"num_devices is {num_devices}; this process has {len(available)} "
-            f"({available[0].platform}), so give 1 to {len(available)}"
-        )
-    return Mesh(np.array(available[:num_devices]), (AXIS,))
+    return Mesh(np.array(local_devices(num_devices)), (AXIS,))
 
 
 def check_split(num_experts: int, mesh: Mesh) -> None:

@@ -7,7 +7,6 @@ reached: an expert without tokens is neither read nor expanded.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -124,22 +123,3 @@ def grouped_apply(
     outputs = jnp.zeros((num_tokens + block, out_features), x.dtype)
     outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
     return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-
-
-def grouped_mlp_reference(
-    x: Float[Array, "tokens embed"],
-    expert_index: Int[Array, "tokens"],
-    *,
-    wi: Sequence[Float[Array, "experts embed mlp"]],
-    wo: Float[Array, "experts mlp embed"],
-    activation: Callable[[list[Array]], Array],
-) -> Float[Array, "tokens embed"]:
-    """Run every expert on every token, then take the right one: reference of `grouped_mlp`."""
-    precision = lax.Precision.HIGHEST
-    everywhere = jax.vmap(
-        lambda wi, wo: jnp.dot(
-            activation([jnp.dot(x, w, precision=precision) for w in wi]), wo, precision=precision
-        )
-    )(tuple(wi), wo)
-    taken = jnp.take_along_axis(everywhere, jnp.maximum(expert_index, 0)[None, :, None], axis=0)[0]
-    return jnp.where((expert_index >= 0)[:, None], taken, 0)

@@ -1,4 +1,4 @@
-"""Experts' products with tokens, by `implementation`: "xla" anywhere, "cuda" on NVIDIA's GPUs.
+"""Experts' products with tokens, grouped matmuls: by "xla" anywhere, by "cuda" on NVIDIA's GPUs.
 
 "xla" expands an expert when its tokens are reached. "cuda" has two ways, and which is taken follows
 from shapes alone, so nothing waits for the host:
@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qmoe_jax.ops.cuda import kernels as cuda_kernels
+from qmoe_jax.ops.cuda import kernels
 from qmoe_jax.ops.cuda.kernels import TokenOrder
 from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
 from qmoe_jax.ops.experts import CodedExperts, Experts
@@ -37,7 +37,9 @@ def compressed_product(
     out_features: int,
     implementation: str = "xla",
 ) -> Float[Array, "tokens out"]:
-    """y[t] = x[t] times the kernel of its expert.
+    """Multiply tokens by the kernel of their expert: a grouped (ragged) matmul over experts.
+
+    y[t] = x[t] W_e(t).
 
     Args:
       x: tokens, float32 or bfloat16.
@@ -131,7 +133,7 @@ def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> Ker
 
         def expand(expert: Int[Array, ""]) -> Float[Array, "in out"]:
             ids = expert.astype(jnp.int32)[None]
-            return cuda_kernels.expand_experts(launcher, experts, ids)[0].T.astype(dtype)
+            return kernels.expand_experts(launcher, experts, ids)[0].T.astype(dtype)
 
         return expand
     return lambda expert: experts.fetch(expert, dtype)
@@ -142,10 +144,10 @@ def _is_fused(
 ) -> bool:
     """Whether products are decoded on the way: few tokens for each expert, and rows that fit."""
     for kernel in experts:
-        cuda_kernels.check_coded(kernel)
-        settings = cuda_kernels.settings_for(launcher, kernel)
+        kernels.check_coded(kernel)
+        settings = kernels.settings_for(launcher, kernel)
         most = min(settings.fused_tokens_per_expert * num_experts, settings.fused_tokens)
-        if x.shape[0] > most or not cuda_kernels.largest_tile(launcher, kernel):
+        if x.shape[0] > most or not kernels.largest_tile(launcher, kernel):
             return False
     return True
 
@@ -157,13 +159,13 @@ class _FusedProducts:
         self._launcher = launcher
         self._parts = 3 if x.dtype == jnp.float32 else 1
         self._dtype = x.dtype
-        self._order: TokenOrder = cuda_kernels.sort_tokens(
+        self._order: TokenOrder = kernels.sort_tokens(
             jnp.tile(expert_index, self._parts), num_experts
         )
         self._expected = self._parts * max(1.0, x.shape[0] / num_experts)
 
     def multiply(self, x: Array, experts: CodedExperts) -> Array:
-        y = cuda_kernels.fused_product(
+        y = kernels.fused_product(
             self._launcher,
             experts,
             jnp.concatenate(split_float32(x)) if self._parts == 3 else x,

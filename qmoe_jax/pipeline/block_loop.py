@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from qmoe_jax.calibration.dispatch import dispatch_tokens
 from qmoe_jax.calibration.list_buffer import ListBuffer
 from qmoe_jax.calibration.sample_batches import SampleBatch
+from qmoe_jax.checkpoints import names
 from qmoe_jax.evaluation.metrics import LossReport, batch_sums
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
@@ -65,7 +66,7 @@ class BlockLoop:
     def all_layers(self, output: str) -> CompressionReport:
         """Compress the whole model into the writer; `output` only names it in the report."""
         config, dense = self.run.config, self.dense
-        embedding = dense.read("token_embedder/embedding")
+        embedding = dense.read(names.EMBEDDING)
         total = config.num_encoder_layers + config.num_decoder_layers
         validation = None
         with self.run.progress(total=total, desc="compress", unit="layer", leave=True) as bar:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qmoe_jax.ops.local_devices import local_devices
+
 AXIS = "devices"
 
 
@@ -28,14 +30,7 @@ class Devices:
         Raises:
           ValueError: there are not so many.
         """
-        available = jax.local_devices()
-        count = len(available) if num_devices is None else num_devices
-        if not 1 <= count <= len(available):
-            raise ValueError(
-                f"num_devices is {num_devices}; this process has {len(available)} "
-                f"({available[0].platform}). Give 1 to {len(available)}, or None for all."
-            )
-        return cls(Mesh(np.array(available[:count]), (AXIS,)))
+        return cls(Mesh(np.array(local_devices(num_devices)), (AXIS,)))
 
     def __len__(self) -> int:
         return self.mesh.size

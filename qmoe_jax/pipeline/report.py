@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qmoe_jax.evaluation.metrics import LossReport
+from qmoe_jax.formatting import format_memory
 from qmoe_jax.quantization.expert_batch import ExpertStatus
 
 
@@ -158,7 +159,7 @@ class CompressionReport:
             f"{self.model_compression:.2f}x smaller than bfloat16), {self.zeros:.1%} zeros, "
             f"{self.seconds:.1f} seconds",
             f"read {self.bytes_read / 1e9:.3f} GB of the checkpoint, at most "
-            f"{self.peak_host_bytes / 2**30:.2f} GiB of host memory",
+            f"{format_memory(self.peak_host_bytes, 'GiB')} of host memory",
         ]
         if self.validation is not None:
             lines.append(f"validation loss {self.validation.loss:.4f}")

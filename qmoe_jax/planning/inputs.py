@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from qmoe_jax.calibration.sample_batches import padded_length
 from qmoe_jax.calibration.tokens import TokenFile
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape, parameter_shapes
@@ -20,11 +21,6 @@ from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.planning.public_checkpoints import PublicCheckpoint
 from qmoe_jax.quantization.settings import CompressionSettings
-
-CACHE_BYTES = MAX_CACHE_BYTES
-"""Decoded chunks that a run keeps."""
-# As `sample_batches` pads lengths.
-_LENGTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,7 @@ class ModelFacts:
         return [name for name in self.shapes if names.is_expert_kernel(name)]
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters in `experts` and in all (`total`)."""
+        """Count parameters in `experts` and in all (`total`)."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         return {
             "experts": sum(sizes[name] for name in self.expert_names),
@@ -83,7 +79,7 @@ class ModelFacts:
         }
 
     def num_bytes(self) -> dict[str, int]:
-        """Bytes of the arrays by dtype, before the storage's own compression."""
+        """Count the arrays' bytes by dtype, before the storage's own compression."""
         totals: dict[str, int] = {}
         for name, shape in self.shapes.items():
             dtype = self.dtypes[name]
@@ -91,18 +87,18 @@ class ModelFacts:
         return totals
 
     def expert_itemsize(self) -> int:
-        """Bytes of a weight of an expert in the source."""
+        """Return the bytes of a weight of an expert in the source."""
         return max(item_bytes(self.dtypes[name]) for name in self.expert_names)
 
     def bytes_to_read(self, expert_batch: int) -> int:
-        """Bytes that a run decodes: every chunk that a slice of experts touches, whole.
+        """Count the bytes that a run decodes: each chunk that a slice of experts touches, whole.
 
         A chunk that holds experts of two batches is read twice, unless the chunks of all kernels of
         a layer fit the cache together.
         """
         kinds = {name.rsplit("/", 2)[-2]: name for name in self.expert_names}
         slabs = (math.prod(self._slab(n)) * item_bytes(self.dtypes[n]) for n in kinds.values())
-        cached = sum(slabs) <= CACHE_BYTES
+        cached = sum(slabs) <= MAX_CACHE_BYTES
         total = 0
         for name, shape in self.shapes.items():
             slab = self._slab(name)
@@ -117,7 +113,7 @@ class ModelFacts:
         return total
 
     def largest_chunk_bytes(self) -> int:
-        """Bytes of the largest chunk of an expert kernel; 0 where chunks are unknown."""
+        """Return the bytes of the largest chunk of an expert kernel; 0 where it is unknown."""
         if self.chunks is None:
             return 0
         return max(
@@ -171,7 +167,7 @@ class TokenFacts:
         mean_lengths: Mapping[str, float],
         file_lengths: Mapping[str, int],
     ) -> "TokenFacts":
-        """From mean lengths by stack ("encoder", "decoder") and the width of the token arrays.
+        """Estimate from mean lengths by stack ("encoder", "decoder") and the arrays' width.
 
         All calibration tokens are taken to enter Hessians; sentinels, which do not, are few.
 
@@ -194,7 +190,7 @@ class TokenFacts:
             {s: round(examples * mean) for s, mean in mean_lengths.items()},
             {s: round(num_calibration * mean) for s, mean in mean_lengths.items()},
             round(num_validation * mean_lengths["decoder"]),
-            {s: _padded(length, length) for s, length in file_lengths.items()},
+            {s: padded_length(length, length) for s, length in file_lengths.items()},
             dict(file_lengths),
             "mean lengths " + ", ".join(f"{s} {mean:g}" for s, mean in mean_lengths.items()),
         )
@@ -203,7 +199,7 @@ class TokenFacts:
     def from_files(
         cls, calibration: TokenFile, validation: TokenFile | None, *, premask_sentinels: bool
     ) -> "TokenFacts":
-        """From the very examples of the run.
+        """Count in the very examples of the run.
 
         Raises:
           TokensError: no examples, or bad ones.
@@ -222,7 +218,7 @@ class TokenFacts:
             {s: int(n.sum()) for s, n in lengths.items()},
             {s: int(n.sum()) for s, n in enters.items()},
             int(lengths["decoder"][samples.num_calibration :].sum()),
-            {s: _padded(int(n.max()), widths[s]) for s, n in lengths.items()},
+            {s: padded_length(int(n.max()), widths[s]) for s, n in lengths.items()},
             widths,
             "token files",
         )
@@ -238,7 +234,3 @@ def check_tokens(tokens: TokenFacts, settings: CompressionSettings) -> None:
         raise TokensError('method="gptq" needs calibration examples; give some, or method="rtn"')
     if tokens.num_validation and not tokens.num_calibration:
         raise TokensError("validation examples without calibration examples; give both or neither")
-
-
-def _padded(longest: int, full_length: int) -> int:
-    return min(full_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)

@@ -1,16 +1,20 @@
-"""Peak host and device memory, and disk, of a compression run.
+"""Peak host and device memory, and disk, of a compression run, and the largest batch that fits.
 
 Each function names what is held at the peak, in bytes. What XLA needs beside arrays is an upper
 estimate, held against its own account of the compiled programs in tests.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
 from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.stored_arrays import CHUNK_BYTES
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.host_threads import num_threads
-from qmoe_jax.planning.inputs import CACHE_BYTES, ModelFacts, TokenFacts
+from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
+from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.public_checkpoints import Device
 from qmoe_jax.planning.sizes import layer_bytes, layer_settings
 from qmoe_jax.quantization import host_gptq
 from qmoe_jax.quantization.settings import CompressionSettings
@@ -24,7 +28,35 @@ _PROGRAM_BYTES = 10**9  # Python, JAX, compiled programs; 0.25 GB on CPU, more w
 _GPTQ_COPIES = 4
 _ATTENTION_COPIES = 3  # scores, their bias, probabilities
 _HIDDEN_COPIES = 6  # residual stream, norm, query, key, value, attended
-_OUTPUT_CHUNK_BYTES = 1 << 24  # as `checkpoints.stored_arrays` has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What there is to run on; None where it is unknown and so not checked.
+
+    Attributes:
+      device: where programs run.
+      device_bytes: device memory that JAX may use; ignored where that is host memory.
+      host_bytes: free host memory.
+      output_disk_bytes: free space where the output goes.
+      buffer_disk_bytes: free space in the folder of the buffers, where there is one.
+      same_disk: whether those two are one file system.
+      buffers_on_disk: hidden states are memory-mapped (`buffer_dir`).
+      journal: the output is local, so that finished expert batches are kept until it is whole.
+      read_bytes_per_second: from the checkpoint.
+      write_bytes_per_second: to the output.
+    """
+
+    device: Device
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    output_disk_bytes: int | None = None
+    buffer_disk_bytes: int | None = None
+    same_disk: bool = True
+    buffers_on_disk: bool = False
+    journal: bool = True
+    read_bytes_per_second: float = 1e9
+    write_bytes_per_second: float = 1e9
 
 
 def hidden_state_bytes(model: ModelFacts, tokens: TokenFacts) -> dict[str, int]:
@@ -33,7 +65,7 @@ def hidden_state_bytes(model: ModelFacts, tokens: TokenFacts) -> dict[str, int]:
 
 
 def batch_weights(model: ModelFacts, expert_batch: int) -> int:
-    """Weights of a batch of experts of one layer."""
+    """Return the number of weights of a batch of experts of one layer."""
     config = model.config
     batch = min(expert_batch, config.num_experts)
     return batch * (len(config.wi_names) + 1) * config.embed_dim * config.expert_mlp_dim
@@ -70,7 +102,7 @@ def host_memory(
     parts = {
         "program": _PROGRAM_BYTES,
         "dense parameters of a layer, embedding": _resident_dense(model),
-        "chunks of the checkpoint": min(CACHE_BYTES, expert_bytes * model.expert_itemsize())
+        "chunks of the checkpoint": min(MAX_CACHE_BYTES, expert_bytes * model.expert_itemsize())
         + model.largest_chunk_bytes(),
         "kernels of an expert batch": kernels,
         "kernels of the next, prefetched": kernels,
@@ -78,7 +110,7 @@ def host_memory(
         "codes of an expert batch": 2 * weights,
         # As they will be stored, and twice more as the journal's file.
         "coded expert batch": 3 * coded,
-        "chunks of the output": 2 * _OUTPUT_CHUNK_BYTES,
+        "chunks of the output": 2 * CHUNK_BYTES,
     }
     if tokens.num_examples:
         hidden = sum(hidden_state_bytes(model, tokens).values())
@@ -96,7 +128,7 @@ def host_memory(
 def coded_layer_bytes(
     model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> int:
-    """Coded bytes of the largest sparse layer."""
+    """Return the coded bytes of the largest sparse layer."""
     layers = layer_settings(model.config, settings).values()
     return round(max(layer_bytes(model.config, own, zeros) for own in layers))
 
@@ -170,7 +202,7 @@ def _quantize(
 
 
 def gptq_workspace(width: int, out: int, experts_at_once: int) -> int:
-    """Temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
+    """Return the temporary bytes of XLA's GPTQ program, `[width, out]` kernels."""
     return _FLOAT32 * experts_at_once * _GPTQ_COPIES * (width * out + width**2)
 
 
@@ -222,7 +254,7 @@ def disk(
     buffers_on_disk: bool,
     journal: bool,
 ) -> tuple[Parts, Parts]:
-    """Bytes at the output, and in the folder of the buffers, at the end of the last layer.
+    """Return bytes at the output, and in the buffers' folder, at the end of the last layer.
 
     The journal holds the batches of one layer, until they are in the output.
     """
@@ -235,13 +267,53 @@ def disk(
     return output, buffers
 
 
+def fits_memory(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    resources: Resources,
+    zeros: Mapping[str, float],
+) -> bool:
+    """Whether device and host have the memory, as far as it is known."""
+    on_cpu = resources.device.is_host
+    _, on_device = peak(device_memory(model, tokens, settings, on_cpu=on_cpu))
+    buffers_on_disk = resources.buffers_on_disk
+    parts = host_memory(model, tokens, settings, zeros=zeros, buffers_on_disk=buffers_on_disk)
+    on_host = sum(parts.values())
+    if on_cpu:
+        on_host += on_device
+    elif resources.device_bytes is not None and on_device > resources.device_bytes:
+        return False
+    return resources.host_bytes is None or on_host <= resources.host_bytes
+
+
+def largest_expert_batch(
+    model: ModelFacts,
+    tokens: TokenFacts,
+    settings: CompressionSettings,
+    resources: Resources,
+    zeros: Mapping[str, float],
+) -> int:
+    """Return how many experts of a layer, up to all, fit as a batch; 0 where not even one does."""
+
+    def fits(batch: int) -> bool:
+        changed = dataclasses.replace(settings, expert_batch=batch)
+        return fits_memory(model, tokens, changed, resources, zeros)
+
+    # Memory only grows with the batch: bisect between a size that fits and one that does not.
+    low, high = 0, model.config.num_experts + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def _resident_dense(model: ModelFacts) -> int:
     return _embedding_bytes(model) + _largest_layer(model)
 
 
 def _embedding_bytes(model: ModelFacts) -> int:
-    name = "token_embedder/embedding"
-    return math.prod(model.shapes[name]) * item_bytes(model.dtypes[name])
+    return math.prod(model.shapes[names.EMBEDDING]) * item_bytes(model.dtypes[names.EMBEDDING])
 
 
 def _largest_layer(model: ModelFacts) -> int:

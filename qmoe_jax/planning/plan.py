@@ -4,17 +4,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qmoe_jax.planning import memory as plan_memory
-from qmoe_jax.planning import sizes as plan_sizes
-from qmoe_jax.planning import time as plan_work
+from qmoe_jax.formatting import format_bytes
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts, check_tokens
-from qmoe_jax.planning.limits import (
+from qmoe_jax.planning.memory import (
     Resources,
-    format_bytes,
+    device_memory,
+    disk,
     host_memory,
     largest_expert_batch,
+    peak,
 )
-from qmoe_jax.planning.sizes import CompressedSize, ZeroShare
+from qmoe_jax.planning.sizes import (
+    CompressedSize,
+    ZeroShare,
+    compressed_size,
+    layer_settings,
+    published_size,
+    zero_share,
+)
+from qmoe_jax.planning.time import Work, device_work, seconds_by_kind, total_seconds
 from qmoe_jax.quantization.settings import CompressionSettings
 
 
@@ -52,7 +60,7 @@ class Plan:
     output_disk: dict[str, int]
     buffer_disk: dict[str, int]
     sizes: tuple[CompressedSize, ...]
-    work: dict[str, plan_work.Work]
+    work: dict[str, Work]
     seconds: dict[str, float]
     largest_expert_batch: int
     problems: tuple[str, ...]
@@ -66,16 +74,16 @@ class Plan:
     @property
     def device_peak(self) -> int:
         """Bytes of device memory."""
-        return plan_memory.peak(self.device)[1]
+        return peak(self.device)[1]
 
     @property
     def total_seconds(self) -> float:
-        """The estimate."""
-        return plan_work.total_seconds(self.seconds)
+        """Estimated seconds of the run."""
+        return total_seconds(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as a JSON object."""
-        resources = dataclasses.asdict(self.resources)
+        """Return everything as a JSON object."""
+        phase, num_bytes = peak(self.device)
         return {
             "model": self.model.name,
             "config": self.model.config.to_json(),
@@ -84,13 +92,11 @@ class Plan:
             "bytes_to_read": self.bytes_to_read,
             "settings": self.settings.to_json(),
             "tokens": dataclasses.asdict(self.tokens),
-            "resources": resources,
+            "resources": dataclasses.asdict(self.resources),
             "zero_shares": {g: dataclasses.asdict(z) for g, z in self.zero_shares.items()},
             "host_memory": self.host | {"peak": self.host_peak},
             "device_memory": self.device,
-            "device_memory_peak": dict(
-                zip(("phase", "num_bytes"), plan_memory.peak(self.device), strict=True)
-            ),
+            "device_memory_peak": {"phase": phase, "num_bytes": num_bytes},
             "output_disk": self.output_disk,
             "buffer_disk": self.buffer_disk,
             "sizes": [
@@ -126,7 +132,7 @@ def make_plan(
       tokens: what flows through it.
       settings: how it is compressed.
       resources: what there is to run on.
-      zeros: expected share of zero weights; `plan_sizes.zero_share` where None.
+      zeros: expected share of zero weights; `sizes.zero_share` where None.
 
     Raises:
       TokensError: settings that need other tokens.
@@ -134,9 +140,9 @@ def make_plan(
     """
     settings.check_layers(model.config.sparse_layers)
     check_tokens(tokens, settings)
-    layers = plan_sizes.layer_settings(model.config, settings).values()
+    layers = layer_settings(model.config, settings).values()
     shares = {
-        own.grid: zeros or plan_sizes.zero_share(model.config, own.grid)
+        own.grid: zeros or zero_share(model.config, own.grid)
         for own in layers
         if own.method != "none"
     }
@@ -145,7 +151,7 @@ def make_plan(
         if not 0 < value < 1:
             raise ValueError(f"zero_share is {value}; it must be above 0 and below 1")
     sizes = _sizes(model, settings, values)
-    output_disk, buffer_disk = plan_memory.disk(
+    output_disk, buffer_disk = disk(
         model,
         tokens,
         settings,
@@ -163,13 +169,15 @@ def make_plan(
         resources=resources,
         zero_shares=shares,
         bytes_to_read=bytes_to_read,
-        host=host_memory(model, tokens, settings, resources, values),
-        device=plan_memory.device_memory(model, tokens, settings, on_cpu=on_cpu),
+        host=host_memory(
+            model, tokens, settings, zeros=values, buffers_on_disk=resources.buffers_on_disk
+        ),
+        device=device_memory(model, tokens, settings, on_cpu=on_cpu),
         output_disk=output_disk,
         buffer_disk=buffer_disk,
         sizes=sizes,
-        work=plan_work.device_work(model, tokens, settings),
-        seconds=plan_work.seconds(
+        work=device_work(model, tokens, settings),
+        seconds=seconds_by_kind(
             model,
             tokens,
             settings,
@@ -189,20 +197,18 @@ def _sizes(
     model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> tuple[CompressedSize, ...]:
     config = model.config
-    sizes = [plan_sizes.compressed_size(config, model.shapes, model.dtypes, settings, zeros)]
-    own_settings = plan_sizes.layer_settings(config, settings).values()
+    sizes = [compressed_size(config, model.shapes, model.dtypes, settings, zeros)]
+    own_settings = layer_settings(config, settings).values()
     kinds = {(own.method == "none", own.grid) for own in own_settings}
     whole_rows = all(own.group_size is None for own in own_settings)
     if kinds == {(False, "ternary")}:
         if sizes[0].layout != "qmoe":
             plain = dataclasses.replace(settings, layer_overrides={}, skip="", grid="ternary")
             plain = dataclasses.replace(plain, expert_coding="qmoe")
-            sizes.append(
-                plan_sizes.compressed_size(config, model.shapes, model.dtypes, plain, zeros)
-            )
+            sizes.append(compressed_size(config, model.shapes, model.dtypes, plain, zeros))
         # Hugging Face's models have no gated experts, the published layout no groups.
         if len(config.wi_names) == 1 and whole_rows:
-            sizes.append(plan_sizes.published_size(config, model.shapes, zeros["ternary"]))
+            sizes.append(published_size(config, model.shapes, zeros["ternary"]))
     return tuple(sizes)
 
 
@@ -214,7 +220,7 @@ def _problems(plan: Plan) -> list[str]:
     problems = []
     limit = resources.device_bytes
     if not resources.device.is_host and limit is not None and plan.device_peak > limit:
-        phase, needed = plan_memory.peak(plan.device)
+        phase, needed = peak(plan.device)
         remedy = (
             smaller
             if phase in ("Hessians", "quantize", "run experts")

@@ -79,7 +79,10 @@ def public_checkpoints() -> dict[str, PublicCheckpoint]:
 
 
 def public_checkpoint(name: str) -> PublicCheckpoint:
-    """One of them.
+    """Return a public checkpoint.
+
+    Args:
+      name: `switch_base_128`.
 
     Raises:
       CheckpointError: there is none of that name; the message lists the nearest.
@@ -96,7 +99,7 @@ def public_checkpoint(name: str) -> PublicCheckpoint:
 
 @functools.cache
 def devices() -> dict[str, Device]:
-    """Devices by name. Peaks of data sheets are multiplied by the share that is assumed of them.
+    """Return devices by name; peaks of data sheets times the share that is assumed of them.
 
     Raises:
       CheckpointError: `configs/devices.json` is missing.

@@ -14,11 +14,11 @@ import numpy as np
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape
-from qmoe_jax.codec import codings, stats
+from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.quantization.groups import num_groups
+from qmoe_jax.quantization.groups import stored_shape
 from qmoe_jax.quantization.settings import CompressionSettings
 
 # Zero share of GPTQ's codes by (grid, embed_dim) of base-128, large-128 and c-2048, as the QMoE
@@ -32,23 +32,18 @@ _PAPER_MODELS = {(768, 128): "base-128", (1024, 128): "large-128", (2080, 2048):
 
 # Bits that real codes take, over bits of independent codes with the same zero share. "qmoe": the
 # paper's section 4.3.2 has both on c-2048, 20.07x and 21.11x, each with 64 bits a row beside the
-# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others:
-# GPTQ's codes of the demo's model, whose tensors a coding of several dictionaries fits.
+# codes: its fixed dictionary pays for zero shares that differ between tensors and rows. The others
+# have 1: so measured on GPTQ's codes of the demo's model, whose tensors a coding of several
+# dictionaries fits.
 _ROW_BITS = 64 / 2 * (1 / 2080 + 1 / 6144)
 REAL_OVER_INDEPENDENT = {
     "qmoe": (16 / 20.07 - _ROW_BITS) / (16 / 21.11 - _ROW_BITS),
-    "tunstall": 1.0,
-    "tunstall_2bit": 1.0,
-    "packed2": 1.0,
 }
 
 # How non-zero 2-bit codes fall on the two values beside zero and the fourth, in GPTQ's codes of the
 # demo's model.
 _TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
 _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
-
-# The one array with codes of each coding; what else is indexed [experts, rows] costs by the row.
-_CODE_ARRAYS = ("words", "codewords", "packed")
 
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
@@ -116,7 +111,7 @@ def zero_share(config: SwitchConfig, grid: str) -> ZeroShare:
 
 
 def expert_kernel_shapes(config: SwitchConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of each kernel of an expert, in the orientation of the codec."""
+    """Return (out, in) of each kernel of an expert, in the orientation of the codec."""
     embed, mlp = config.embed_dim, config.expert_mlp_dim
     return {name: (mlp, embed) for name in config.wi_names} | {"wo": (embed, mlp)}
 
@@ -131,13 +126,19 @@ def layer_settings(
 def layer_bytes(
     config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, float]
 ) -> float:
-    """Coded bytes of all experts of one sparse layer; `zeros` is the zero share by grid."""
+    """Estimate the coded bytes of all experts of one sparse layer.
+
+    Args:
+      config: geometry.
+      settings: of the layer.
+      zeros: share of zero weights, by grid.
+    """
     if settings.method == "none":
         return 0.0
     bits = 0.0
     for out, width in expert_kernel_shapes(config).values():
-        groups = num_groups(width, settings.group_size)  # stored as rows of their own
-        bits += _expert_bits(settings.coding, out * groups, width // groups, zeros[settings.grid])
+        rows, row_width = stored_shape(width, out, settings.group_size)
+        bits += _expert_bits(settings.coding, rows, row_width, zeros[settings.grid])
     return config.num_experts * bits / 8
 
 
@@ -155,10 +156,6 @@ class SampleBits:
     per_row: float
     per_expert: float
 
-    def per_weight(self, out: int, width: int) -> float:
-        """Return stored bits of a weight in experts of that shape, codes taken as independent."""
-        return self.codes_per_weight + self.per_row / width + self.per_expert / (out * width)
-
 
 @functools.lru_cache(maxsize=256)
 def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
@@ -173,17 +170,19 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
     codes, levels = _independent_codes(coding, rows, width, zeros)
     coded = encode(codes, levels, coding)
-    bits = {name: 8 * array.nbytes for name, array in coded.arrays.items()}
-    by_row = sum(
-        bits[name]
-        for name, array in coded.arrays.items()
-        if array.shape[:2] == (_SAMPLE_EXPERTS, rows) and name not in _CODE_ARRAYS
-    )
-    in_codes = stats.bits(coded)["codes"]
+    kinds = codings.get_coding(coding).array_kinds
+    in_codes = by_row = by_expert = 0
+    for name, array in coded.arrays.items():
+        if kinds[name] == "codes":
+            in_codes += 8 * array.nbytes
+        elif array.shape[:2] == (_SAMPLE_EXPERTS, rows):
+            by_row += 8 * array.nbytes
+        else:
+            by_expert += 8 * array.nbytes
     return SampleBits(
         codes_per_weight=in_codes / codes.size,
         per_row=by_row / (_SAMPLE_EXPERTS * rows),
-        per_expert=(sum(bits.values()) - in_codes - by_row) / _SAMPLE_EXPERTS,
+        per_expert=by_expert / _SAMPLE_EXPERTS,
     )
 
 
@@ -194,7 +193,7 @@ def _independent_codes(
     rng = np.random.default_rng(0)
     draws = rng.random((_SAMPLE_EXPERTS, rows, width))
     levels = np.ones((_SAMPLE_EXPERTS, rows, 2))
-    if codings.get_coding(coding).num_symbols == 3:
+    if codings.get_coding(coding).grid == "ternary":
         codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
     else:
         shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]
@@ -226,9 +225,7 @@ def compressed_size(
         if names.is_expert_kernel(name) and names.layer_of(name) in coded:
             weights += math.prod(shape)
             continue
-        exact = name.endswith("/scale") or "/router/" in name
-        narrow = settings.dense_dtype == "bfloat16" and not exact
-        dense += math.prod(shape) * (2 if narrow else item_bytes(dtypes[name]))
+        dense += math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded.values()})),

@@ -1,37 +1,43 @@
 """A plan as text, and the list of public checkpoints."""
 
-from qmoe_jax.planning import public_checkpoints as registry
+from qmoe_jax.formatting import format_bytes, format_row, format_seconds, format_table
 from qmoe_jax.planning.inputs import ModelFacts
-from qmoe_jax.planning.limits import format_bytes
 from qmoe_jax.planning.memory import peak
 from qmoe_jax.planning.plan import Plan
+from qmoe_jax.planning.public_checkpoints import public_checkpoints
 from qmoe_jax.planning.sizes import compressed_size, zero_share
 from qmoe_jax.quantization.settings import CompressionSettings
 
 
 def format_list() -> str:
     """Return the public checkpoints with parameters and sizes."""
-    head = (
-        f"{'name':<18}{'parameters':>20}{'layers':>8}{'embed':>7}{'mlp':>7}{'experts':>9}"
-        f"{'bfloat16':>11}{'tunstall':>11}{'zeros':>7}"
-    )
-    lines = [head, "-" * len(head)]
+    rows = [
+        ("name", "parameters", "layers", "embed", "mlp", "experts", "bfloat16", "tunstall", "zeros")
+    ]
     assumed = False
-    for entry in registry.public_checkpoints().values():
+    for entry in public_checkpoints().values():
         model = ModelFacts.from_registry(entry, "float32")
         config, zeros = model.config, zero_share(entry.config, "ternary")
-        assumed |= zeros.source.startswith("assumed")
         size = compressed_size(
             config, model.shapes, model.dtypes, CompressionSettings(), {"ternary": zeros.value}
         )
-        mark = "*" if zeros.source.startswith("assumed") else " "
-        lines.append(
-            f"{entry.name:<18}{size.parameters:>20,}"
-            f"{config.num_encoder_layers + config.num_decoder_layers:>8}{config.embed_dim:>7}"
-            f"{config.expert_mlp_dim:>7}{config.num_experts:>9}"
-            f"{format_bytes(size.bfloat16_bytes):>11}{format_bytes(size.total):>11}"
-            f"{zeros.value:>6.1%}{mark}"
+        is_assumed = zeros.source.startswith("assumed")
+        assumed |= is_assumed
+        rows.append(
+            (
+                entry.name,
+                f"{size.parameters:,}",
+                f"{config.num_encoder_layers + config.num_decoder_layers}",
+                f"{config.embed_dim}",
+                f"{config.expert_mlp_dim}",
+                f"{config.num_experts}",
+                format_bytes(size.bfloat16_bytes),
+                format_bytes(size.total),
+                f"{zeros.value:.1%}{'*' if is_assumed else ' '}",
+            )
         )
+    widths = (18, 20, 8, 7, 7, 9, 11, 11, 7)
+    lines = [format_table(rows, min_widths=widths, separator="", rule="line")]
     if assumed:
         lines += ["", "* assumed: that of the model nearest in width among the QMoE paper's three"]
     return "\n".join(lines)
@@ -87,20 +93,26 @@ def _model_lines(plan: Plan) -> list[str]:
 
 
 def _size_lines(plan: Plan) -> list[str]:
+    rows = [("layout", "bits/weight", "experts", "smaller", "model", "smaller")]
+    for size in plan.sizes:
+        rows.append(
+            (
+                size.layout,
+                f"{size.bits_per_weight:.4f}",
+                format_bytes(size.experts),
+                f"{size.expert_compression:.2f}x",
+                format_bytes(size.total),
+                f"{size.model_compression:.2f}x",
+            )
+        )
+    widths = (16, 12, 12, 9, 12, 9)
     lines = [
         *(
             f"compressed, {grid}: {zeros.value:.1%} zeros, {zeros.source}"
             for grid, zeros in plan.zero_shares.items()
         ),
-        f"  {'layout':<16}{'bits/weight':>12}{'experts':>12}{'smaller':>9}{'model':>12}"
-        f"{'smaller':>9}",
+        *(f"  {format_row(row, widths, separator='')}" for row in rows),
     ]
-    for size in plan.sizes:
-        lines.append(
-            f"  {size.layout:<16}{size.bits_per_weight:>12.4f}{format_bytes(size.experts):>12}"
-            f"{size.expert_compression:>8.2f}x{format_bytes(size.total):>12}"
-            f"{size.model_compression:>8.2f}x"
-        )
     if any(size.layout == "published" for size in plan.sizes):
         lines += [
             "  published: the paper's own files. qmoe and published with the 5 % that the paper",
@@ -162,11 +174,3 @@ def _verdict_lines(plan: Plan) -> list[str]:
         limits = {"device": plan.resources.device_bytes} | limits
     known = [f"{what} {format_bytes(limit)}" for what, limit in limits.items() if limit is not None]
     return [f"The run fits ({', '.join(known) or 'nothing is known of its limits'})."]
-
-
-def format_seconds(seconds: float) -> str:
-    """`3.2 min`."""
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

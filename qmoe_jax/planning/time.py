@@ -36,7 +36,7 @@ class Work:
     steps: int = 0
 
     def plus(self, other: "Work") -> "Work":
-        """Both, one after the other; of one dtype."""
+        """Add work of the same dtype that is done after this."""
         return Work(
             self.flops + other.flops,
             self.num_bytes + other.num_bytes,
@@ -45,7 +45,7 @@ class Work:
         )
 
     def seconds(self, device: Device) -> float:
-        """Time on a device."""
+        """Estimate the seconds that it takes on a device."""
         rate = device.float32_flops if self.dtype == "float32" else device.bfloat16_flops
         roofline = max(self.flops / rate, self.num_bytes / device.bytes_per_second)
         return roofline + self.steps * device.column_seconds
@@ -54,7 +54,7 @@ class Work:
 def device_work(
     model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings
 ) -> dict[str, Work]:
-    """Work by kind. Tokens are taken to spread evenly over the experts of a layer."""
+    """Return the work by kind. Tokens are taken to spread evenly over the experts of a layer."""
     work: dict[str, Work] = {}
     for (stack, _), own in layer_settings(model.config, settings).items():
         for kind, part in _layer_work(model, tokens, own, stack).items():
@@ -74,7 +74,7 @@ def _layer_work(
     settings: CompressionSettings,
     stack: str,
 ) -> dict[str, Work]:
-    """Return the experts of one sparse layer."""
+    """Return the work of the experts of one sparse layer, by kind."""
     config = model.config
     experts, num_wi = config.num_experts, len(config.wi_names)
     embed, mlp = config.embed_dim, config.expert_mlp_dim
@@ -83,7 +83,7 @@ def _layer_work(
     gptq, activation = settings.method == "gptq", settings.activation_dtype
 
     def padded(count: int) -> tuple[int, int]:
-        """Tokens that are computed, filled up to chunks, and chunks of all experts."""
+        """Return the tokens that are computed, filled up to chunks, and all experts' chunks."""
         chunks = experts * math.ceil(count / experts / settings.token_chunk)
         return chunks * settings.token_chunk, chunks
 
@@ -145,7 +145,7 @@ def _dense_flops(model: ModelFacts, tokens: TokenFacts) -> int | float:
     )
 
 
-def seconds(
+def seconds_by_kind(
     model: ModelFacts,
     tokens: TokenFacts,
     settings: CompressionSettings,
@@ -156,7 +156,7 @@ def seconds(
     read_bytes_per_second: float,
     write_bytes_per_second: float,
 ) -> dict[str, float]:
-    """Seconds by kind, `read` first; the device's kinds are those of `device_work`."""
+    """Estimate the seconds by kind, `read` first; the device's kinds are those of `device_work`."""
     config = model.config
     work = device_work(model, tokens, settings)
     weights = model.num_parameters()["experts"]
@@ -183,5 +183,5 @@ def seconds(
 
 
 def total_seconds(parts: dict[str, float]) -> float:
-    """Return reading goes on beside everything else; the rest is one after the other."""
+    """Return the seconds of a run: it reads beside everything else; the rest is in turn."""
     return max(parts["read"], sum(parts.values()) - parts["read"])

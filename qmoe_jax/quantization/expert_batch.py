@@ -7,9 +7,10 @@ Nothing here raises for numbers: what went wrong with an expert is its `status`,
 expert only (QMoE, section 3.2: a layer has hundreds of experts, and some always fail).
 """
 
+import dataclasses
 import enum
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from qmoe_jax.quantization.groups import (
     kernel_of_rows,
     rows_of_kernel,
     rows_of_levels,
+    stored_shape,
 )
 from qmoe_jax.quantization.host_gptq import host_gptq
 from qmoe_jax.quantization.rtn import round_to_nearest
@@ -67,21 +69,31 @@ class ExpertBatchResult(NamedTuple):
     zero_share: Float[Array, " experts"]
 
 
-def pad_expert_batch(
-    array: Shaped[Array, "experts *rest"], num_experts: int
-) -> Shaped[Array, "num_experts *rest"]:
-    """Append experts of zeros, so that a smaller last batch needs no second compilation.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a program is compiled for; hashable, so that jit takes it as a static argument.
 
-    Pad kernels, Hessians and token counts alike, and keep the first results only. A padding expert
-    has no tokens, so where experts run one after the other it skips GPTQ.
+    Attributes:
+      grid: which values a row may take.
+      method: "gptq" or "rtn".
+      act_order: quantize columns by descending diagonal of the Hessian.
+      group_size: input features that share a pair of levels; None is all.
     """
-    missing = num_experts - array.shape[0]
-    if missing < 0:
-        raise ValueError(
-            f"an expert batch of {array.shape[0]} cannot be padded to {num_experts} experts; "
-            "pass the size of the largest batch"
-        )
-    return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    grid: Grid
+    method: str
+    act_order: bool
+    group_size: int | None
+
+
+# Codes, levels, status, layer error and the sum of squared errors of one expert.
+_Quantized = tuple[
+    UInt8[Array, "in out"],
+    Float[Array, "rows 2"],
+    Int8[Array, ""],
+    Float[Array, ""],
+    Float[Array, ""],
+]
 
 
 def quantize_experts(
@@ -95,7 +107,7 @@ def quantize_experts(
     act_order: bool = False,
     group_size: int | None = None,
     mesh: Mesh | None = None,
-    implementation: str | None = None,
+    implementation: str = "auto",
     experts_at_once: int | None = None,
 ) -> ExpertBatchResult:
     """Quantize a batch of experts with GPTQ, or round them to nearest.
@@ -115,7 +127,7 @@ def quantize_experts(
       group_size: input features that share a pair of levels; None is all.
       mesh: of one axis, over which the experts are sharded; each device quantizes its own.
       implementation: of GPTQ: "xla", or "host" for `host_gptq`, which is two to three times faster
-        on a CPU and cannot be traced. None takes "host" on a CPU where it can.
+        on a CPU and cannot be traced; or "auto", "host" on a CPU where it can and "xla" elsewhere.
       experts_at_once: experts in one vectorised step of XLA's program. None takes all, but 1 on a
         CPU, where that is 2 to 3 times faster, needs the memory of one factorisation instead of
         all, and skips GPTQ for experts that are rounded to nearest.
@@ -124,20 +136,21 @@ def quantize_experts(
         raise ValueError(f"method is {method!r}; it must be one of {METHODS}")
     if hessians is None and method != "rtn":
         raise ValueError(f"hessians is None; method {method!r} needs one Hessian an expert")
+    options = _Options(grid, method, act_order, group_size)
     on_cpu = jax.default_backend() == "cpu"
     one_device = mesh is None or mesh.size == 1
     traced = any(isinstance(a, Tracer) for a in (kernels, hessians, token_counts, damping))
     can_be_host = method == "gptq" and one_device and not traced
-    if implementation not in IMPLEMENTATIONS and implementation is not None:
+    if implementation not in (*IMPLEMENTATIONS, "auto"):
         raise ValueError(
-            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS} or None"
+            f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS} or 'auto'"
         )
     if implementation == "host" and not can_be_host:
         raise ValueError(
             'implementation="host" is for method="gptq" on one device outside of jit; '
-            'use "xla" or None'
+            'use "xla" or "auto"'
         )
-    by_default = implementation is None and on_cpu and experts_at_once is None
+    by_default = implementation == "auto" and on_cpu and experts_at_once is None
     on_host = can_be_host and (implementation == "host" or by_default)
     if on_host:
         assert hessians is not None
@@ -145,10 +158,8 @@ def quantize_experts(
             kernels,
             hessians,
             token_counts,
-            grid=grid,
-            damping=float(damping),
-            act_order=act_order,
-            group_size=group_size,
+            float(damping),
+            options,
         )
     if experts_at_once is None:
         experts_at_once = 1 if on_cpu else max(1, kernels.shape[0])
@@ -159,30 +170,34 @@ def quantize_experts(
         hessians,
         token_counts,
         damping,
-        grid=grid,
-        method=method,
-        act_order=act_order,
+        options=options,
         experts_at_once=experts_at_once,
-        group_size=group_size,
         mesh=None if one_device else mesh,
     )
 
 
 def _quantize_on_host(
-    kernels, hessians, token_counts, *, grid, damping, act_order, group_size
+    kernels: Float[Array, "experts in out"],
+    hessians: Float[Array, "experts in in"],
+    token_counts: Shaped[Array, " experts"],
+    damping: float,
+    options: _Options,
 ) -> ExpertBatchResult:
     """GPTQ by `host_gptq` for the experts that have tokens, round-to-nearest for the others."""
     kernels, hessians = kernels.astype(jnp.float32), hessians.astype(jnp.float32)
+    grid, group_size = options.grid, options.group_size
     levels, values = _levels_and_values(kernels, grid=grid, group_size=group_size)
     weights, inputs, counts = (np.asarray(a) for a in (kernels, hessians, token_counts))
     with_tokens = np.flatnonzero(counts > 0)
     swept = host_gptq(
-        weights, inputs, np.asarray(values), with_tokens, damping=damping, act_order=act_order
+        *(weights, inputs, np.asarray(values), with_tokens),
+        damping=damping,
+        act_order=options.act_order,
     )
-    num_experts, num_in, _ = weights.shape
+    num_experts, num_in, num_out = weights.shape
     # The fields of ExpertBatchResult.
     fields = (
-        swept.codes.reshape(*levels.shape[:2], num_in // values.shape[1]),
+        swept.codes.reshape(num_experts, *stored_shape(num_in, num_out, group_size)),
         np.array(levels),
         np.full(num_experts, ExpertStatus.OK, np.int8),
         swept.weight_error / num_in,
@@ -203,8 +218,8 @@ def _quantize_on_host(
     return ExpertBatchResult(*jax.device_put(fields))
 
 
-def _why_rounded(token_count, hessian) -> ExpertStatus:
-    """Of a kernel that is finite."""
+def _why_rounded(token_count: np.number[Any], hessian: Float[np.ndarray, "in in"]) -> ExpertStatus:
+    """Return why GPTQ has no codes for a kernel that is finite."""
     if not token_count > 0:
         return ExpertStatus.NO_TOKENS
     is_finite = np.isfinite(hessian).all()
@@ -212,8 +227,10 @@ def _why_rounded(token_count, hessian) -> ExpertStatus:
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "group_size"))
-def _levels_and_values(kernels, *, grid, group_size):
-    """Levels `[experts, rows, 2]`, values `[experts, groups, codes, out]`."""
+def _levels_and_values(
+    kernels: Float[Array, "experts in out"], *, grid: Grid, group_size: int | None
+) -> tuple[Float[Array, "experts rows 2"], Float[Array, "experts groups codes out"]]:
+    """Return the levels of every row, and the values that they give to each code."""
 
     def fit(kernel):
         levels = fit_groups(grid, kernel, group_size)
@@ -225,19 +242,21 @@ def _levels_and_values(kernels, *, grid, group_size):
     return jax.vmap(fit)(kernels)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "grid",
-        "method",
-        "act_order",
-        "experts_at_once",
-        "group_size",
-        "mesh",
-    ),
-)
-def _quantize_experts(kernels, hessians, token_counts, damping, *, mesh, **options):
-    quantize = functools.partial(_quantize_in_turn, **options)
+@functools.partial(jax.jit, static_argnames=("options", "experts_at_once", "mesh"))
+def _quantize_experts(
+    kernels: Float[Array, "experts in out"],
+    hessians: Float[Array, "experts in in"] | None,
+    token_counts: Shaped[Array, " experts"],
+    damping: float | Float[Array, ""],
+    *,
+    options: _Options,
+    experts_at_once: int,
+    mesh: Mesh | None,
+) -> ExpertBatchResult:
+    """Run XLA's program, on each device of a mesh for its own experts."""
+    quantize = functools.partial(
+        _quantize_in_turn, options=options, experts_at_once=experts_at_once
+    )
     if mesh is not None:
         experts, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
         quantize = jax.shard_map(
@@ -251,29 +270,19 @@ def _quantize_experts(kernels, hessians, token_counts, damping, *, mesh, **optio
 
 
 def _quantize_in_turn(
-    kernels,
-    hessians,
-    token_counts,
-    damping,
+    kernels: Float[Array, "experts in out"],
+    hessians: Float[Array, "experts in in"] | None,
+    token_counts: Shaped[Array, " experts"],
+    damping: float | Float[Array, ""],
     *,
-    grid,
-    method,
-    act_order,
-    experts_at_once,
-    group_size,
+    options: _Options,
+    experts_at_once: int,
 ) -> ExpertBatchResult:
+    """Quantize the experts of one device, so many in one vectorised step."""
+
     def quantize_one(expert):
         kernel, hessian, token_count = expert
-        return _quantize_expert(
-            kernel,
-            hessian,
-            token_count,
-            damping,
-            grid=grid,
-            method=method,
-            act_order=act_order,
-            group_size=group_size,
-        )
+        return _quantize_expert(kernel, hessian, token_count, damping, options)
 
     experts = (kernels, hessians, token_counts)
     num_experts = kernels.shape[0]
@@ -286,48 +295,37 @@ def _quantize_in_turn(
 
 
 def _quantize_expert(
-    kernel, hessian, token_count, damping, *, grid, method, act_order, group_size
+    kernel: Float[Array, "in out"],
+    hessian: Float[Array, "in in"] | None,
+    token_count: Shaped[Array, ""],
+    damping: float | Float[Array, ""],
+    options: _Options,
 ) -> ExpertBatchResult:
-    """One expert; the fields of the result without their expert axis."""
+    """Quantize one expert; the fields of the result have no expert axis."""
+    grid, group_size = options.grid, options.group_size
     kernel = kernel.astype(jnp.float32)
     is_finite = jnp.all(jnp.isfinite(kernel))
     finite_kernel = jnp.where(jnp.isfinite(kernel), kernel, 0.0)
     has_tokens = token_count > 0
 
-    def round_expert():
+    def round_expert() -> _Quantized:
         codes, levels = round_to_nearest(finite_kernel, grid, group_size)
         d = finite_kernel - dequantize_groups(grid, codes, levels)
         error = jnp.float32(0.0)
         if hessian is not None:
-            error = lax.cond(
-                has_tokens & is_finite,
-                lambda: _layer_error(d, hessian),
-                lambda: error,
-            )
-        requested = ExpertStatus.RTN_REQUESTED if method == "rtn" else ExpertStatus.NO_TOKENS
+            measure = functools.partial(_layer_error, d, hessian)
+            error = lax.cond(has_tokens & is_finite, measure, lambda: error)
+        requested = (
+            ExpertStatus.RTN_REQUESTED if options.method == "rtn" else ExpertStatus.NO_TOKENS
+        )
         status = jnp.where(is_finite, requested, ExpertStatus.NONFINITE_INPUT)
         return codes, levels, status.astype(jnp.int8), error, jnp.sum(d * d)
 
-    def sweep_expert():
-        codes, levels, fell_back, error, weight_error = gptq(
-            finite_kernel,
-            hessian,
-            grid,
-            damping=damping,
-            act_order=act_order,
-            group_size=group_size,
-        )
-        # Reading the whole Hessian only to name the reason of a failure.
-        is_singular = lax.cond(
-            fell_back, lambda: jnp.all(jnp.isfinite(hessian)), lambda: jnp.bool_(False)
-        )
-        failure = jnp.where(is_singular, ExpertStatus.SINGULAR, ExpertStatus.NONFINITE_INPUT)
-        status = jnp.where(fell_back, failure, ExpertStatus.OK)
-        return codes, levels, status.astype(jnp.int8), error, weight_error
-
-    if method == "rtn":
+    if options.method == "rtn":
         codes, levels, status, layer_error, weight_error = round_expert()
     else:
+        assert hessian is not None  # as quantize_experts has checked
+        sweep_expert = functools.partial(_sweep_expert, finite_kernel, hessian, damping, options)
         codes, levels, status, layer_error, weight_error = lax.cond(
             has_tokens & is_finite, sweep_expert, round_expert
         )
@@ -339,6 +337,30 @@ def _quantize_expert(
         layer_error=layer_error,
         zero_share=jnp.mean(dequantize_groups(grid, codes, levels) == 0.0, dtype=jnp.float32),
     )
+
+
+def _sweep_expert(
+    kernel: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    damping: float | Float[Array, ""],
+    options: _Options,
+) -> _Quantized:
+    """Quantize a finite kernel with GPTQ, or round it to nearest and say why."""
+    codes, levels, fell_back, error, weight_error = gptq(
+        kernel,
+        hessian,
+        options.grid,
+        damping=damping,
+        act_order=options.act_order,
+        group_size=options.group_size,
+    )
+    # Reading the whole Hessian only to name the reason of a failure.
+    is_singular = lax.cond(
+        fell_back, lambda: jnp.all(jnp.isfinite(hessian)), lambda: jnp.bool_(False)
+    )
+    failure = jnp.where(is_singular, ExpertStatus.SINGULAR, ExpertStatus.NONFINITE_INPUT)
+    status = jnp.where(fell_back, failure, ExpertStatus.OK)
+    return codes, levels, status.astype(jnp.int8), error, weight_error
 
 
 def _row_values(

@@ -107,7 +107,7 @@ class TwoBit:
     to the even number. A row of zeros has the grid of the range -1 to 1.
     """
 
-    name: str = dataclasses.field(default="two_bit", init=False)
+    name: str = dataclasses.field(default="2bit", init=False)
     num_codes: int = dataclasses.field(default=4, init=False)
 
     def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
@@ -152,11 +152,3 @@ def _round_to_bfloat16(*values: Float[Array, " out"]) -> tuple[Float[Array, " ou
         jnp.clip(value, -_MAX_BFLOAT16, _MAX_BFLOAT16).astype(jnp.bfloat16).astype(jnp.float32)
         for value in values
     )
-
-
-def grid_from_name(name: str) -> Grid:
-    """Return the grid of a config or file header: `ternary` or `two_bit`."""
-    grids: dict[str, Grid] = {grid.name: grid for grid in (Ternary(), TwoBit())}
-    if name not in grids:
-        raise ValueError(f"grid {name!r} is unknown; choose one of {sorted(grids)}")
-    return grids[name]

@@ -27,6 +27,16 @@ def num_groups(num_in: int, group_size: int | None) -> int:
     return num_in // size
 
 
+def stored_shape(num_in: int, num_out: int, group_size: int | None) -> tuple[int, int]:
+    """Return (rows, width) of a kernel `[num_in, num_out]` as the codec stores it.
+
+    Raises:
+      ValueError: the group size does not divide the row.
+    """
+    groups = num_groups(num_in, group_size)
+    return num_out * groups, num_in // groups
+
+
 def fit_groups(
     grid: Grid, kernel: Float[Array, "in out"], group_size: int | None
 ) -> Float[Array, "groups out 2"]:
@@ -36,23 +46,23 @@ def fit_groups(
 
 
 def rows_of_levels(levels: Float[Array, "groups out 2"]) -> Float[Array, "rows 2"]:
-    """As the codec stores them."""
+    """Reorder levels as the codec stores them: all groups of an output feature together."""
     return jnp.swapaxes(levels, 0, 1).reshape(-1, 2)
 
 
 def rows_of_kernel(
     values: Shaped[Array, "*experts in out"], group_size: int | None
 ) -> Shaped[Array, "*experts rows width"]:
-    """From the Flax orientation to the rows of the codec: the one place where this is done."""
+    """Reorder from the Flax orientation to the rows of the codec: the one place that does it."""
     *experts, num_in, num_out = values.shape
-    groups = num_groups(num_in, group_size)
-    return jnp.swapaxes(values, -1, -2).reshape(*experts, num_out * groups, num_in // groups)
+    rows = stored_shape(num_in, num_out, group_size)
+    return jnp.swapaxes(values, -1, -2).reshape(*experts, *rows)
 
 
 def kernel_of_rows(
     rows: Shaped[Array, "*experts rows width"], num_in: int
 ) -> Shaped[Array, "*experts in out"]:
-    """Inverse of `rows_of_kernel`."""
+    """Invert `rows_of_kernel`."""
     return jnp.swapaxes(rows.reshape(*rows.shape[:-2], -1, num_in), -1, -2)
 
 

@@ -5,14 +5,12 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qmoe_jax.codec.codings import codings_of_grid
 from qmoe_jax.quantization.expert_batch import METHODS
 from qmoe_jax.quantization.grids import Grid, Ternary, TwoBit
 
-# name -> (grid, the codings that store its codes, the smallest first)
-GRIDS: dict[str, tuple[Grid, tuple[str, ...]]] = {
-    "ternary": (Ternary(), ("tunstall", "qmoe")),
-    "2bit": (TwoBit(), ("tunstall_2bit", "packed2")),
-}
+GRIDS: dict[str, Grid] = {"ternary": Ternary(), "2bit": TwoBit()}
+"""Grids by name; `codec.codings.codings_of_grid` has the codings that store their codes."""
 
 # What `layer_overrides` may change.
 OVERRIDABLE = (
@@ -76,7 +74,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         _one_of("grid", self.grid, tuple(GRIDS))
-        _one_of("expert_coding", self.expert_coding, ("auto", *GRIDS[self.grid][1]))
+        _one_of("expert_coding", self.expert_coding, ("auto", *codings_of_grid(self.grid)))
         _one_of("method", self.method, (*METHODS, "none"))
         _one_of("skip", self.skip, ("", "encoder", "decoder"))
         for pattern, fields in self.layer_overrides.items():
@@ -100,12 +98,14 @@ class CompressionSettings:
     @property
     def quantization_grid(self) -> Grid:
         """The grid that `grid` names."""
-        return GRIDS[self.grid][0]
+        return GRIDS[self.grid]
 
     @property
     def coding(self) -> str:
         """The coding that stores the grid's codes."""
-        return GRIDS[self.grid][1][0] if self.expert_coding == "auto" else self.expert_coding
+        if self.expert_coding == "auto":
+            return codings_of_grid(self.grid)[0]
+        return self.expert_coding
 
     def for_layer(self, stack: str, layer: int) -> "CompressionSettings":
         """Return the settings of one sparse layer."""

@@ -10,7 +10,7 @@ from flax.core import unfreeze
 from jax.typing import DTypeLike
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.compressed_parts import step_of_name
+from qmoe_jax.checkpoints.layouts import step_of_name
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.load import load_switch
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,10 @@ class EmulatedModule:
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_kernels.restype = ctypes.c_char_p
         lines = self._library.emulation_kernels().decode().splitlines()
-        self.signatures: dict[str, str] = dict(line.split(" ") for line in lines)  # type: ignore
-        """By kernel, a character a parameter: c pointer to const, p pointer, else its bytes."""
+        self.signatures: dict[str, list[str]] = {
+            name: parameters.split(",") for name, parameters in (line.split(" ") for line in lines)
+        }
+        """Parameters by kernel: c pointer to const, p pointer, sN struct of N bytes, N number."""
 
     def get_function(self, name: str) -> "EmulatedKernel":
         """The kernel of that name, to be called as a `cupy.RawKernel`."""
@@ -117,7 +119,7 @@ class EmulatedModule:
 class EmulatedKernel:
     """A kernel; calling it runs it to its end."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, signature: str):
+    def __init__(self, library: ctypes.CDLL, name: str, signature: list[str]):
         self._library = library
         self.name = name
         self.signature = signature
@@ -138,7 +140,9 @@ class EmulatedKernel:
           grid: blocks, one to three numbers.
           block: threads of a block, likewise; a multiple of 32 together.
           args: for pointers an address (int), None or a C-contiguous NumPy array; for numbers a
-            NumPy scalar of the parameter's very size, as CuPy wants it.
+            NumPy scalar of the parameter's very size, as CuPy wants it; for structs a NumPy array
+            of no axes and the struct's very size, as CuPy wants it, or an object with `struct` and
+            `values` of `ops.cuda.launcher.StructArgument`, where pointers may be arrays.
           shared_mem: bytes of dynamic shared memory.
           order: in which order threads take turns: 0 forwards, 1 backwards, above: that seed.
 
@@ -166,26 +170,50 @@ class EmulatedKernel:
 
     def _value(self, index: int, kind: str, argument: Any) -> Any:
         where = f"{self.name}: argument {index}"
+        if kind.startswith("s"):
+            return self._struct(where, int(kind[1:]), argument)
         if kind in "cp":
-            if isinstance(argument, np.ndarray):
-                if not argument.flags.c_contiguous:
-                    raise TypeError(f"{where} is not C-contiguous.")
-                if kind == "p" and not argument.flags.writeable:
-                    raise TypeError(f"{where} is written to, but the array is read-only.")
-                return ctypes.c_void_p(argument.ctypes.data)
-            if argument is None or isinstance(argument, (int, np.integer)):
-                return ctypes.c_void_p(None if argument is None else int(argument))
-            raise TypeError(f"{where} is a {type(argument).__name__}; it must be a pointer.")
+            return self._pointer(where, kind, argument)
         if not isinstance(argument, np.generic) or argument.nbytes != int(kind):
             raise TypeError(f"{where} is {argument!r}; it must be a NumPy scalar of {kind} bytes.")
         return ctypes.create_string_buffer(argument.tobytes(), argument.nbytes)
+
+    def _pointer(self, where: str, kind: str, argument: Any) -> ctypes.c_void_p:
+        if isinstance(argument, np.ndarray):
+            if not argument.flags.c_contiguous:
+                raise TypeError(f"{where} is not C-contiguous.")
+            if kind == "p" and not argument.flags.writeable:
+                raise TypeError(f"{where} is written to, but the array is read-only.")
+            return ctypes.c_void_p(argument.ctypes.data)
+        if argument is None or isinstance(argument, (int, np.integer)):
+            return ctypes.c_void_p(None if argument is None else int(argument))
+        raise TypeError(f"{where} is a {type(argument).__name__}; it must be a pointer.")
+
+    def _struct(self, where: str, size: int, argument: Any) -> Any:
+        """The struct's bytes; arrays among its fields become their addresses."""
+        if not isinstance(argument, np.ndarray):
+            dtype, kinds, values = _plain(argument)
+            numbers = [
+                self._pointer(where, "c" if "const" in kind else "p", value).value or 0
+                if "*" in kind
+                else value
+                for kind, value in zip(kinds, values, strict=True)
+            ]
+            argument = np.array(tuple(numbers), dtype)
+        if argument.shape != () or argument.nbytes != size:
+            raise TypeError(
+                f"{where} has {argument.nbytes} bytes of shape {argument.shape}; it must be one "
+                f"struct of {size} bytes."
+            )
+        return ctypes.create_string_buffer(argument.tobytes(), size)
 
 
 class SanitizedModule:
     """The same in a process of its own, under AddressSanitizer and UBSan.
 
-    Kernels take NumPy arrays and scalars only. Every array is copied into a block of memory of
-    exactly its size, so that any access beside it is found, and copied back after the run.
+    Kernels take NumPy arrays and scalars only, or structs of them. Every array is copied into a
+    block of memory of exactly its size, so that any access beside it is found, and copied back
+    after the run.
     """
 
     def __init__(self, library: Path):
@@ -217,7 +245,8 @@ class SanitizedModule:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             try:
-                pickle.dump((name, grid, block, list(args), shared_mem, order), self._process.stdin)
+                plain = [_plain(argument) for argument in args]
+                pickle.dump((name, grid, block, plain, shared_mem, order), self._process.stdin)
                 self._process.stdin.flush()
                 error, arrays = pickle.load(self._process.stdout)
             except (EOFError, BrokenPipeError):
@@ -227,9 +256,9 @@ class SanitizedModule:
                 raise EmulationError(f"{name}: the sanitizers ended the run:\n{report}") from None
             if error:
                 raise EmulationError(error)
-            for argument, array in zip(args, arrays, strict=True):
-                if array is not None and argument.flags.writeable:
-                    argument[...] = array
+            for (values, position), array in zip(_arrays(plain), arrays, strict=True):
+                if values[position].flags.writeable:
+                    values[position][...] = array
 
         return launch
 
@@ -240,6 +269,23 @@ class SanitizedModule:
             stream.close()
         self._process.wait()
         self._errors.close()
+
+
+def _plain(argument: Any) -> Any:
+    """A struct as (dtype, C types of the fields, values), which any process can read."""
+    if not hasattr(argument, "struct"):
+        return argument
+    struct = argument.struct
+    return struct.dtype, [kind for _, kind in struct.fields], list(argument.values)
+
+
+def _arrays(plain: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Where arrays are among plain arguments, in order: a list, and the place in it."""
+    for position, argument in enumerate(plain):
+        if isinstance(argument, tuple):
+            yield from _arrays(argument[2])
+        elif isinstance(argument, np.ndarray):
+            yield plain, position
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -266,20 +312,20 @@ def _serve(library: Path) -> None:
         except EOFError:
             return
         blocks = []
-        for position, argument in enumerate(args):
-            if isinstance(argument, np.ndarray):
-                address = memory.malloc(argument.nbytes)
-                ctypes.memmove(address, argument.tobytes(), argument.nbytes)
-                blocks.append((position, address, argument))
-                args[position] = address
-        error, arrays = "", [None] * len(args)
+        for values, position in _arrays(args):
+            array = values[position]
+            address = memory.malloc(array.nbytes)
+            ctypes.memmove(address, array.tobytes(), array.nbytes)
+            blocks.append((address, array))
+            values[position] = address
+        error, arrays = "", []
         try:
             module.get_function(name)(grid, block, args, shared_mem=shared_mem, order=order)
         except (EmulationError, TypeError) as problem:
             error = str(problem)
-        for position, address, argument in blocks:
-            data = ctypes.string_at(address, argument.nbytes)
-            arrays[position] = np.frombuffer(data, argument.dtype).reshape(argument.shape)
+        for address, array in blocks:
+            data = ctypes.string_at(address, array.nbytes)
+            arrays.append(np.frombuffer(data, array.dtype).reshape(array.shape))
             memory.free(address)
         pickle.dump((error, arrays), sys.stdout.buffer)
         sys.stdout.buffer.flush()

@@ -1,6 +1,6 @@
 """The launcher of `qmoe_jax.ops.cuda.launcher` that runs kernels on the CPU's own buffers.
 
-    with cuda_launcher.use_launcher(EmulatedLauncher()):
+    with use_launcher(EmulatedLauncher()):
         ...
 
 Everything but CuPy's compiling and launching is then the code that runs on a GPU: JAX's callback
@@ -50,9 +50,8 @@ class EmulatedLauncher:
     def launch(self, call: KernelCall, pointers: Sequence[int], context: Any) -> None:
         assert call.shared_bytes <= self._prepared[call.name], "not prepared"
         self.calls.append((call.name, context is not None))
-        arguments = [pointers[a] if isinstance(a, int) else a for a in call.arguments]
         self._module.get_function(call.name)(
-            call.grid, (call.threads,), arguments, shared_mem=call.shared_bytes
+            call.grid, (call.threads,), call.pack(pointers), shared_mem=call.shared_bytes
         )
 
     def buffer_pointer(self, buffer: Any) -> int:

@@ -1,22 +1,39 @@
-"""Calls of the kernels on NumPy arrays, as kernels_cuda/README.md states them."""
+"""Calls of the kernels on NumPy arrays: the structs of `kernels_cuda/`, sizes by its README.md."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.codec.dictionary import dictionary
+from qmoe_jax.codec.coding_tunstall import TunstallCoding
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.cuda_interface import ArgumentStruct
 from qmoe_jax.codec.tensor import CodedTensor
-from qmoe_jax.codec.tunstall import TunstallFamily, tunstall_family
+from qmoe_jax.codec.tunstall import TunstallFamily
+from qmoe_jax.ops.cuda import kernels
 
 GetFunction = Callable[[str], Any]
 POISON = 0x7FB1  # a NaN in bfloat16
 
 
+class Struct(NamedTuple):
+    """A struct by value, whose pointers may be NumPy arrays."""
+
+    struct: ArgumentStruct
+    values: tuple[Any, ...]
+
+
+def struct_of(struct: ArgumentStruct, values: Mapping[str, Any]) -> Struct:
+    """A struct from its fields by name."""
+    return Struct(struct, tuple(values[name] for name, _ in struct.fields))
+
+
 def family(coding: str) -> TunstallFamily:
     """The dictionaries of a "tunstall" coding."""
-    return tunstall_family(8 if coding == "tunstall_2bit" else 0)
+    found = get_coding(coding)
+    assert isinstance(found, TunstallCoding)
+    return found.family
 
 
 def row_block_starts(get: GetFunction, coded: CodedTensor, **options: Any) -> np.ndarray:
@@ -31,22 +48,16 @@ def row_block_starts(get: GetFunction, coded: CodedTensor, **options: Any) -> np
     return starts
 
 
-def coding_arguments(get: GetFunction, coded: CodedTensor) -> list[Any]:
+def coding_argument(get: GetFunction, coded: CodedTensor) -> Struct:
     """What every decoder of the tensor's coding takes first."""
-    arrays, coding = coded.arrays, coded.spec.coding
-    if coding == "packed2":
-        return [arrays["packed"], arrays["levels"]]
-    starts = row_block_starts(get, coded)
-    lengths = arrays["row_lengths"]
-    tail = [np.int32(lengths.itemsize)]
-    if coding == "qmoe":
-        table = dictionary().table.astype(np.uint32)
-        front = [arrays[name] for name in ("codewords", "expert_offsets", "row_lengths")]
-        return [*front, starts, arrays["levels"], table, np.uint32(front[0].size), *tail]
-    names = ("words", "expert_offsets", "dictionaries", "shortest_rows", "row_lengths")
-    front = [arrays[name] for name in names]
-    table = family(coding).table
-    return [*front, starts, arrays["levels"], table, np.uint32(front[0].size), *tail]
+    interface = kernels.cuda_interface(coded.spec.coding)
+    values: dict[str, Any] = dict(coded.arrays)
+    values |= {field: interface.size(field, coded.arrays) for field in interface.sizes}
+    if "row_block_starts" in interface.array_names:
+        values["row_block_starts"] = row_block_starts(get, coded)
+    if interface.table is not None:
+        values["table"] = interface.table()
+    return struct_of(interface.arguments, values)
 
 
 def sort_tokens(experts: np.ndarray, num_experts: int) -> tuple[np.ndarray, ...]:
@@ -55,19 +66,6 @@ def sort_tokens(experts: np.ndarray, num_experts: int) -> tuple[np.ndarray, ...]
     order = np.argsort(keys, kind="stable").astype(np.int32)
     starts = np.searchsorted(keys[order], np.arange(num_experts + 1)).astype(np.int32)
     return order, experts[order].astype(np.int32), starts
-
-
-def fused_shared_bytes(coding: str, in_features: int, tile_tokens: int, threads: int) -> int:
-    """Dynamic shared memory of the fused kernels."""
-    dictionary_bytes = 2048 if coding.startswith("tunstall") else 0
-    staged = (in_features + 64) * max(4, 2 * tile_tokens)
-    return dictionary_bytes + staged + 64 * (2 + threads // 32)
-
-
-def fused_name(coding: str, tile_tokens: int, rows_per_warp: int = 4) -> str:
-    """Name of the fused kernel."""
-    rows = f"_rows{rows_per_warp}" if coding.startswith("tunstall") else ""
-    return f"fused_{coding}_t{2 if tile_tokens <= 2 else 16}{rows}"
 
 
 def multiply(
@@ -88,14 +86,13 @@ def multiply(
     order, token_experts, starts = sort_tokens(experts, spec.num_experts)
     shape = (len(x), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
-    numbers = [spec.num_experts, spec.rows, spec.width, len(x)]
-    numbers += [tile_tokens, rows_per_block, int(float32)]
-    arguments = [*coding_arguments(get, coded), x, order, token_experts, starts, y]
-    get(fused_name(spec.coding, tile_tokens, rows_per_warp))(
+    values = (x, order, token_experts, starts, y, spec.num_experts, spec.rows, spec.width)
+    values = (*values, len(x), tile_tokens, rows_per_block, int(float32))
+    get(kernels.fused_name(spec.coding, tile_tokens, rows_per_warp))(
         (len(x), -(-spec.rows // rows_per_block)),
         (threads,),
-        [*arguments, *(np.int32(n) for n in numbers)],
-        shared_mem=fused_shared_bytes(spec.coding, spec.width, tile_tokens, threads),
+        [coding_argument(get, coded), Struct(kernels.PRODUCT, values)],
+        shared_mem=kernels.fused_shared_bytes(spec.coding, spec.width, tile_tokens, threads),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)
@@ -114,15 +111,13 @@ def expand(
     """Runs an expansion kernel: bfloat16 [ids, out, in]."""
     spec = coded.spec
     dense = np.full((len(expert_ids), spec.rows, spec.width), POISON, np.uint16)
-    numbers = [len(expert_ids), spec.num_experts, spec.rows, spec.width]
-    numbers += [rows_per_block, int(zero_skipped)]
-    arguments = [*coding_arguments(get, coded), np.array(expert_ids, np.int32), dense]
-    dictionary_bytes = 2048 if spec.coding.startswith("tunstall") else 0
+    values = (np.array(expert_ids, np.int32), dense, len(expert_ids), spec.num_experts)
+    values = (*values, spec.rows, spec.width, rows_per_block, int(zero_skipped))
     get(f"expand_{spec.coding}")(
         (-(-spec.rows // rows_per_block), len(expert_ids)),
         (threads,),
-        [*arguments, *(np.int32(n) for n in numbers)],
-        shared_mem=dictionary_bytes + 4096 * (threads // 32),
+        [coding_argument(get, coded), Struct(kernels.EXPANSION, values)],
+        shared_mem=kernels.expand_shared_bytes(spec.coding, threads),
         **options,
     )
     return dense.view(ml_dtypes.bfloat16)
@@ -143,18 +138,17 @@ def encode_tunstall(
     trie = family(coding).trie
     grid = (-(-rows // threads), experts)
     shared = 1024 + 68 * threads
-    numbers = [experts, rows, width, trie.shape[1], int(coding == "tunstall_2bit")]
-    tail = [np.int32(n) for n in numbers]
-    front = [codes, levels, dictionaries, trie]
+    numbers = (experts, rows, width, trie.shape[1], int(coding == "tunstall_2bit"))
+    front = Struct(kernels.ENCODING, (codes, levels, dictionaries, trie, *numbers))
     num_bytes = np.full((experts, rows), -1, np.int32)
     num_codewords = np.full((experts, rows), -1, np.int32)
     sizes = get("encode_tunstall_sizes")
-    sizes(grid, (threads,), [*front, num_bytes, num_codewords, *tail], shared_mem=shared, **options)
+    sizes(grid, (threads,), [front, num_bytes, num_codewords], shared_mem=shared, **options)
 
     row_ends = np.cumsum(num_bytes, axis=1, dtype=np.int32)
     words = -(-row_ends[:, -1] // 4)
     offsets = np.concatenate([[0], np.cumsum(words)]).astype(np.int32)
     data = np.full(4 * offsets[-1], 0xEE, np.uint8)
-    arguments = [*front, offsets, row_ends, data, *tail]
+    arguments = [front, offsets, row_ends, data]
     get("encode_tunstall_rows")(grid, (threads,), arguments, shared_mem=shared, **options)
     return data.view("<u4"), offsets, num_bytes, num_codewords

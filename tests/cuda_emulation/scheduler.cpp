@@ -260,11 +260,18 @@ std::vector<Kernel>& kernels() {
   return list;
 }
 
-// One character a parameter: c a pointer to const, p another pointer, else the size in bytes.
+// What a parameter is: c a pointer to const, p another pointer, sN a struct of N bytes, N a number
+// of N bytes.
 template <class T>
-char parameter() {
-  if (std::is_pointer_v<T>) return std::is_const_v<std::remove_pointer_t<T>> ? 'c' : 'p';
-  return static_cast<char>('0' + sizeof(T));
+std::string parameter() {
+  if (std::is_pointer_v<T>) return std::is_const_v<std::remove_pointer_t<T>> ? "c" : "p";
+  return (std::is_class_v<T> ? "s" : "") + std::to_string(sizeof(T));
+}
+
+std::string joined(std::initializer_list<std::string> parts) {
+  std::string text;
+  for (const std::string& part : parts) text += (text.empty() ? "" : ",") + part;
+  return text;
 }
 
 template <class... T, size_t... I>
@@ -274,7 +281,7 @@ void call_with(void (*function)(T...), void** arguments, std::index_sequence<I..
 
 template <class... T>
 int add_kernel(const char* name, void (*function)(T...)) {
-  kernels().push_back({name, {parameter<T>()...}, [function](void** arguments) {
+  kernels().push_back({name, joined({parameter<T>()...}), [function](void** arguments) {
                          call_with(function, arguments, std::index_sequence_for<T...>());
                        }});
   return 0;
@@ -369,7 +376,7 @@ void* shared_access(unsigned offset, unsigned size, unsigned alignment, bool wri
 
 extern "C" {
 
-// Names and parameters of all kernels: "name signature\n" each.
+// Names and parameters of all kernels: "name parameter,parameter\n" each.
 const char* emulation_kernels() {
   static std::string text;
   text.clear();

@@ -30,10 +30,15 @@ from qmoe_jax.codec import reference  # noqa: E402
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.decode import device_arrays  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
-from qmoe_jax.ops.cuda import kernels as cuda_kernels  # noqa: E402
-from qmoe_jax.ops.cuda import launch_settings  # noqa: E402
-from qmoe_jax.ops.cuda import launcher as cuda_launcher  # noqa: E402
-from qmoe_jax.ops.cuda.launcher import CudaError, CupyLauncher, KernelCall  # noqa: E402
+from qmoe_jax.ops.cuda import kernels, launch_settings  # noqa: E402
+from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
+    CudaError,
+    CupyLauncher,
+    KernelCall,
+    StructArgument,
+    cuda_is_available,
+    current_launcher,
+)
 from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
 from qmoe_jax.ops.products import compressed_product, expert_mlp  # noqa: E402
 
@@ -76,13 +81,22 @@ class GpuKernels:
         source = source.replace("_t2.cu", ".cu").replace("_t16.cu", ".cu")
 
         def launch(grid, block, args, *, shared_mem=0):
-            arrays = [a for a in args if isinstance(a, np.ndarray)]
-            on_device = [self.cupy.asarray(_plain(a)) for a in arrays]
-            places = iter(range(len(arrays)))
+            arrays = []
+
+            def place(value):
+                """An array's place among the call's pointers; numbers as they are."""
+                if isinstance(value, np.ndarray):
+                    arrays.append(value)
+                    return len(arrays) - 1
+                return np.uintp(0) if value is None else value
+
             arguments = tuple(
-                next(places) if isinstance(a, np.ndarray) else np.uintp(0) if a is None else a
+                StructArgument(a.struct, tuple(map(place, a.values)))
+                if isinstance(a, launches.Struct)
+                else place(a)
                 for a in args
             )
+            on_device = [self.cupy.asarray(_plain(a)) for a in arrays]
             call = KernelCall(source, name, (*grid, 1)[:2], block[0], shared_mem, arguments)
             self.launcher.prepare(call)
             self.launcher.launch(call, [a.data.ptr for a in on_device], None)
@@ -155,9 +169,9 @@ def test_kernels(get, rng, coding, experts, out, width):
         for rows in (1, 4):
             for threads, rows_per_block in ((32, 3), (256, 64)):
                 options = {"threads": threads, "rows_per_block": rows_per_block}
-                if launches.fused_shared_bytes(coding, width, tile, threads) > 48 << 10:
+                if kernels.fused_shared_bytes(coding, width, tile, threads) > 48 << 10:
                     limit = LAUNCHER.device.max_shared_bytes
-                    if launches.fused_shared_bytes(coding, width, tile, threads) > limit:
+                    if kernels.fused_shared_bytes(coding, width, tile, threads) > limit:
                         continue
                 y = launches.multiply(
                     get, coded, x, index, tile_tokens=tile, rows_per_warp=rows, **options
@@ -234,7 +248,7 @@ def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens):
     """As in generation, and with many tokens: expansion inside XLA's loop over experts."""
     if tokens > 100:
         settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
-        monkeypatch.setattr(cuda_kernels, "launch_settings", lambda *_: settings)
+        monkeypatch.setattr(kernels, "launch_settings", lambda *_: settings)
     wi, _ = make_experts(rng, "tunstall", 5, 96, 64)
     wo, _ = make_experts(rng, "tunstall", 5, 64, 96)
     index = jnp.asarray(rng.integers(0, 5, tokens), jnp.int32)
@@ -261,8 +275,8 @@ def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens):
 
 
 def test_automatic_choice():
-    assert cuda_launcher.cuda_is_available()
-    assert isinstance(cuda_launcher.current_launcher(), CupyLauncher)
+    assert cuda_is_available()
+    assert isinstance(current_launcher(), CupyLauncher)
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,74 @@
-"""The launches of `kernels_cuda/`: arguments and sizes, as its README.md states them."""
+"""The launches of `kernels_cuda/`: arguments as its structs have them, sizes as its README.md."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int32
 
-from qmoe_jax.codec.dictionary import dictionary
+from qmoe_jax.codec.codings import coding_names, get_coding
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.tensor import TensorSpec
-from qmoe_jax.codec.tunstall import tunstall_family
-from qmoe_jax.ops.cuda.callback import Operand, run_kernel
 from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings, launch_settings
-from qmoe_jax.ops.cuda.launcher import CudaError, KernelCall, Launcher
+from qmoe_jax.ops.cuda.launcher import (
+    CudaError,
+    KernelCall,
+    Launcher,
+    Operand,
+    StructArgument,
+    run_kernel,
+)
 from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
 
 TILES = (1, 2, 4, 8, 16)
 """Numbers of tokens of an expert that can share a decode."""
+PRODUCT = ArgumentStruct(
+    "ProductArguments",
+    (
+        ("x", "const u16*"),
+        ("token_order", "const int*"),
+        ("token_experts", "const int*"),
+        ("expert_starts", "const int*"),
+        ("y", "void*"),
+        ("num_experts", "int"),
+        ("out_features", "int"),
+        ("in_features", "int"),
+        ("num_tokens", "int"),
+        ("tile_tokens", "int"),
+        ("rows_per_block", "int"),
+        ("y_is_float32", "int"),
+    ),
+)
+EXPANSION = ArgumentStruct(
+    "ExpandArguments",
+    (
+        ("expert_ids", "const int*"),
+        ("dense", "u16*"),
+        ("num_slots", "int"),
+        ("num_experts", "int"),
+        ("out_features", "int"),
+        ("in_features", "int"),
+        ("rows_per_block", "int"),
+        ("zero_skipped", "int"),
+    ),
+)
+ENCODING = ArgumentStruct(
+    "EncodeArguments",
+    (
+        ("codes", "const u8*"),
+        ("levels", "const u32*"),
+        ("dictionaries", "const u8*"),
+        ("trie", "const short*"),
+        ("num_experts", "int"),
+        ("out_features", "int"),
+        ("in_features", "int"),
+        ("num_nodes", "int"),
+        ("escapes", "int"),
+    ),
+)
+"""Of encoding, which only benchmarks and tests launch."""
 _COLUMN_PADDING = 64
-_DICTIONARY_BYTES = {"tunstall": 2048, "tunstall_2bit": 2048, "qmoe": 0, "packed2": 0}
 _MAX_GRID_Y = 65535
 
 
@@ -54,17 +103,29 @@ def check_coded(experts: CodedExperts) -> None:
         kernels.
     """
     spec = experts.spec
-    if spec.coding not in _DICTIONARY_BYTES:
-        raise CudaError(
-            f"The coding {spec.coding!r} has no CUDA kernels; those that do are "
-            f"{', '.join(sorted(_DICTIONARY_BYTES))}. Use implementation='xla'."
-        )
+    cuda_interface(spec.coding)
     if spec.width != experts.in_features:
         raise CudaError(
             f"A row of codes has {spec.width} of the {experts.in_features} weights of an output "
             "feature (the model was compressed with group_size); the CUDA kernels require whole "
             "rows. Use implementation='xla', or compress without group_size."
         )
+
+
+def cuda_interface(coding: str) -> CudaInterface:
+    """Return how the kernels take a coding's tensors.
+
+    Raises:
+      CudaError: it has no kernels.
+    """
+    found = get_coding(coding).cuda
+    if found is None:
+        with_kernels = sorted(name for name in coding_names() if get_coding(name).cuda)
+        raise CudaError(
+            f"The coding {coding!r} has no CUDA kernels; those that do are "
+            f"{', '.join(with_kernels)}. Use implementation='xla'."
+        )
+    return found
 
 
 def settings_for(launcher: Launcher, experts: CodedExperts) -> LaunchSettings:
@@ -76,7 +137,7 @@ def settings_for(launcher: Launcher, experts: CodedExperts) -> LaunchSettings:
 def fused_shared_bytes(coding: str, in_features: int, tile_tokens: int, threads: int) -> int:
     """Dynamic shared memory of a product kernel."""
     staged = (in_features + _COLUMN_PADDING) * max(4, 2 * tile_tokens)
-    return _DICTIONARY_BYTES[coding] + staged + 64 * (2 + threads // 32)
+    return cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
 
 
 def largest_tile(launcher: Launcher, experts: CodedExperts) -> int:
@@ -144,7 +205,7 @@ def fused_product(
         num_tokens=num_tokens,
         tile_tokens=min(tile, most),
         is_float32=result.dtype == jnp.float32,
-        front=front_arguments(spec, experts.arrays),
+        codes=coding_argument(spec, experts.arrays),
     )
     return run_kernel(launcher, call, [*inputs, x, *tokens], result)
 
@@ -156,9 +217,9 @@ def fused_call(
     num_tokens: int,
     tile_tokens: int,
     is_float32: bool,
-    front: tuple[int | np.generic, ...],
+    codes: StructArgument,
 ) -> KernelCall:
-    """Return a product's launch. Pointers: the coding's, x, order, experts, starts of tokens, y.
+    """Return a product's launch. Inputs: the coding's arrays, x, a `TokenOrder`; then y.
 
     Args:
       spec: of the codes.
@@ -166,22 +227,34 @@ def fused_call(
       num_tokens: tokens in all.
       tile_tokens: one of TILES.
       is_float32: whether y is float32, not bfloat16.
-      front: of `front_arguments`.
+      codes: of `coding_argument`.
     """
-    kind = "t2" if tile_tokens <= 2 else "t16"
-    rows = f"_rows{launch.rows_per_warp}" if _DICTIONARY_BYTES[spec.coding] else ""
-    first = sum(isinstance(argument, int) for argument in front)
+    interface = cuda_interface(spec.coding)
     rows_per_block = max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
-    numbers = (spec.num_experts, spec.rows, spec.width, num_tokens)
-    numbers = (*numbers, tile_tokens, rows_per_block, int(is_float32))
+    numbers = {
+        "num_experts": spec.num_experts,
+        "out_features": spec.rows,
+        "in_features": spec.width,
+        "num_tokens": num_tokens,
+        "tile_tokens": tile_tokens,
+        "rows_per_block": rows_per_block,
+        "y_is_float32": int(is_float32),
+    }
     return KernelCall(
-        source=f"fused_{spec.coding}.cu",
-        name=f"fused_{spec.coding}_{kind}{rows}",
+        source=interface.source,
+        name=fused_name(spec.coding, tile_tokens, launch.rows_per_warp),
         grid=(num_tokens, -(-spec.rows // rows_per_block)),
         threads=launch.threads,
         shared_bytes=fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads),
-        arguments=(*front, *range(first, first + 5), *(np.int32(n) for n in numbers)),
+        arguments=(codes, StructArgument.of(PRODUCT, numbers, len(interface.array_names))),
     )
+
+
+def fused_name(coding: str, tile_tokens: int, rows_per_warp: int) -> str:
+    """Name of a product kernel: for the largest tile, and where there is a choice rows a warp."""
+    tile = "t2" if tile_tokens <= 2 else "t16"
+    has_choice = len(cuda_interface(coding).rows_per_warp) > 1
+    return f"fused_{coding}_{tile}" + (f"_rows{rows_per_warp}" if has_choice else "")
 
 
 def expand_experts(
@@ -197,68 +270,59 @@ def expand_experts(
     check_coded(experts)
     spec, count = experts.spec, expert_ids.shape[0]
     launch = settings_for(launcher, experts).expand
-    call = expand_call(spec, launch, count=count, front=front_arguments(spec, experts.arrays))
+    call = expand_call(spec, launch, count=count, codes=coding_argument(spec, experts.arrays))
     result = jax.ShapeDtypeStruct((count, spec.rows, spec.width), jnp.bfloat16)
     return run_kernel(launcher, call, [*_coding_inputs(experts), expert_ids], result)
 
 
 def expand_call(
-    spec: TensorSpec, launch: Launch, *, count: int, front: tuple[int | np.generic, ...]
+    spec: TensorSpec, launch: Launch, *, count: int, codes: StructArgument
 ) -> KernelCall:
-    """Return the launch of an expansion of `count` experts. Pointers: the coding's, ids, dense."""
-    first = sum(isinstance(argument, int) for argument in front)
-    numbers = (count, spec.num_experts, spec.rows, spec.width)
+    """Return an expansion's launch. Inputs: the coding's arrays, `count` expert ids; then dense."""
+    interface = cuda_interface(spec.coding)
+    numbers = {
+        "num_slots": count,
+        "num_experts": spec.num_experts,
+        "out_features": spec.rows,
+        "in_features": spec.width,
+        "rows_per_block": launch.rows_per_block,
+        "zero_skipped": 1,
+    }
     return KernelCall(
         source="expand.cu",
         name=f"expand_{spec.coding}",
         grid=(-(-spec.rows // launch.rows_per_block), count),
         threads=launch.threads,
-        shared_bytes=_DICTIONARY_BYTES[spec.coding] + 4096 * (launch.threads // 32),
-        arguments=(
-            *front,
-            *(first, first + 1),
-            *(np.int32(n) for n in (*numbers, launch.rows_per_block, 1)),
-        ),
+        shared_bytes=expand_shared_bytes(spec.coding, launch.threads),
+        arguments=(codes, StructArgument.of(EXPANSION, numbers, len(interface.array_names))),
     )
 
 
-def array_names(coding: str) -> tuple[str, ...]:
-    """Return what every decoder of a coding is given first, in order.
+def expand_shared_bytes(coding: str, threads: int) -> int:
+    """Dynamic shared memory of an expansion kernel."""
+    return cuda_interface(coding).dictionary_bytes + 4096 * (threads // 32)
 
-    Stored arrays by name; `row_block_starts` of `find_row_block_starts`; `table` of `table`.
+
+def coding_argument(spec: TensorSpec, arrays: Mapping[str, Any]) -> StructArgument:
+    """Return what every kernel of a coding takes first: pointers to the first inputs, and sizes.
+
+    Args:
+      spec: of the codes.
+      arrays: the stored ones; only shapes and dtypes count.
     """
-    if coding == "packed2":
-        return ("packed", "levels")
-    if coding == "qmoe":
-        names = ("codewords", "expert_offsets", "row_lengths")
-    else:
-        names = ("words", "expert_offsets", "dictionaries", "shortest_rows", "row_lengths")
-    return (*names, "row_block_starts", "levels", "table")
-
-
-def table(coding: str) -> np.ndarray:
-    """Return the dictionaries of a coding, uint32: `[10, 256, 2]`, or `[131072]` of `qmoe`."""
-    if coding == "qmoe":
-        return dictionary().table.view(np.uint32)
-    return tunstall_family(8 if coding == "tunstall_2bit" else 0).table
-
-
-def front_arguments(spec: TensorSpec, arrays: Mapping[str, Any]) -> tuple[int | np.generic, ...]:
-    """Return the arguments that every decoder takes first: `array_names`, then two sizes."""
-    names = array_names(spec.coding)
-    if spec.coding == "packed2":
-        return tuple(range(len(names)))
-    num_words = np.uint32(arrays[names[0]].shape[0])
-    length_bytes = np.int32(np.dtype(arrays["row_lengths"].dtype).itemsize)
-    return (*range(len(names)), num_words, length_bytes)
+    interface = cuda_interface(spec.coding)
+    numbers = {field: interface.size(field, arrays) for field in interface.sizes}
+    return StructArgument.of(interface.arguments, numbers)
 
 
 def _coding_inputs(experts: CodedExperts) -> list[Operand]:
     spec, arrays = experts.spec, experts.arrays
+    interface = cuda_interface(spec.coding)
     inputs: list[Operand] = []
-    for name in array_names(spec.coding):
+    for name in interface.array_names:
         if name == "table":
-            inputs.append(table(spec.coding))
+            assert interface.table is not None
+            inputs.append(interface.table())
         elif name == "row_block_starts":
             starts = experts.row_block_starts
             if starts is None:

@@ -1,9 +1,9 @@
 """Sizes of kernel launches, by device: `configs/kernel_launch.json`, else the defaults here.
 
-The file stands beside the package in a checkout; `benchmarks/tune_kernels.py` writes it. It has an
-object a device, by its name ("NVIDIA H100 80GB HBM3"), by its compute capability ("compute
-capability 9.0"), or "default": the first that is there counts. Each has an object a coding, with
-the fields of `LaunchSettings`; what it leaves out is as here.
+`benchmarks/tune_kernels.py` writes the file. It has an object a device, by its name ("NVIDIA H100
+80GB HBM3"), by its compute capability ("compute capability 9.0"), or "default": the first that is
+there counts. Each has an object a coding, with the fields of `LaunchSettings`; what it leaves out
+is as here.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_jax import resources
-
-PATH = resources.configs() / "kernel_launch.json"
-_CODINGS = ("tunstall", "tunstall_2bit", "qmoe", "packed2")
+from qmoe_jax.atomic_file import write_json
+from qmoe_jax.codec.codings import coding_names, get_coding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Launch:
     Attributes:
       threads: threads of a block: a multiple of 32, at most 256.
       rows_per_block: rows of codes that a block takes.
-      rows_per_warp: rows that a warp takes at a time, 1 or 4; the codings `qmoe` and `packed2`
-        have 1 only, and expansion has no choice.
+      rows_per_warp: rows that a warp takes at a time, 1 or 4, in products of codings that leave the
+        choice (`CudaInterface.rows_per_warp`).
     """
 
     threads: int
@@ -42,7 +41,8 @@ class Launch:
         if not right:
             raise ValueError(
                 f"{self}: threads must be a multiple of 32 up to 256, rows_per_block at least 1, "
-                f"rows_per_warp 1 or 4. Run benchmarks/tune_kernels.py anew, or mend {PATH}."
+                f"rows_per_warp 1 or 4. Run benchmarks/tune_kernels.py anew, or mend "
+                f"{settings_path()}."
             )
 
 
@@ -68,6 +68,11 @@ class LaunchSettings:
     fused_tokens: int = 8192
 
 
+def settings_path() -> Path:
+    """Path of the file, whether it exists or not."""
+    return resources.configs() / "kernel_launch.json"
+
+
 def launch_settings(device_name: str, compute_capability: str, coding: str) -> LaunchSettings:
     """Return settings of a coding on a device.
 
@@ -79,7 +84,7 @@ def launch_settings(device_name: str, compute_capability: str, coding: str) -> L
     Raises:
       ValueError: the file is damaged.
     """
-    devices = _read(PATH)
+    devices = _read(settings_path())
     for key in (device_name, f"compute capability {compute_capability}", "default"):
         if key in devices:
             return devices[key].get(coding, LaunchSettings())
@@ -115,22 +120,22 @@ def settings_from_json(fields: dict[str, Any]) -> LaunchSettings:
 
 
 def write_settings(
-    device_name: str, settings: dict[str, LaunchSettings], path: Path = PATH
+    device_name: str, settings: dict[str, LaunchSettings], path: Path | None = None
 ) -> None:
     """Set a device's object in the file, whole or not at all.
 
     Args:
       device_name: as the driver names it.
       settings: by coding.
-      path: the file.
+      path: the file; `settings_path` where None.
     """
-    if unknown := set(settings) - set(_CODINGS):
-        raise ValueError(f"settings for {sorted(unknown)}; codings are {', '.join(_CODINGS)}.")
+    path = path or settings_path()
+    with_kernels = [name for name in coding_names() if get_coding(name).cuda]
+    if unknown := set(settings) - set(with_kernels):
+        raise ValueError(f"settings for {sorted(unknown)}; codings are {', '.join(with_kernels)}.")
     content = json.loads(path.read_text()) if path.exists() else {"devices": {}}
     content["devices"][device_name] = {
         coding: dataclasses.asdict(chosen) for coding, chosen in settings.items()
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_json(path, content, indent=2, sort_keys=True)
     _read.cache_clear()

@@ -1,6 +1,8 @@
-"""The launcher of CUDA kernels: CuPy on a GPU, or what a test puts in its place.
+"""Runs CUDA kernels on JAX arrays, by CuPy on a GPU or by what a test puts in its place.
 
-Nothing of CUDA is imported before `current_launcher` is called.
+Inside jit a kernel runs on XLA's stream and no operand is copied: XLA hands the addresses of its
+own buffers to the launcher. Outside, arrays are lent through DLPack. Nothing of CUDA is imported
+before `current_launcher` is called.
 """
 
 import contextlib
@@ -9,18 +11,63 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Shaped
 
 from qmoe_jax import resources
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, is_pointer
+from qmoe_jax.errors import CudaError
 
-KERNEL_FOLDER = resources.kernels_cuda()
+Operand = Array | np.ndarray
 
 
-class CudaError(ValueError):
-    """The CUDA kernels cannot do what is asked: no GPU, no CuPy, or a case they do not have."""
+@dataclasses.dataclass(frozen=True)
+class StructArgument:
+    """A struct among a kernel's arguments, all but its addresses.
+
+    Attributes:
+      struct: its layout.
+      values: of its fields, in order: numbers as they are; a pointer is the place among the call's
+        inputs, and behind them its output.
+    """
+
+    struct: ArgumentStruct
+    values: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, struct: ArgumentStruct, numbers: Mapping[str, int], first: int = 0
+    ) -> "StructArgument":
+        """Return the struct whose pointers are inputs that follow one another.
+
+        Args:
+          struct: its layout.
+          numbers: values of all other fields, by name.
+          first: place of the first pointer.
+        """
+        places = iter(range(first, first + len(struct.fields)))
+        values = (
+            next(places) if is_pointer(kind) else numbers[name] for name, kind in struct.fields
+        )
+        return cls(struct, tuple(values))
+
+    def pack(self, pointers: Sequence[int]) -> Shaped[np.ndarray, ""]:
+        """Return the struct's bytes, given the addresses of all inputs and the output."""
+        return self.struct.pack(
+            [
+                pointers[value] if is_pointer(kind) else value
+                for value, (_, kind) in zip(self.values, self.struct.fields, strict=True)
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +80,8 @@ class KernelCall:
       grid: blocks.
       threads: threads of a block.
       shared_bytes: dynamic shared memory.
-      arguments: in the kernel's order. A NumPy scalar is passed by value; an `int` is a pointer:
-        the place among the call's inputs, and behind them its output.
+      arguments: in the kernel's order. Structs and NumPy scalars are passed by value; an `int` is a
+        pointer, as in `StructArgument`.
     """
 
     source: str
@@ -42,7 +89,19 @@ class KernelCall:
     grid: tuple[int, int]
     threads: int
     shared_bytes: int
-    arguments: tuple[int | np.generic, ...]
+    arguments: tuple[StructArgument | int | np.generic, ...]
+
+    def pack(self, pointers: Sequence[int]) -> list[np.ndarray | np.generic]:
+        """Return the arguments' bytes as CuPy takes them, given all addresses."""
+        packed: list[np.ndarray | np.generic] = []
+        for argument in self.arguments:
+            if isinstance(argument, StructArgument):
+                packed.append(argument.pack(pointers))
+            else:
+                packed.append(
+                    np.uintp(pointers[argument]) if isinstance(argument, int) else argument
+                )
+        return packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +210,6 @@ class CupyLauncher:
     """
 
     def __init__(self) -> None:
-        import jax
-
         if jax.default_backend() != "gpu":
             raise CudaError(
                 f"JAX runs on {jax.default_backend()!r}; implementation='cuda' requires a CUDA "
@@ -163,9 +220,10 @@ class CupyLauncher:
                 "CuPy is not installed; implementation='cuda' requires it: "
                 "pip install cupy-cuda13x (or cupy-cuda12x), or use implementation='xla'."
             )
-        if not (KERNEL_FOLDER / "common.cuh").exists():
+        folder = resources.kernels_cuda()
+        if not (folder / "common.cuh").exists():
             raise CudaError(
-                f"There are no kernel sources at {KERNEL_FOLDER}; install the package with its "
+                f"There are no kernel sources at {folder}; install the package with its "
                 "kernels (pip install -e . in a checkout), or use implementation='xla'."
             )
         import cupy
@@ -193,8 +251,9 @@ class CupyLauncher:
     def prepare(self, call: KernelCall) -> None:
         """Compile (or read CuPy's cache), load, and raise the limit of shared memory."""
         if call.source not in self._modules:
+            folder = resources.kernels_cuda()
             self._modules[call.source] = self.array_module.RawModule(
-                code=_source_text(call.source), options=("-std=c++17", f"-I{KERNEL_FOLDER}")
+                code=_source_text(folder, call.source), options=("-std=c++17", f"-I{folder}")
             )
         for device in self._devices:
             key = (call.name, device)
@@ -211,11 +270,10 @@ class CupyLauncher:
     def launch(self, call: KernelCall, pointers: Sequence[int], context: Any) -> None:
         """Launch on XLA's stream of `context`, or on CuPy's current one."""
         device = self.array_module.cuda.runtime.getDevice()
-        arguments = [np.uintp(pointers[a]) if isinstance(a, int) else a for a in call.arguments]
         self._functions[call.name, device](
             call.grid,
             (call.threads,),
-            arguments,
+            call.pack(pointers),
             shared_mem=call.shared_bytes,
             stream=None if context is None else _Stream(context.stream),
         )
@@ -233,8 +291,74 @@ class CupyLauncher:
         self.array_module.cuda.get_current_stream().synchronize()
 
 
-def _source_text(name: str) -> str:
+def _source_text(folder: Path, name: str) -> str:
     """Return a source with a digest of the headers, which CuPy's cache of kernels does not see."""
-    headers = b"\0".join(path.read_bytes() for path in sorted(KERNEL_FOLDER.glob("*.cuh")))
+    headers = b"\0".join(path.read_bytes() for path in sorted(folder.glob("*.cuh")))
     digest = hashlib.sha256(headers).hexdigest()
-    return f"// headers {digest}\n{(KERNEL_FOLDER / name).read_text()}"
+    return f"// headers {digest}\n{(folder / name).read_text()}"
+
+
+def run_kernel(
+    launcher: Launcher, call: KernelCall, inputs: Sequence[Operand], result: jax.ShapeDtypeStruct
+) -> Array:
+    """Return the output of a kernel that writes every element of it.
+
+    The kernel is loaded here, which inside jit is while tracing, so before any run.
+
+    Args:
+      launcher: of `current_launcher`.
+      call: what to launch; its pointers count `inputs`, then the output.
+      inputs: arrays, none of them with sub-byte elements. Traced ones: not under `vmap`, not
+        differentiated, and on one device.
+      result: shape and dtype of the output; of no element: nothing is launched.
+    """
+    if 0 in result.shape:
+        return jnp.zeros(result.shape, result.dtype)
+    launcher.prepare(call)
+    if any(isinstance(x, jax.core.Tracer) for x in inputs):
+        return _run_in_jit(launcher, call, inputs, result)
+    return _run_eagerly(launcher, call, inputs, result)
+
+
+def _run_in_jit(
+    launcher: Launcher, call: KernelCall, inputs: Sequence[Operand], result: jax.ShapeDtypeStruct
+) -> Array:
+    from jax.experimental.buffer_callback import buffer_callback
+
+    def launch(context: Any, output: Any, *buffers: Any) -> None:
+        # No JAX call is allowed here.
+        pointers = [launcher.buffer_pointer(buffer) for buffer in (*buffers, output)]
+        launcher.launch(call, pointers, context)
+
+    return buffer_callback(launch, result, **_callback_options())(*inputs)
+
+
+@functools.cache
+def _callback_options() -> dict[str, Any]:
+    """XLA's CUDA graphs take the launch in, where this JAX can: then Python runs only once."""
+    from jax.experimental.buffer_callback import buffer_callback
+
+    if "command_buffer_compatible" in inspect.signature(buffer_callback).parameters:
+        return {"command_buffer_compatible": True}
+    return {}
+
+
+def _run_eagerly(
+    launcher: Launcher, call: KernelCall, inputs: Sequence[Operand], result: jax.ShapeDtypeStruct
+) -> Array:
+    module = launcher.array_module
+    borrowed = [_without_bfloat16(jnp.asarray(x)) for x in inputs]
+    views = [module.from_dlpack(x) for x in borrowed]
+    is_bfloat16 = result.dtype == jnp.bfloat16
+    output = module.empty(result.shape, np.uint16 if is_bfloat16 else result.dtype)
+    launcher.launch(call, [launcher.array_pointer(x) for x in (*views, output)], None)
+    # JAX does not know of the launch: it must neither reuse inputs nor read the output before.
+    launcher.synchronize()
+    del borrowed, views
+    y = jnp.from_dlpack(output)
+    return lax.bitcast_convert_type(y, jnp.bfloat16) if is_bfloat16 else y
+
+
+def _without_bfloat16(x: Array) -> Array:
+    """bfloat16 as uint16, which every array library knows through DLPack."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
