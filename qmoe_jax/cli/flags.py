@@ -92,8 +92,9 @@ def run(
       distributed: take the flags that make the command one of several processes.
 
     Raises:
-      ValueError: flags that cannot be understood, or bindings of what does not exist; whatever else
-        the function raises.
+      ValueError: flags that cannot be understood, bindings of what does not exist, no gin-config,
+        or what the function refuses.
+      ModuleNotFoundError: the function needs a package that is not installed.
     """
     parser = _parser(name, description, default_gin_file, distributed)
     arguments = parser.parse_args(_split_bindings(argv))
@@ -120,6 +121,9 @@ def run(
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
         result = configured()
+    except ModuleNotFoundError as error:
+        # gin raises a copy, which has lost the name of what is missing.
+        raise error.__context__ or error from None
     except SyntaxError as error:
         raise ValueError(f"{error.msg} In: {(error.text or '').strip()}") from error
     except (ValueError, OSError, RuntimeError) as error:
