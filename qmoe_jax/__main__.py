@@ -6,6 +6,7 @@ interrupted command says in one line how to go on, with exit status 130.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ COMMANDS = {
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+NOBODY_READS = 141
+"""As a shell reports a program that SIGPIPE ended."""
 
 # The extra of pyproject.toml that brings a package.
 _EXTRAS = {
@@ -46,7 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments; those of the process where None.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output, as `head`, has had enough. Python flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(_help())
@@ -70,6 +84,8 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
         return module.main(arguments)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         # What a user can mend (a misspelt option, a missing file, a bad checkpoint) is one
         # message, not a traceback.

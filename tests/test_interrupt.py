@@ -1,4 +1,7 @@
-"""Ctrl-C: one line that says how to go on, no traceback, and the same command does go on."""
+"""Ctrl-C: one line that says how to go on, no traceback, and the same command does go on.
+
+A reader that closes its end of a pipe is no mistake either.
+"""
 
 import signal
 import subprocess
@@ -45,3 +48,17 @@ def test_an_interrupted_compression_goes_on(tmp_path):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert same_tree(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--list"]])
+def test_a_reader_that_has_had_enough(arguments):
+    process = subprocess.Popen(
+        [*COMMAND[:3], *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 141
+    assert errors == ""

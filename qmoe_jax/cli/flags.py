@@ -121,6 +121,8 @@ def run(
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
         result = configured()
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
         # gin raises a copy, which has lost the name of what is missing.
         raise error.__context__ or error from None
