@@ -65,14 +65,10 @@ bench-generation: $(VENV)/.installed-dev ## tokens per second with and without t
 gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PEER),--peer $(PEER))
 
-$(VENV)/.installed-docs: $(VENV)/.installed-dev
-	$(PIP) --editable ".[dev,docs]"
-	@touch $@
-
-notebook: $(VENV)/.installed-docs ## run the notebook on the demo and render notebooks/*.html
+notebook: $(VENV)/.installed-dev ## run the notebook on the demo and render notebooks/*.html
 	$(BIN)/python notebooks/render.py
 
-docs: $(VENV)/.installed-docs ## the API reference from the docstrings, in build/api
+docs: $(VENV)/.installed-dev ## the API reference from the docstrings, in build/api
 	$(BIN)/python docs/build_api.py build/api
 
 clean: ## remove the virtual environment and the output of demo and notebook

@@ -23,6 +23,11 @@ gc.set_threshold(100_000, 20, 100)
 install_import_hook("qmoe_jax", "beartype.beartype")
 
 import golden_data  # noqa: E402
+import hypothesis  # noqa: E402
+
+# No test depends on how fast the machine is at the moment.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Convert between compressed checkpoints and other layouts.
 
-A published QMoE model (base-128, large-128, c-2048 of ISTA-DASLab) to a compressed checkpoint,
-which `infer`, `evaluate` and load_switch read:
+One of the published QMoE models (base-128, large-128, c-2048 of ISTA-DASLab) to a compressed
+checkpoint, which `infer`, `evaluate` and load_switch read:
 
     qmoe-jax convert published import switch-base-128_qmoe compressed
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("convert", description=__doc__)
-    parser.add_argument("layout", choices=("published",), help="published: that of the QMoE models")
+    parser.add_argument("layout", choices=("published",), help="that of the published QMoE models")
     parser.add_argument(
         "direction",
         choices=("import", "export"),

@@ -78,19 +78,19 @@ def evaluate(
       A JSON object: `tokens` (examples, their sha256, metadata) and `settings` describe the
       evaluation, `models` has for each checkpoint, in their order,
 
-      name, checkpoint: its name and path.
-      num_examples, num_target_tokens: what was evaluated.
-      loss: nats per target token; `loss_standard_error` over examples.
-      gap, gap_standard_error: nats per target token above the first checkpoint on the same tokens,
-        and the error of the paired differences.
-      accuracy: share of target tokens that are the most probable one.
-      z_loss: mean over target tokens of the squared log-partition function.
-      bits_per_weight: stored bits per expert weight; None of a native checkpoint.
-      router: see `router.router_report`.
-      t5x: what T5X's `loss_fn` would log, means over whole batches: `loss` (with z-loss and
+      - name, checkpoint: its name and path.
+      - num_examples, num_target_tokens: what was evaluated.
+      - loss: nats per target token; `loss_standard_error` over examples.
+      - gap, gap_standard_error: nats per target token above the first checkpoint on the same
+        tokens, and the error of the paired differences.
+      - accuracy: share of target tokens that are the most probable one.
+      - z_loss: mean over target tokens of the squared log-partition function.
+      - bits_per_weight: stored bits per expert weight; None of a native checkpoint.
+      - router: see `router.router_report`.
+      - t5x: what T5X's `loss_fn` would log, means over whole batches: `loss` (with z-loss and
         auxiliary loss), `cross_ent_loss`, `z_loss`, `accuracy`, `experts/...`.
-      seconds: of the model's runs, without loading; `target_tokens_per_second` without the batch
-        that compiles, None where that is the only one.
+      - seconds: of the model's runs, without loading; `target_tokens_per_second` without the
+        batch that compiles, None where that is the only one.
 
       Standard errors are NaN where there is one example.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from tqdm import tqdm
 
 from qmoe_jax.evaluation.router import router_sums
@@ -77,7 +77,7 @@ def cross_entropy(
 def batch_sums(
     logits: Float[Array, "batch length vocab"],
     targets: Int[Array, "batch length"],
-    weights: Array,
+    weights: Shaped[Array, "batch length"],
 ) -> tuple[Float[Array, "batch"], Int[Array, "batch"], Int[Array, "batch"]]:
     """Sum per example: cross entropy in nats, number of target tokens, number of correct ones."""
     real = weights > 0
@@ -153,7 +153,7 @@ def evaluate_loss(
       module: the model.
       variables: its parameters, dense or codes.
       batches: mappings with `encoder_input_tokens`, `decoder_input_tokens`,
-        `decoder_target_tokens` and `decoder_loss_weights`, each [batch, length]. Rows whose
+        `decoder_target_tokens` and `decoder_loss_weights`, each int32 [batch, length]. Rows whose
         weights are all zero (padding of the last batch) are left out of the report.
       progress: label of a progress bar; None shows none.
 

@@ -87,12 +87,13 @@ def router_report(
     Returns:
       `layers` and `total`, each with
 
-      num_tokens: real tokens that were routed.
-      dropped_fraction: share of them over their expert's capacity.
-      confidence: mean router probability of those that were not dropped.
-      max_load: tokens of the fullest expert over the mean of all; `total` has the highest layer's.
-      unused_experts: share of the experts that no real token chose.
-      auxiliary_loss, router_z_loss, fraction_tokens_left_behind, expert_usage,
+      - num_tokens: real tokens that were routed.
+      - dropped_fraction: share of them over their expert's capacity.
+      - confidence: mean router probability of those that were not dropped.
+      - max_load: tokens of the fullest expert over the mean of all; `total` has the highest
+        layer's.
+      - unused_experts: share of the experts that no real token chose.
+      - auxiliary_loss, router_z_loss, fraction_tokens_left_behind, expert_usage,
         router_confidence: as T5X logs them (before factors): means over whole batches, in `total`
         also over layers, with padding counted as tokens.
     """

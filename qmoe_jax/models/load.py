@@ -69,8 +69,10 @@ def load_switch(
         GPU with CuPy installed; or "auto", "cuda" where that can be and "xla" elsewhere.
 
     Returns:
-      The module, and `{"params": ...}` for `module.apply`; with "cuda" also `"derived"`, which
-      saves the kernels work and may be left out.
+      The module and its variables, `{"params": ...}`. `module.apply(variables,
+      encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, enable_dropout=False)`
+      takes int32 [batch, length] and returns float32 logits [batch, length, vocab]. With "cuda"
+      the variables hold `"derived"` too, which saves the kernels work and may be left out.
 
     Raises:
       CheckpointError: nothing readable at `path`, or it is damaged.

@@ -26,6 +26,11 @@ from qmoe_jax.models.moe import CodedKernels, MoeLayer, coded_below
 Tokens = Int[Array | np.ndarray, "batch length"]
 EncoderTokens = Int[Array | np.ndarray, "batch encoder_length"]
 Hidden = Float[Array, "batch length embed"]
+IsToken = Bool[Array, "batch length 1"]
+# True where attention is allowed. In a decoding step there is one query.
+SelfMask = Bool[Array, "batch 1 length length"]
+CrossMask = Bool[Array, "batch 1 #length encoder_length"]
+Bias = Float[Array, "1 heads #length keys"]
 
 
 class EncoderLayer(nn.Module):
@@ -47,18 +52,24 @@ class EncoderLayer(nn.Module):
         self.mlp = _make_mlp(self)
 
     def __call__(
-        self, x: Hidden, mask: Array, bias: Array, is_token: Array, *, enable_dropout: bool = False
+        self,
+        x: Hidden,
+        mask: SelfMask,
+        bias: Bias,
+        is_token: IsToken,
+        *,
+        enable_dropout: bool = False,
     ) -> Hidden:
-        """Apply the layer to the residual stream; `is_token` [batch, length, 1] zeroes padding."""
+        """Apply the layer to the residual stream; `is_token` zeroes padding."""
         x = self.attend(x, mask, bias, is_token)
         return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
 
-    def attend(self, x: Hidden, mask: Array, bias: Array, is_token: Array) -> Hidden:
+    def attend(self, x: Hidden, mask: SelfMask, bias: Bias, is_token: IsToken) -> Hidden:
         """Return the layer up to its MLP: the residual stream after attention."""
         y = self.pre_attention_layer_norm(x) * is_token.astype(self.dtype)
         return x + self.attention(y, y, mask, bias)
 
-    def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
+    def normalise_for_mlp(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return what the MLP sees; exactly zero at padding."""
         return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
 
@@ -89,15 +100,15 @@ class DecoderLayer(nn.Module):
         self,
         x: Hidden,
         encoded: Float[Array, "batch encoder_length embed"],
-        mask: Array | None,
-        cross_mask: Array,
-        bias: Array,
-        is_token: Array,
+        mask: SelfMask | None,
+        cross_mask: CrossMask,
+        bias: Bias,
+        is_token: IsToken,
         *,
         enable_dropout: bool = False,
         decode: bool = False,
     ) -> Hidden:
-        """Apply the layer to the residual stream; `is_token` [batch, length, 1] zeroes padding."""
+        """Apply the layer to the residual stream; `is_token` zeroes padding."""
         x = self.attend(x, encoded, mask, cross_mask, bias, is_token, decode=decode)
         return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
 
@@ -105,10 +116,10 @@ class DecoderLayer(nn.Module):
         self,
         x: Hidden,
         encoded: Float[Array, "batch encoder_length embed"],
-        mask: Array | None,
-        cross_mask: Array,
-        bias: Array,
-        is_token: Array,
+        mask: SelfMask | None,
+        cross_mask: CrossMask,
+        bias: Bias,
+        is_token: IsToken,
         *,
         decode: bool = False,
     ) -> Hidden:
@@ -119,7 +130,7 @@ class DecoderLayer(nn.Module):
         y = self.pre_cross_attention_layer_norm(x) * is_token
         return x + self.encoder_decoder_attention(y, encoded, cross_mask)
 
-    def normalise_for_mlp(self, x: Hidden, is_token: Array) -> Hidden:
+    def normalise_for_mlp(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return what the MLP sees; exactly zero at padding."""
         return self.pre_mlp_layer_norm(x) * is_token.astype(self.dtype)
 
@@ -170,7 +181,7 @@ class Encoder(nn.Module):
         self.encoder_norm = T5LayerNorm(self.dtype)
 
     def __call__(
-        self, embedded: Hidden, tokens: Tokens, mask: Array, *, enable_dropout: bool = False
+        self, embedded: Hidden, tokens: Tokens, mask: SelfMask, *, enable_dropout: bool = False
     ) -> Hidden:
         """Encode embedded tokens; exactly zero at padding."""
         is_token = jnp.asarray(tokens > 0)[..., None]
@@ -180,7 +191,7 @@ class Encoder(nn.Module):
             x = layer(x, mask, bias, is_token, enable_dropout=enable_dropout)
         return self.normalise(x, is_token)
 
-    def normalise(self, x: Hidden, is_token: Array) -> Hidden:
+    def normalise(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return the final norm; exactly zero at padding."""
         return self.encoder_norm(x) * is_token.astype(self.dtype)
 
@@ -224,8 +235,8 @@ class Decoder(nn.Module):
         embedded: Hidden,
         tokens: Tokens,
         encoded: Float[Array, "batch encoder_length embed"],
-        mask: Array | None,
-        cross_mask: Array,
+        mask: SelfMask | None,
+        cross_mask: CrossMask,
         *,
         enable_dropout: bool = False,
         decode: bool = False,
@@ -248,7 +259,7 @@ class Decoder(nn.Module):
             )
         return self.normalise(x, is_token)
 
-    def normalise(self, x: Hidden, is_token: Array) -> Hidden:
+    def normalise(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return the final norm; exactly zero at padding."""
         return self.decoder_norm(x) * is_token.astype(self.dtype)
 
@@ -410,9 +421,7 @@ class SwitchTransformer(nn.Module):
         return self.decoder.logits_dense(hidden)
 
 
-def encoder_mask(
-    tokens: Tokens, segment_ids: Tokens | None = None
-) -> Bool[Array, "batch 1 length length"]:
+def encoder_mask(tokens: Tokens, segment_ids: Tokens | None = None) -> SelfMask:
     """Self-attention of the encoder: between tokens of one example."""
     mask = padding_mask(tokens > 0, tokens > 0)
     if segment_ids is not None:
@@ -420,9 +429,7 @@ def encoder_mask(
     return mask
 
 
-def decoder_mask(
-    target_tokens: Tokens, segment_ids: Tokens | None = None
-) -> Bool[Array, "batch 1 length length"]:
+def decoder_mask(target_tokens: Tokens, segment_ids: Tokens | None = None) -> SelfMask:
     """Self-attention of the decoder when teacher-forced: causal, between real targets."""
     mask = causal_mask(target_tokens.shape[1]) & padding_mask(target_tokens > 0, target_tokens > 0)
     if segment_ids is not None:

@@ -33,6 +33,7 @@ from qmoe_jax.models.switch import (
 Params = Any
 Tokens = Int[Array, "batch length"]
 Hidden = Float[Array, "batch length embed"]
+RelEmbedding = Float[Array, "heads buckets"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,15 @@ jax.tree_util.register_dataclass(Routed, ["expert_index", "gate"], [])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def embed(config: SwitchConfig, dtype: str, embedding: Array, tokens: Tokens) -> Hidden:
+def embed(
+    config: SwitchConfig, dtype: str, embedding: Float[Array, "vocab embed"], tokens: Tokens
+) -> Hidden:
     """Embedded tokens."""
     module = Embed(config.num_embeddings, config.embed_dim, jnp.dtype(dtype))
     return apply_module(module, {"embedding": embedding}, tokens)
 
 
-def _bias(layer: EncoderLayer | DecoderLayer, rel_embedding: Array, length: int) -> Array:
+def _bias(layer: EncoderLayer | DecoderLayer, rel_embedding: RelEmbedding, length: int) -> Array:
     config = layer.config
     module = RelativePositionBias(
         config.num_heads,
@@ -76,14 +79,14 @@ def _route(
 
 @functools.partial(jax.jit, static_argnames="layer")
 def encoder_block(
-    layer: EncoderLayer, params: Params, rel_embedding: Array, x: Hidden, tokens: Tokens
+    layer: EncoderLayer, params: Params, rel_embedding: RelEmbedding, x: Hidden, tokens: Tokens
 ) -> tuple[Hidden, Routed | None]:
     """Return an encoder layer; a sparse one only up to its experts.
 
     Args:
       layer: static.
       params: the layer's parameters; a sparse layer's without expert kernels.
-      rel_embedding: the stack's relative position bias, [heads, buckets].
+      rel_embedding: the stack's relative position bias.
       x: residual stream.
       tokens: `encoder_input_tokens`.
 
@@ -104,7 +107,7 @@ def encoder_block(
 def decoder_block(
     layer: DecoderLayer,
     params: Params,
-    rel_embedding: Array,
+    rel_embedding: RelEmbedding,
     x: Hidden,
     encoded: Float[Array, "batch encoder_length embed"],
     encoder_tokens: Int[Array, "batch encoder_length"],
@@ -128,7 +131,7 @@ def decoder_block(
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def final_norm(dtype: str, scale: Array, x: Hidden) -> Hidden:
+def final_norm(dtype: str, scale: Float[Array, "embed"], x: Hidden) -> Hidden:
     """Apply the norm that closes a stack, float32. Padding is left to the list buffer."""
     module = T5LayerNorm(jnp.dtype(dtype))
     return apply_module(module, {"scale": scale}, x).astype(jnp.float32)

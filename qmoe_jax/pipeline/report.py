@@ -43,7 +43,7 @@ class KernelReport:
 
 @dataclasses.dataclass
 class CompressionReport:
-    """A whole run.
+    """Sizes, errors and losses of a whole compression run.
 
     Attributes:
       output: the compressed checkpoint.

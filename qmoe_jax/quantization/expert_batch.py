@@ -86,6 +86,14 @@ class _Options:
     group_size: int | None
 
 
+class _Experts(NamedTuple):
+    """What is quantized; where experts are mapped over, of one expert, without that axis."""
+
+    kernels: Float[Array, "experts in out"]
+    hessians: Float[Array, "experts in in"] | None
+    token_counts: Shaped[Array, " experts"]
+
+
 # Codes, levels, status, layer error and the sum of squared errors of one expert.
 _Quantized = tuple[
     UInt8[Array, "in out"],
@@ -166,9 +174,7 @@ def quantize_experts(
     if experts_at_once < 1:
         raise ValueError(f"experts_at_once is {experts_at_once}; it must be at least 1")
     return _quantize_experts(
-        kernels,
-        hessians,
-        token_counts,
+        _Experts(kernels, hessians, token_counts),
         damping,
         options=options,
         experts_at_once=experts_at_once,
@@ -244,9 +250,7 @@ def _levels_and_values(
 
 @functools.partial(jax.jit, static_argnames=("options", "experts_at_once", "mesh"))
 def _quantize_experts(
-    kernels: Float[Array, "experts in out"],
-    hessians: Float[Array, "experts in in"] | None,
-    token_counts: Shaped[Array, " experts"],
+    experts: _Experts,
     damping: float | Float[Array, ""],
     *,
     options: _Options,
@@ -258,21 +262,19 @@ def _quantize_experts(
         _quantize_in_turn, options=options, experts_at_once=experts_at_once
     )
     if mesh is not None:
-        experts, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+        split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
         quantize = jax.shard_map(
             quantize,
             mesh=mesh,
-            in_specs=(experts, experts, experts, whole),
-            out_specs=experts,
+            in_specs=(split, whole),
+            out_specs=split,
             check_vma=False,  # loops begin with constants that do not vary over devices yet
         )
-    return quantize(kernels, hessians, token_counts, damping)
+    return quantize(experts, damping)
 
 
 def _quantize_in_turn(
-    kernels: Float[Array, "experts in out"],
-    hessians: Float[Array, "experts in in"] | None,
-    token_counts: Shaped[Array, " experts"],
+    experts: _Experts,
     damping: float | Float[Array, ""],
     *,
     options: _Options,
@@ -280,12 +282,12 @@ def _quantize_in_turn(
 ) -> ExpertBatchResult:
     """Quantize the experts of one device, so many in one vectorised step."""
 
-    def quantize_one(expert):
-        kernel, hessian, token_count = expert
-        return _quantize_expert(kernel, hessian, token_count, damping, options)
+    def quantize_one(expert: _Experts) -> ExpertBatchResult:
+        return _quantize_expert(
+            expert.kernels, expert.hessians, expert.token_counts, damping, options
+        )
 
-    experts = (kernels, hessians, token_counts)
-    num_experts = kernels.shape[0]
+    num_experts = experts.kernels.shape[0]
     if experts_at_once >= num_experts > 1:
         return jax.vmap(quantize_one)(experts)
     if experts_at_once == 1:
