@@ -62,12 +62,13 @@ _HOMES = {
     "read_tokens": "calibration.tokens",
 }
 
+if not TYPE_CHECKING:  # which would take it as leave to accept any name, misspelt ones too
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qmoe_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qmoe_jax.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'qmoe_jax' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"qmoe_jax.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

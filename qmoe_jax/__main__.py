@@ -6,6 +6,7 @@ interrupted command says in one line how to go on, with exit status 130.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,19 @@ COMMANDS = {
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+NOBODY_READS = 141
+"""As a shell reports a program that SIGPIPE ended."""
+
+# The extra of pyproject.toml that brings a package.
+_EXTRAS = {
+    "gin": "gin",
+    "matplotlib": "plots",
+    "sentencepiece": "data",
+    "seqio": "data",
+    "tensorflow": "data",
+    "tensorflow_datasets": "data",
+    "torch": "torch",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments; those of the process where None.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output, as `head`, has had enough. Python flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(_help())
@@ -59,6 +84,8 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
         return module.main(arguments)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         # What a user can mend (a misspelt option, a missing file, a bad checkpoint) is one
         # message, not a traceback.
@@ -68,6 +95,15 @@ def _run(command: str, arguments: list[str]) -> int:
 
             message = spell_options(message, module.make_parser())
         print(f"qmoe-jax {command}: {message}", file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = error.name or ""
+        if "." in package or package in ("", "qmoe_jax"):
+            raise
+        needed = f"'qmoe-jax[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+        print(
+            f"qmoe-jax {command}: {package} is not installed: pip install {needed}", file=sys.stderr
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         advice = "run it again" if module is None else module.IF_INTERRUPTED

@@ -182,6 +182,23 @@ def test_included_gin_files(run):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_user_s_gin_files_come_before_the_package_s(run):
+    """In the folders of --gin_search_paths, for --gin_file and for what a file includes."""
+    (run.folder / "theirs" / "gin" / "models").mkdir(parents=True)
+    own = run.folder / "theirs" / "gin" / "models" / "switch_base.gin"
+    own.write_text("CHECKPOINT = 'their_checkpoint'\n")
+    (run.folder / "theirs" / "including.gin").write_text("include 'gin/models/switch_base.gin'\n")
+    for file in ("including.gin", "gin/models/switch_base.gin"):
+        result = run(
+            *("qmoe-jax", "compress", "--gin_search_paths=theirs", f"--gin_file={file}"),
+            *("--gin_file=gin/runs/compress.gin", "--gin.TOKENS=None", "--gin.OUTPUT='x'"),
+            "--gin.CompressionSettings.method='rtn'",
+            expected=2,
+        )
+        assert "their_checkpoint" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_demo_says_what_it_needs(run):
     result = run("qmoe-jax", "demo", expected=2)
     assert "run from a checkout of the project, or pass --model" in result.stderr

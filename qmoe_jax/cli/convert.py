@@ -1,7 +1,7 @@
 """Convert between compressed checkpoints and other layouts.
 
-A published QMoE model (base-128, large-128, c-2048 of ISTA-DASLab) to a compressed checkpoint,
-which `infer`, `evaluate` and load_switch read:
+One of the published QMoE models (base-128, large-128, c-2048 of ISTA-DASLab) to a compressed
+checkpoint, which `infer`, `evaluate` and load_switch read:
 
     qmoe-jax convert published import switch-base-128_qmoe compressed
 

@@ -22,6 +22,10 @@ from qmoe_jax.cli.wording import spell_flags
 
 _CONFIG_SUFFIX = ".operative_config.gin"
 
+# Stands among the search paths for the package's own folder gin/, which has another name when the
+# package is installed.
+_OWN_FILES = "<qmoe_jax>"
+
 _FLAGS = """\
 flags, as T5X's:
   --gin_file=FILE          a gin file; may be given several times, later files win
@@ -90,8 +94,9 @@ def run(
       distributed: take the flags that make the command one of several processes.
 
     Raises:
-      ValueError: flags that cannot be understood, or bindings of what does not exist; whatever else
-        the function raises.
+      ValueError: flags that cannot be understood, bindings of what does not exist, no gin-config,
+        or what the function refuses.
+      ModuleNotFoundError: the function needs a package that is not installed.
     """
     parser = _parser(name, description, default_gin_file, distributed)
     arguments = parser.parse_args(_split_bindings(argv))
@@ -105,7 +110,8 @@ def run(
         folders = [f for f in (*arguments.gin_search_paths.split(","), ".") if f]
         for folder in folders:
             gin.add_config_file_search_path(folder)  # for the files' own includes
-        # Includes of the package's own files, which an installed package has under another name.
+        # The package's own files last, so that a user's gin/runs/compress.gin is the one included.
+        gin.add_config_file_search_path(_OWN_FILES)
         gin.config.register_file_reader(_open_own_file, _is_own_file)
         gin.parse_config([f"{macro} = None" for macro in optional_macros])
         files = [_find_file(file, folders) for file in arguments.gin_file or [default_gin_file]]
@@ -118,6 +124,11 @@ def run(
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
         result = configured()
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        # gin raises a copy, which has lost the name of what is missing.
+        raise error.__context__ or error from None
     except SyntaxError as error:
         raise ValueError(f"{error.msg} In: {(error.text or '').strip()}") from error
     except (ValueError, OSError, RuntimeError) as error:
@@ -215,8 +226,8 @@ def _find_file(file: str, folders: Sequence[str]) -> str:
         path = os.path.join(folder, file)
         if os.path.isfile(path):
             return os.path.abspath(path)
-    if _is_own_file(file):
-        return os.fspath(resources.gin_file(file))
+    if _is_own_file(own := f"{_OWN_FILES}/{file}"):
+        return own
     raise ValueError(f"there is no gin file {file} in any of {', '.join(folders)}")
 
 
@@ -230,12 +241,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _is_own_file(file: str) -> bool:
-    return file.startswith("gin/") and resources.gin_file(file).is_file()
+def _is_own_file(path: str) -> bool:
+    """Whether a path is `gin/...` below `_OWN_FILES`, and the package has it."""
+    file = path.removeprefix(f"{_OWN_FILES}/")
+    return file != path and file.startswith("gin/") and resources.gin_file(file).is_file()
 
 
-def _open_own_file(file: str) -> IO[str]:
-    return open(resources.gin_file(file), encoding="utf-8")
+def _open_own_file(path: str) -> IO[str]:
+    return open(resources.gin_file(path.removeprefix(f"{_OWN_FILES}/")), encoding="utf-8")
 
 
 def _known_names(config: str) -> set[str]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Here and not where it is used: the demo is not to find out after minutes that it is missing.
+from matplotlib.figure import Figure
+
 from qmoe_jax import atomic_file
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_table
@@ -175,8 +178,6 @@ validation target tokens, {document["num_calibration_examples"]:,} calibration e
 
 def _plots(document: dict[str, Any]) -> bytes:
     """Loss against bits, relative layer error and zeros per kernel, as PNG."""
-    from matplotlib.figure import Figure
-
     compressed = [row for row in document["models"] if "compression" in row]
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss, error, zeros = figure.subplots(1, 3)
