@@ -6,7 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from command import command
+from command import command, refusal
+from factories import CALIBRATION
 from golden_data import DEMO
 
 from qmoe_jax.calibration import span_corruption, tasks, tokens
@@ -172,13 +173,25 @@ def test_errors_name_value_and_remedy(tmp_path, texts):
             tasks.tokenize_task(task, inputs_length=128, **options)
 
 
-@pytest.mark.parametrize("line", ["{broken", '{"url": "no text"}'])
-def test_bad_line_is_named(tmp_path, texts, line):
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"{broken", "is no JSON"),
+        (b'{"url": "no text"}', 'has no "text"'),
+        (b'{"text": null}', 'has None as its "text"'),
+        (b'{"text": 3}', 'has 3 as its "text"'),
+        (b'["text"]', 'has no "text"'),
+        (b'{"text": "caf\xe9"}' + b" " * 10**6, "is not UTF-8"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, texts, line, fault):
     path = tmp_path / "bad.json"
-    path.write_text(json.dumps({"text": texts[0]}) + "\n" + line)
+    path.write_bytes(json.dumps({"text": texts[0]}).encode() + b"\n" + line)
     task = tasks.c4_jsonl_task(VOCABULARY, {"train": str(path)})
-    with pytest.raises(TokensError, match=r"bad\.json line 2: .*needed is a JSON object"):
+    with pytest.raises(TokensError, match=r"bad\.json line 2 .*needed is a JSON object") as found:
         tasks.tokenize_task(task, split="train", num_examples=5, inputs_length=128)
+    assert fault in str(found.value)
+    assert len(str(found.value)) < 400  # not the document
 
 
 def test_truncated_gzip_is_named(tmp_path, jsonl_folder):
@@ -223,6 +236,47 @@ def test_command_line(jsonl_folder, c4_folder, tmp_path, capsys):
     assert len(tokens.read_tokens(outputs[2])) == 6
     assert command("prepare-tokens")([*common, "--source", "c4_jsonl", "--output", "x"]) == 2
     assert "qmoe-jax prepare-tokens: --source c4_jsonl needs --files" in capsys.readouterr().err
+
+
+class TestOutput:
+    """What could not be written, or must not be replaced, is said before documents are read."""
+
+    ARGUMENTS = ("--source", "text", "--files", "no_such_folder", "--vocabulary", VOCABULARY)
+
+    def refused(self, capsys, output, *more):
+        return refusal(capsys, "prepare-tokens", *self.ARGUMENTS, "--output", str(output), *more)
+
+    def test_an_older_file_is_replaced_only_when_asked(self, tmp_path, capsys):
+        path = tmp_path / "tokens.npz"
+        tokens.write_tokens(path, CALIBRATION.tokens, CALIBRATION.metadata)
+        before = path.read_bytes()
+        assert "exists already; choose another output" in self.refused(capsys, path)
+        line = self.refused(capsys, path, "--overwrite")
+        assert "no_such_folder" in line  # it got as far as the documents
+        assert path.read_bytes() == before
+
+    def test_what_is_no_token_file_is_never_replaced(self, tmp_path, capsys):
+        path = tmp_path / "thesis.npz"
+        path.write_text("mine")
+        assert "stays as it is" in self.refused(capsys, path, "--overwrite")
+        assert path.read_text() == "mine"
+
+    def test_nor_is_an_input(self, tmp_path, capsys):
+        (tmp_path / "books").mkdir()
+        (tmp_path / "books" / "a.txt").write_text("mine")
+        given = ["--source", "text", "--files", str(tmp_path / "books"), "--overwrite"]
+        line = refusal(
+            capsys, "prepare-tokens", *given, "--output", str(tmp_path / "books" / "a.txt")
+        )
+        assert "stays as it is" in line
+        line = refusal(capsys, "prepare-tokens", *given, "--output", str(tmp_path / "books"))
+        assert "is, or holds, the input" in line
+        assert (tmp_path / "books" / "a.txt").read_text() == "mine"
+
+    def test_what_cannot_be_written(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert "cannot write" in self.refused(capsys, tmp_path / "file" / "tokens.npz")
+        assert "give a local path" in self.refused(capsys, "gs://bucket/tokens.npz")
 
 
 def test_help_needs_no_tensorflow(capsys):
