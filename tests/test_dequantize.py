@@ -163,7 +163,7 @@ def test_command(compressed, native, tmp_path, capsys):
     [
         (("{nothing}", "{out}"), "has no manifest.json"),
         (("{good}", "{taken}"), "exists already"),
-        (("{good}", "gs://bucket/x"), "is no local folder"),
+        (("{good}", "gs://bucket/x"), "give a local path"),
         (("{good}", "{out}", "--step", "-1"), "step is -1"),
         (("{native}", "{out}"), "has no manifest.json"),
     ],

@@ -147,7 +147,7 @@ def test_damaged_shards_and_folders_in_use(evaluate, tmp_path):
     with pytest.raises(CheckpointError, match=r"shard_00000\.npz is damaged .*; delete it"):
         evaluate(tmp_path, num_examples=8)
     shard.write_bytes(content)
-    settings = json.loads((shard.parent / "run.json").read_text())
+    settings = json.loads((shard.parent / "run.json").read_text())["qmoe_jax_run"]
     with (
         evaluation.RunFolder(shard.parent, settings),
         pytest.raises(CheckpointError, match="another process is working in"),
@@ -264,7 +264,7 @@ def test_names_of_checkpoints():
 
 
 def test_bad_settings(evaluate, monkeypatch):
-    with pytest.raises(ValueError, match="num_examples is 0; give 1 or more"):
+    with pytest.raises(ValueError, match="num_examples is 0, but there are 1024"):
         evaluate(num_examples=0)
     with pytest.raises(TokensError, match="num_examples is 2000, but there are 1024 examples"):
         evaluate(num_examples=2000)
@@ -272,7 +272,7 @@ def test_bad_settings(evaluate, monkeypatch):
         evaluate(batches_per_shard=0)
     with pytest.raises(TokensError, match="batch_size is 0"):
         evaluate(batch_size=0)
-    with pytest.raises(ValueError, match=r"output is gs://bucket/out; give a local folder"):
+    with pytest.raises(ValueError, match=r"output is gs://bucket/out; give a local path"):
         evaluate("gs://bucket/out")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tensorboard=True needs tensorboardX: pip install"):
@@ -325,7 +325,7 @@ VOCABULARY = f"--gin.VOCABULARY='{golden_data.DEMO / 'sentencepiece.model'}'"
         (["TOKENS='{demo}'", "NUM_EXAMPLE=3"], "nothing is called NUM_EXAMPLE; did you mean NUM_"),
         (["TOKENS='{demo}'", "evaluate.btach_size=3"], "btach_size"),
         (["TOKENS='{demo}'", "evalute.batch_size=3"], "evalute"),
-        (["TOKENS='{demo}'", "evaluate.batch_size=3+"], "evaluate.batch_size = 3+"),
+        (["TOKENS='{demo}'", "evaluate.batch_size=3+"], "--gin.evaluate.batch_size=3+ is no"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -170,7 +170,7 @@ class TestBadInput:
     def test_prompts(self, command):
         self.refused(command(), "PROMPTS")
         self.refused(command("a", "--gin.PROMPTS_FILE='x'"), "in one way")
-        self.refused(command("--gin.PROMPTS='a'"), "give a list of texts")
+        self.refused(command("--gin.PROMPTS='a'"), "must be a list, each a text")
         self.refused(command("a", ""), "prompt 2 is empty")
         self.refused(command("A <extra_id_100>."), "<extra_id_100>")
         long = "word " * 40

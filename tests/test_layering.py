@@ -1,7 +1,9 @@
 """Imports point one way, nothing heavy is imported by accident, and nothing happens at import."""
 
 import ast
+import builtins
 import subprocess
+import symtable
 import sys
 from pathlib import Path
 
@@ -110,6 +112,34 @@ def test_only_resources_looks_at_its_own_path(path):
     if module_name(path) != "resources":
         names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
         assert "__file__" not in names
+
+
+def undefined_names(table, module):
+    """Names that nothing defines, in a scope and those in it."""
+    defined = {
+        symbol.get_name()
+        for symbol in module.get_symbols()
+        if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+    }
+    for symbol in table.get_symbols():
+        known = symbol.get_name() in defined or hasattr(builtins, symbol.get_name())
+        if symbol.is_referenced() and symbol.is_global() and not known:
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from undefined_names(child, module)
+
+
+# Linters cannot be asked: to them the shape strings of jaxtyping are undefined names.
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=module_name)
+def test_every_name_is_defined(path):
+    table = symtable.symtable(path.read_text(), str(path), "exec")
+    assert not set(undefined_names(table, table)) - {"__file__"}
+
+
+def test_the_search_for_undefined_names_finds_them():
+    code = "import a\ndef f(x: 'n'):\n  b = [a(c) for c in x]\n  return lambda: b + missing"
+    table = symtable.symtable(code, "code", "exec")
+    assert list(undefined_names(table, table)) == ["missing"]
 
 
 def test_no_circle_of_imports():

@@ -16,6 +16,7 @@ only how they are laid out. Source: `sub1.py` and `sub1_cuda_kernel.cu` of the Q
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -271,6 +271,8 @@ def _parse_binding(binding: str) -> None:
                 f"--gin.{name}={value}: a text needs quotes, inside the shell's: "
                 f"--gin.{name}=\"'{value}'\""
             ) from error
+        if isinstance(error, SyntaxError):
+            raise ValueError(f"--gin.{name}={value} is no Python value") from error
         raise ValueError(_with_suggestion(str(error), name)) from error
 
 
@@ -294,7 +296,7 @@ def _check_macros(config: str, bindings: Sequence[str]) -> None:
     Raises:
       ValueError: a name that no gin file sets and neither files nor bindings refer to.
     """
-    known = _known_names(config + "\n".join(bindings))
+    known = _known_names(config) | set(re.findall(r"%(\w+)", "\n".join(bindings)))
     for binding in bindings:
         name = binding.partition("=")[0].strip()
         if name.isidentifier() and name not in known:

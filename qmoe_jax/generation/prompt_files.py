@@ -12,6 +12,7 @@ from typing import Any
 
 from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import local_path
 
 # Fields of a JSON line that may hold its prompt, the first one found.
 _FIELDS = ("inputs", "text")
