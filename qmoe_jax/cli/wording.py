@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 
 # name=VALUE as messages have it; VALUE is missing in "pass tokens=, made by ...".
-_ADVICE = re.compile(r"""(?<![\w.])([a-z_]+)=(True|False|None|-?[\d.]*\d|"[^"]*"|'[^']*'|(?=[,.;: ]|$))""")
+_ADVICE = re.compile(
+    r"""(?<![\w.])([a-z_]+)=(True|False|None|-?[\d.]*\d|"[^"]*"|'[^']*'|(?=[,.;: ]|$))"""
+)
 
 
 def spell_flags(message: str, flag: Callable[[str], str | None]) -> str:
