@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qmoe_jax.varying import varying_zeros
+
 # An expert's kernel in the activation dtype, [in, out], for a traced scalar expert index.
 KernelFetch = Callable[[Int[Array, ""]], Float[Array, "in out"]]
 
@@ -120,6 +122,6 @@ def grouped_apply(
 
         return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
 
-    outputs = jnp.zeros((num_tokens + block, out_features), x.dtype)
+    outputs = varying_zeros((num_tokens + block, out_features), x.dtype, sorted_x)
     outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
     return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
