@@ -94,7 +94,8 @@ def grouped_apply(
     num_tokens, in_features = x.shape
     if num_tokens == 0:
         return jnp.zeros((0, out_features), x.dtype)
-    block = min(block_size, num_tokens)
+    # `jax.export` may leave the number of tokens open; then it cannot be compared.
+    block = min(block_size, num_tokens) if isinstance(num_tokens, int) else block_size
 
     # Tokens without an expert sort behind all others, and are never reached.
     key = jnp.where(expert_index < 0, num_experts, expert_index)
