@@ -8,20 +8,22 @@ from jaxtyping import Array, Shaped
 
 
 def varying_zeros(
-    shape: Sequence[int], dtype: DTypeLike, like: Shaped[Array, "..."]
+    shape: Sequence[int], dtype: DTypeLike, *like: Shaped[Array, "..."]
 ) -> Shaped[Array, "..."]:
-    """Return zeros that vary over the devices over which `like` does.
+    """Return zeros that vary over the devices over which any of `like` does.
 
     The types of `jax.shard_map` (`check_vma`) say over which devices an array differs. A loop must
     end with the type that it began with, and the branches of a condition have one type; that of
     `jnp.zeros` is to differ nowhere. JAX's names for the conversion changed from version to
-    version, so here the type is that of a sum of nothing: exactly 0 whatever `like` holds, which
+    version, so here the type is that of sums of nothing: exactly 0 whatever `like` holds, which
     XLA folds into the constant that `jnp.zeros` is.
 
     Args:
       shape: of the zeros.
       dtype: of the zeros.
-      like: any array.
+      like: any arrays.
     """
-    nothing = jnp.sum(jnp.atleast_1d(like)[:0]).astype(dtype)
+    nothing = jnp.zeros((), dtype)
+    for array in like:
+        nothing = nothing + jnp.sum(jnp.atleast_1d(array)[:0]).astype(dtype)
     return jnp.broadcast_to(nothing, shape)
