@@ -1,6 +1,7 @@
 """Zeros that a loop or a branch may begin with inside `jax.shard_map` too."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -8,7 +9,7 @@ from jaxtyping import Array, Shaped
 
 
 def varying_zeros(
-    shape: Sequence[int], dtype: DTypeLike, *like: Shaped[Array, "..."]
+    shape: Sequence[Any], dtype: DTypeLike, *like: Shaped[Array, "..."]
 ) -> Shaped[Array, "..."]:
     """Return zeros that vary over the devices over which any of `like` does.
 
@@ -19,7 +20,7 @@ def varying_zeros(
     XLA folds into the constant that `jnp.zeros` is.
 
     Args:
-      shape: of the zeros.
+      shape: of the zeros; while `jax.export` traces, a dimension may be symbolic.
       dtype: of the zeros.
       like: any arrays.
     """
