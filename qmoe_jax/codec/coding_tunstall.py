@@ -218,7 +218,7 @@ class TunstallCoding:
         row_codes = None
         if family.num_escapes:
             zero = own("levels")[:, 1]
-            is_code = (zero[:, None] == jnp.arange(4, dtype=zero.dtype)).at[:, 0].set(False)
+            is_code = (zero[:, None] == jnp.arange(4, dtype=zero.dtype)[None]).at[:, 0].set(False)
             row_codes = jnp.take(jnp.asarray(_CODES_OF_SYMBOLS), is_code.argmax(axis=1), axis=0)
         return expand_rows(
             jnp.asarray(arrays["words"]),

@@ -46,7 +46,7 @@ def expand_codewords(
         return jnp.zeros((rows, width), jnp.uint8)
     low_halves, high_halves, lengths = _entry_words()
 
-    index = row_starts[:, None] + jnp.arange(max_row_codewords, dtype=jnp.int32)
+    index = row_starts[:, None] + jnp.arange(max_row_codewords, dtype=jnp.int32)[None]
     present = index < row_ends[:, None]
     entry = jnp.take(codewords, index, mode="clip").astype(jnp.int32)
     length = jnp.where(present, jnp.take(lengths, entry).astype(jnp.int32), 0)
@@ -71,13 +71,13 @@ def unpack_2bit(
     packed: UInt8[jax.Array, "rows bytes"], width: int
 ) -> UInt8[jax.Array, "rows width"]:
     """Unpack 2-bit codes, four a byte, the first in the lowest bits."""
-    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[None, None]
     codes = packed[..., None] >> shifts & jnp.uint8(3)
     return codes.reshape(packed.shape[0], 4 * packed.shape[1])[:, :width]
 
 
 def _unpack_pairs(words: UInt32[jax.Array, "rows words"]) -> UInt8[jax.Array, "rows codes"]:
-    shifts = jnp.arange(0, 32, 2, dtype=jnp.uint32)
+    shifts = jnp.arange(0, 32, 2, dtype=jnp.uint32)[None, None]
     codes = (words[..., None] >> shifts & jnp.uint32(3)).astype(jnp.uint8)
     return codes.reshape(words.shape[0], 16 * words.shape[1])
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int32, UInt8, UInt32
 
 from qmoe_jax.codec.tunstall import MAX_ENTRY_NONZEROS, NUM_CODEWORDS
+from qmoe_jax.varying import varying_zeros
 
 _WORD = 32
 
@@ -50,7 +51,7 @@ def expand_rows(
     some = row_ends[-1] > 0  # true of every valid expert
 
     def look_up() -> tuple[jax.Array, ...]:
-        at = row_starts[:, None] + jnp.arange(max_row_codewords, dtype=jnp.int32)
+        at = row_starts[:, None] + jnp.arange(max_row_codewords, dtype=jnp.int32)[None]
         holding = jnp.take(words, first_word + (at >> 2), mode="clip")
         codeword = holding >> (8 * (at & 3)).astype(jnp.uint32) & jnp.uint32(255)
         low, high = jnp.take(table[:, 0], codeword), jnp.take(table[:, 1], codeword)
@@ -84,7 +85,7 @@ def expand_rows(
         flags = upper << shift | (lower >> 1) >> (31 - shift)
         escaped = _apart(some, lambda: _deal(masks, flags))
         planes = _apart(some, lambda: _recode(masks, high_plane, escaped, row_codes))
-    shifts = jnp.arange(_WORD, dtype=jnp.uint32)
+    shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None]
     bits = [(plane[..., None] >> shifts & jnp.uint32(1)).astype(jnp.uint8) for plane in planes]
     return (bits[0] + 2 * bits[1]).reshape(rows, num_words * _WORD)[:, :width]
 
@@ -202,5 +203,5 @@ def _apart(wanted: jax.Array, function: Callable[[], Any]) -> Any:
     It does not fuse across conditionals, while the body of a loop would not be vectorised.
     """
     shapes = jax.eval_shape(function)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: varying_zeros(leaf.shape, leaf.dtype, wanted), shapes)
     return jax.lax.cond(wanted, function, lambda: zeros)

@@ -117,7 +117,7 @@ def decode_step(
       tokens: the current token of each row; rows of one example stand next to each other.
       max_decode_length: what the cache was made for.
     """
-    num_decodes = tokens.shape[0] // encoded.tokens.shape[0]
+    num_decodes = tokens.shape[0] // max(encoded.tokens.shape[0], 1)
     logits, state = _decode(
         module,
         {**variables, "cache": cache, PROJECTED: encoded.projected},

@@ -137,9 +137,10 @@ class CrossAttention(nn.Module):
 
         # [examples, beams * queries, ...]: one row per row of keys.
         examples = key.shape[0]
-        query = query.reshape(examples, -1, *query.shape[2:])
+        queries = query.shape[0] * query.shape[1] // max(examples, 1)
+        query = query.reshape(examples, queries, *query.shape[2:])
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], inputs_q.shape[1], mask.shape[-1]))
-        mask = mask.reshape(examples, 1, query.shape[1], mask.shape[-1])
+        mask = mask.reshape(examples, 1, queries, mask.shape[-1])
         attended = softmax_attention(query, key, value, attention_bias(mask, self.dtype))
         joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
         return Dense(inputs_q.shape[-1], self.dtype, name="out")(joined)

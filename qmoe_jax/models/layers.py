@@ -63,7 +63,7 @@ class T5LayerNorm(nn.Module):
         mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
         y = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return y * scale.astype(self.dtype)
+        return y * lax.broadcast_to_rank(scale.astype(self.dtype), y.ndim)
 
 
 class Dense(nn.Module):

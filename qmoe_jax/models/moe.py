@@ -119,10 +119,9 @@ class MoeLayer(nn.Module):
         """
         config = self.config
         batch, length, embed = x.shape
-        dropless = config.eval_capacity_factor is None
-        if dropless:
+        if config.eval_capacity_factor is None:
             grouped = x.reshape(1, batch * length, embed)
-            capacity = batch * length
+            capacity = None
         else:
             pad_rows, pad_columns = routing.group_padding(batch, length, config.num_experts)
             x = jnp.pad(x, ((0, pad_rows), (0, pad_columns), (0, 0)))
@@ -139,7 +138,7 @@ class MoeLayer(nn.Module):
 
         router_logits = routing.Router(config.num_experts, name="router")(grouped)
         router_probs, expert_index, gate = routing.choose_expert(router_logits)
-        if dropless:
+        if capacity is None:
             kept = jnp.ones(expert_index.shape, bool)
         else:
             kept = routing.within_capacity(expert_index, config.num_experts, capacity)
@@ -171,7 +170,7 @@ class MoeLayer(nn.Module):
         expert_index: Int[Array, "groups tokens"],
         gate: Float[Array, "groups tokens"],
         kept: Array,
-        capacity: int,
+        capacity: int | None,
     ) -> None:
         if not self.is_mutable_collection("intermediates") or self.is_initializing():
             return
@@ -179,12 +178,13 @@ class MoeLayer(nn.Module):
         self.sow("intermediates", "dispatched_expert", jnp.where(kept, expert_index, -1))
         self.sow("intermediates", "gate", gate)
         num_kept = jnp.sum(kept)
+        places = kept.shape[1] if capacity is None else capacity
         metrics = {
             "auxiliary_loss": routing.load_balancing_loss(router_probs, expert_index),
             "router_z_loss": routing.router_z_loss(router_logits),
             "fraction_tokens_left_behind": 1.0 - num_kept / kept.size,
             "router_confidence": jnp.sum(jnp.where(kept, gate, 0.0)) / num_kept,
-            "expert_usage": num_kept / (self.config.num_experts * capacity * kept.shape[0]),
+            "expert_usage": num_kept / (self.config.num_experts * places * kept.shape[0]),
         }
         for name, value in metrics.items():
             # flaxformer's shape, so that T5X's metric functions find what they expect.

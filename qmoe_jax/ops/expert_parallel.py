@@ -115,13 +115,7 @@ def split_expert_mlp(
         )
         return lax.psum(outputs, AXIS)
 
-    split = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(whole, whole, mine),
-        out_specs=whole,
-        check_vma=False,  # loops begin with constants that do not vary over devices yet
-    )
+    split = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, mine), out_specs=whole)
     return split(x, expert_index, [_arrays(kernel) for kernel in kernels])
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qmoe_jax.varying import varying_zeros
+
 # An expert's kernel in the activation dtype, [in, out], for a traced scalar expert index.
 KernelFetch = Callable[[Int[Array, ""]], Float[Array, "in out"]]
 
@@ -92,7 +94,8 @@ def grouped_apply(
     num_tokens, in_features = x.shape
     if num_tokens == 0:
         return jnp.zeros((0, out_features), x.dtype)
-    block = min(block_size, num_tokens)
+    # `jax.export` may leave the number of tokens open; then it cannot be compared.
+    block = min(block_size, num_tokens) if isinstance(num_tokens, int) else block_size
 
     # Tokens without an expert sort behind all others, and are never reached.
     key = jnp.where(expert_index < 0, num_experts, expert_index)
@@ -120,6 +123,6 @@ def grouped_apply(
 
         return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
 
-    outputs = jnp.zeros((num_tokens + block, out_features), x.dtype)
+    outputs = varying_zeros((num_tokens + block, out_features), x.dtype, x, expert_index)
     outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
     return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)

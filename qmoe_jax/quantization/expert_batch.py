@@ -268,7 +268,8 @@ def _quantize_experts(
             mesh=mesh,
             in_specs=(split, whole),
             out_specs=split,
-            check_vma=False,  # loops begin with constants that do not vary over devices yet
+            # JAX (0.6 to 0.10) fails to vmap a cond over what varies and what does not, as damping.
+            check_vma=False,
         )
     return quantize(experts, damping)
 
