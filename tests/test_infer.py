@@ -251,3 +251,28 @@ class TestText:
         assert ids[-1] == vocabulary.eos_id
         assert {4067, 3968} <= set(ids)
         assert vocabulary.decode(ids).startswith("Return <extra_id_0> and <extra_id_99>")
+
+    def test_sentinels_above_a_vocabulary_that_has_none(self, tmp_path):
+        """The ids are seqio's for `extra_ids=100`, as `prepare-tokens` makes them."""
+        seqio = pytest.importorskip("seqio")
+        spm = pytest.importorskip("sentencepiece")
+        words = [f"word{i} of some{i % 7} text{i % 11}" for i in range(200)]
+        (tmp_path / "corpus.txt").write_text("\n".join(words))
+        spm.SentencePieceTrainer.train(
+            input=str(tmp_path / "corpus.txt"),
+            model_prefix=str(tmp_path / "plain"),
+            vocab_size=80,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        ours = Vocabulary(tmp_path / "plain.model")
+        theirs = seqio.SentencePieceVocabulary(str(tmp_path / "plain.model"), extra_ids=100)
+        assert len(ours) == theirs.vocab_size
+        first, last = ours.encode("<extra_id_0><extra_id_99>")
+        assert [first, last] == [theirs.vocab_size - 1, theirs.vocab_size - 100]
+        text = "word3 <extra_id_0> text5 <extra_id_1>"
+        assert ours.decode([*ours.encode(text), ours.eos_id]) == text

@@ -161,3 +161,12 @@ def test_the_module_does_not_hide_the_standard_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "True"
+
+
+def test_the_parent_of_compressed_checkpoints_stands_for_the_latest(tmp_path):
+    write(tmp_path / "runs" / "checkpoint_3")
+    write(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "checkpoint_12").symlink_to(tmp_path / "elsewhere")
+    found = open_compressed_checkpoint(tmp_path / "runs")
+    assert found.url == str(tmp_path / "runs" / "checkpoint_12")
+    assert read_config(str(tmp_path / "runs")) == CONFIG

@@ -103,6 +103,14 @@ def test_paths(golden_checkpoint, golden_copy):
         open_t5x_checkpoint(copy.parent)
 
 
+def test_a_parent_of_links_to_checkpoints(golden_checkpoint, tmp_path):
+    folder = golden_checkpoint("base", "t5x_float32_inference")
+    (tmp_path / "checkpoint_500100").symlink_to(folder)
+    (tmp_path / "checkpoint_600000").mkdir()  # holds nothing yet
+    (tmp_path / "checkpoint_700000").symlink_to(tmp_path / "absent")
+    assert open_t5x_checkpoint(tmp_path).step == 500100
+
+
 def test_params(golden_checkpoint, reference):
     checkpoint = open_t5x_checkpoint(golden_checkpoint("base", "t5x_float32"))
     params = checkpoint.params(
@@ -208,6 +216,18 @@ def test_missing_and_foreign_folders(tmp_path):
         open_t5x_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointError, match="scheme s3"):
         open_t5x_checkpoint("s3://bucket/checkpoint_1")
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint_7"])
+def test_compressed_and_unfinished_checkpoints_are_named_as_such(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a compressed checkpoint; a native one is"):
+        open_t5x_checkpoint(tmp_path)
+    (tmp_path / "out.partial" / "work").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"out\.partial is unfinished: .*started again"):
+        open_t5x_checkpoint(tmp_path / "out.partial")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 1000, -1])

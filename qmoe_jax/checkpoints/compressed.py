@@ -84,19 +84,34 @@ class CompressedCheckpoint:
 
 
 def is_compressed_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a `manifest.json` at `path`."""
-    return Folder(kvstore_spec(path), make_context(cache_bytes=0)).read("manifest.json") is not None
+    """Whether there is a compressed checkpoint at `path`, or as the latest step of that folder."""
+    return _find_manifest(path)[1] is not None
+
+
+def _find_manifest(path: str | os.PathLike[str]) -> tuple[Folder, bytes | None]:
+    """Return the folder of a compressed checkpoint, and its manifest; None where there is none."""
+    folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+    content = folder.read("manifest.json")
+    # Storage is not searched: a listing there needs other rights, and can be long.
+    local = folder.spec["driver"] == "file" and os.path.isdir(folder.spec["path"])
+    if content is None and local and (steps := folder.steps()):
+        latest = folder.child(f"checkpoint_{steps[-1]}")
+        found = latest.read("manifest.json")
+        if found is not None:
+            return latest, found
+    return folder, content
 
 
 def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckpoint:
     """Open a compressed checkpoint, local or gs://, by reading its manifest.
 
+    A local folder of `checkpoint_<step>` folders stands for the latest of them.
+
     Raises:
       CheckpointError: no manifest, a damaged one, one that contradicts its geometry, or one of
         another format version.
     """
-    folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
-    content = folder.read("manifest.json")
+    folder, content = _find_manifest(path)
     if content is None:
         raise CheckpointError(
             f"{folder.url} has no manifest.json, so it is no compressed checkpoint (or one whose "

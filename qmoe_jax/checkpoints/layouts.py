@@ -80,11 +80,13 @@ def find_checkpoint(folder: Folder) -> CheckpointFiles:
         raise CheckpointError(
             f"{folder.url} is not a folder: give the checkpoint_<step> folder, or its parent"
         )
+    _check_native(folder)
     if steps := folder.steps():
         latest = folder.child(f"checkpoint_{steps[-1]}")
         for candidate in (latest, latest.child("state")):
             if files := _read_files(candidate):
                 return files
+        _check_native(latest)
         raise CheckpointError(
             f"{latest.url}, the latest checkpoint in {folder.url}, is incomplete: expected "
             "`checkpoint` or `state/_METADATA` in it. "
@@ -94,6 +96,24 @@ def find_checkpoint(folder: Folder) -> CheckpointFiles:
         f"{folder.url} is no T5X checkpoint: looked for {', '.join(looked_for)} and "
         f"{folder.url}/checkpoint_<step>/. Give the checkpoint_<step> folder, or its parent."
     )
+
+
+def _check_native(folder: Folder) -> None:
+    """Refuse what this package itself wrote, by its name.
+
+    Raises:
+      CheckpointError: the folder holds a compressed checkpoint, or an output that is unfinished.
+    """
+    if folder.read("manifest.json") is not None:
+        raise CheckpointError(
+            f"{folder.url} is a compressed checkpoint; a native one is needed here. Give the one "
+            "that it was made from, or make one of it: qmoe-jax dequantize."
+        )
+    if folder.name.endswith(".partial"):
+        raise CheckpointError(
+            f"{folder.url} is unfinished: the command that was writing it goes on with it when it "
+            "is started again."
+        )
 
 
 def _read_files(folder: Folder) -> CheckpointFiles | None:

@@ -105,7 +105,9 @@ class Folder:
         return result.value if result.state == "value" else None
 
     def steps(self) -> tuple[int, ...]:
-        """Ascending steps of the `checkpoint_<step>` folders inside this one."""
+        """Ascending steps of the `checkpoint_<step>` folders inside this one, links to some too."""
+        if self.spec["driver"] == "file":
+            return self._local_steps()
         # '`' follows '_': the range holds the keys that begin with 'checkpoint_'.
         keys = ts.KvStore.KeyRange(b"checkpoint_", b"checkpoint`")
         try:
@@ -118,3 +120,19 @@ class Folder:
             ) from error
         matches = (_STEP_FOLDER.match(key) for key in listed)
         return tuple(sorted({int(match[1]) for match in matches if match}))
+
+    def _local_steps(self) -> tuple[int, ...]:
+        # TensorStore lists neither what links lead to nor, without all its files, a single folder.
+        steps = []
+        try:
+            for name in os.listdir(self.spec["path"]):
+                match = _STEP_FOLDER.fullmatch(os.fsencode(name) + b"/")
+                folder = os.path.join(self.spec["path"], name)
+                if match and os.path.isdir(folder) and os.listdir(folder):
+                    steps.append(int(match[1]))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot list {self.url}: {error.strerror}. Check that it is a folder that you may "
+                "read."
+            ) from error
+        return tuple(sorted(steps))

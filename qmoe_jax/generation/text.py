@@ -14,6 +14,8 @@ from qmoe_jax.paths import local_path
 
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
 _WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+# Sentinels of every public T5 model.
+_EXTRA_IDS = 100
 
 
 # T5X rounds the number of embeddings up to a multiple of 128; others round more generously. Beyond
@@ -41,10 +43,13 @@ class Filled:
 
 
 class Vocabulary:
-    """A sentencepiece vocabulary whose model file holds T5's sentinels, `<extra_id_0>` on top.
+    """A sentencepiece vocabulary with T5's sentinels, `<extra_id_0>` on top.
+
+    Where the model file holds none, as that of cc_all.32000, 100 stand above its pieces: those that
+    seqio's `extra_ids=100` means.
 
     Raises:
-      TokensError: no readable sentencepiece model, or one without sentinels.
+      TokensError: no readable sentencepiece model.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -60,21 +65,21 @@ class Vocabulary:
             ) from error
         self.eos_id = self._model.eos_id()
         # T5's models spell their sentinels with sentencepiece's word mark in front.
-        pieces = [self._model.id_to_piece(i) for i in range(len(self))]
+        self._num_pieces = self._model.vocab_size()
+        pieces = [self._model.id_to_piece(i) for i in range(self._num_pieces)]
         self._sentinels = {
             i: piece.removeprefix(_WORD_MARK)
             for i, piece in enumerate(pieces)
             if _SENTINEL.fullmatch(piece.removeprefix(_WORD_MARK))
         }
-        self._sentinel_ids = {piece: i for i, piece in self._sentinels.items()}
+        self._len = self._num_pieces
         if not self._sentinels:
-            raise TokensError(
-                f"the vocabulary {os.fspath(path)!r} has no piece <extra_id_0>; use the one with "
-                "T5's 100 extra ids inside"
-            )
+            self._len += _EXTRA_IDS
+            self._sentinels = {self._len - 1 - i: f"<extra_id_{i}>" for i in range(_EXTRA_IDS)}
+        self._sentinel_ids = {piece: i for i, piece in self._sentinels.items()}
 
     def __len__(self) -> int:
-        return self._model.vocab_size()
+        return self._len
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; sentinels written as `<extra_id_N>` become their ids. No eos.
@@ -106,7 +111,7 @@ class Vocabulary:
                 if token == self.eos_id:
                     break
                 words.append(self._sentinels[token])
-            elif 0 < token < len(self):
+            elif 0 < token < self._num_pieces:
                 run.append(token)
         return " ".join(word for word in words if word)
 
