@@ -170,3 +170,8 @@ def test_the_parent_of_compressed_checkpoints_stands_for_the_latest(tmp_path):
     found = open_compressed_checkpoint(tmp_path / "runs")
     assert found.url == str(tmp_path / "runs" / "checkpoint_12")
     assert read_config(str(tmp_path / "runs")) == CONFIG
+    # Results that are kept for that folder are of the checkpoint in it.
+    fingerprint = found.fingerprint()
+    assert fingerprint == open_compressed_checkpoint(tmp_path / "elsewhere").fingerprint()
+    write(tmp_path / "runs" / "checkpoint_13", coding="tunstall")
+    assert open_compressed_checkpoint(tmp_path / "runs").fingerprint() != fingerprint

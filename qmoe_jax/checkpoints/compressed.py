@@ -11,6 +11,7 @@ equal bytes.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,11 @@ class CompressedCheckpoint:
     dense_names: tuple[str, ...]
     _folder: Folder
     _manifest: Mapping[str, Any]
+
+    def fingerprint(self) -> str:
+        """Digest its manifest, which holds the checksums of all arrays, to tell if it changed."""
+        content = json.dumps(self._manifest, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def read_dense(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Read parameters by name (all by default), each checked against its checksums."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,6 @@ from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
-from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_batch, worse_than_guessing
@@ -246,9 +244,9 @@ def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
     """
     identity: dict[str, Any] = {"path": os.fspath(path)}
     if is_compressed_checkpoint(path):
-        config = open_compressed_checkpoint(path).config
-        manifest = Folder(kvstore_spec(path), make_context(cache_bytes=0)).read("manifest.json")
-        identity["manifest"] = hashlib.sha256(manifest or b"").hexdigest()
+        compressed = open_compressed_checkpoint(path)
+        config = compressed.config
+        identity["fingerprint"] = compressed.fingerprint()
     else:
         native = open_t5x_checkpoint(path)
         config = read_config(native)

@@ -3,6 +3,8 @@
 Keys and values of the attention to the encoder are projected once and not once a step.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,11 +53,7 @@ class MultiHeadAttention(nn.Module):
         Raises:
           ValueError: a decoding step with more than one position.
         """
-
-        def project(name: str, x: Array) -> Array:
-            joined = Dense(self.num_heads * self.head_dim, self.dtype, name=name)(x)
-            return joined.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-
+        project = functools.partial(_project, self)
         query = project("query", inputs_q)
         key = project("key", inputs_kv)
         value = project("value", inputs_kv)
@@ -117,11 +115,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Array, "rows 1 #queries keys"],
     ) -> Float[Array, "rows queries embed"]:
         """Attend from `inputs_q` to `inputs_kv` where `mask` is True."""
-
-        def project(name: str, x: Array) -> Array:
-            joined = Dense(self.num_heads * self.head_dim, self.dtype, name=name)(x)
-            return joined.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-
+        project = functools.partial(_project, self)
         query = project("query", inputs_q)
         if self.has_variable(PROJECTED, "key"):
             key = jnp.moveaxis(self.get_variable(PROJECTED, "key"), -1, 1)
@@ -144,6 +138,12 @@ class CrossAttention(nn.Module):
         attended = softmax_attention(query, key, value, attention_bias(mask, self.dtype))
         joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
         return Dense(inputs_q.shape[-1], self.dtype, name="out")(joined)
+
+
+def _project(module: MultiHeadAttention | CrossAttention, name: str, x: Array) -> Array:
+    """Project to the heads of a module, from inside of its call: [..., heads, head_dim]."""
+    joined = Dense(module.num_heads * module.head_dim, module.dtype, name=name)(x)
+    return joined.reshape(*x.shape[:-1], module.num_heads, module.head_dim)
 
 
 def _empty_cache(x: Float[Array, "batch length heads head_dim"]) -> Array:
