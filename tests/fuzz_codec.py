@@ -51,11 +51,29 @@ def valid_tensors() -> tuple[CodedTensor, ...]:
         symbols = codings.get_coding(name).num_symbols
         for number, shape in enumerate(SHAPES):
             zeros = 1 / symbols if number % 2 else 0.9
+            if codings.get_coding(name).grid == "lattice":
+                tensors.append(_lattice_tensor(rng, shape, zeros))
+                continue
             p = [zeros] + [(1 - zeros) / (symbols - 1)] * (symbols - 1)
             codes = rng.choice(symbols, shape, p=p).astype(np.uint8)
             levels = np.sort(rng.standard_normal((*shape[:2], 2)), axis=-1)
             tensors.append(encode.encode(codes, levels.astype(ml_dtypes.bfloat16), name))
     return tuple(tensors)
+
+
+def _lattice_tensor(
+    rng: np.random.Generator, shape: tuple[int, int, int], zeros: float
+) -> CodedTensor:
+    """Small multiples and a few large ones, also columns of zeros."""
+    nonzero = rng.random(shape) > zeros * rng.random((shape[0], 1, shape[2]))
+    codes = np.where(nonzero, rng.geometric(0.4, shape), 0)
+    codes = np.where(rng.random(shape) < 0.02, rng.integers(0, 255, shape), codes)
+    codes[:, :, ::5] = 0
+    levels = {
+        "step_index": rng.integers(0, 120, (shape[0], shape[2])).astype(np.uint8),
+        "origin": rng.random(shape[0]).astype(np.float32),
+    }
+    return encode.encode(codes.clip(0, 254).astype(np.uint8), levels, "lattice")
 
 
 # --- Damage ---

@@ -31,8 +31,12 @@ def random_codes(shape, zero_share, num_symbols=3, seed=0):
     return rng.choice(num_symbols, size=shape, p=shares).astype(np.uint8)
 
 
-def random_levels(codes, seed=0):
+def random_levels(codes, coding="packed2", seed=0):
+    """What gives codes their values, as `encode` takes it."""
     rng = np.random.default_rng(seed)
+    if codings.get_coding(coding).grid == "lattice":
+        steps = rng.integers(30, 120, (codes.shape[0], codes.shape[2])).astype(np.uint8)
+        return {"step_index": steps, "origin": rng.uniform(0.5, 2, codes.shape[0]).astype("f4")}
     levels = rng.normal(size=(*codes.shape[:2], 2))
     levels[..., 1] = rng.choice([0, 1, 1.5, 2, 3], size=codes.shape[:2])  # also zeros of 2-bit rows
     return levels.astype(BFLOAT16)
@@ -64,7 +68,7 @@ class TestEveryCoding:
 
     def encode(self, coding, shape, zero_share=0.885):
         codes = self.codes(coding, shape, zero_share)
-        return codes, encode(codes, random_levels(codes), coding)
+        return codes, encode(codes, random_levels(codes, coding), coding)
 
     @pytest.mark.parametrize(
         ("shape", "zero_share"),
@@ -106,9 +110,12 @@ class TestEveryCoding:
     def test_concatenated_batches_are_the_whole(self, coding):
         codes = self.codes(coding, (5, 4, 33))
         codes[3:] = 0  # batches with different row bounds
-        levels = random_levels(codes)
+        levels = random_levels(codes, coding)
         whole = encode(codes, levels, coding)
-        batches = [encode(codes[a:b], levels[a:b], coding) for a, b in ((0, 2), (2, 3), (3, 5))]
+        batches = [
+            encode(codes[a:b], jax.tree.map(lambda its, a=a, b=b: its[a:b], levels), coding)
+            for a, b in ((0, 2), (2, 3), (3, 5))
+        ]
         joined = codings.concatenate(batches)
         codings.validate(joined)
         assert_same(joined, whole)
@@ -131,10 +138,11 @@ class TestEveryCoding:
 
     def test_non_contiguous_and_device_input(self, coding):
         codes = self.codes(coding, (2, 40, 6)).transpose(0, 2, 1)
-        levels = random_levels(codes)
+        levels = random_levels(codes, coding)
         expected = encode(codes.copy(), levels, coding)
         assert_same(encode(codes, levels, coding), expected)
-        assert_same(encode(jnp.asarray(codes), jnp.asarray(levels), coding), expected)
+        on_device = jax.tree.map(jnp.asarray, levels)
+        assert_same(encode(jnp.asarray(codes), on_device, coding), expected)
 
     def test_symbol_counts(self, coding):
         implementation = codings.get_coding(coding)
@@ -149,9 +157,9 @@ class TestEveryCoding:
         expected = np.bincount(values.reshape(-1), minlength=implementation.num_symbols)
         np.testing.assert_array_equal(implementation.symbol_counts(coded), expected)
 
-    def test_refuses_bad_input(self, coding):
+    def test_refuses_bad_codes(self, coding):
         codes = self.codes(coding, (2, 3, 8))
-        levels = random_levels(codes)
+        levels = random_levels(codes, coding)
         bad = codes.copy()
         bad[1, 2, 3] = codings.get_coding(coding).num_symbols
         with pytest.raises(CodecError, match=f"symbol {bad.max()}; coding '{coding}' takes"):
@@ -159,9 +167,27 @@ class TestEveryCoding:
         with pytest.raises(CodecError, match=r"codes are int32 of shape \(2, 3, 8\)"):
             encode(codes.astype(np.int32), levels, coding)
         with pytest.raises(CodecError, match=r"codes are uint8 of shape \(3, 8\)"):
-            encode(codes[0], levels[0], coding)
+            encode(codes[0], levels, coding)
         with pytest.raises(CodecError, match="at least one weight in a row"):
             encode(codes[..., :0], levels, coding)
+
+    def test_refuses_bad_levels(self, coding):
+        codes = self.codes(coding, (2, 3, 8))
+        levels = random_levels(codes, coding)
+        if codings.get_coding(coding).grid == "lattice":
+            with pytest.raises(
+                CodecError, match="a mapping with exactly 'step_index' and 'origin'"
+            ):
+                encode(codes, levels["step_index"], coding)
+            steps = levels | {"step_index": levels["step_index"].astype(np.int32)}
+            with pytest.raises(CodecError, match=r"levels\['step_index'\] are int32"):
+                encode(codes, steps, coding)
+            with pytest.raises(CodecError, match=r"require float32 \(2,\)"):
+                encode(codes, levels | {"origin": levels["origin"][:1]}, coding)
+            levels["origin"][1] = np.inf
+            with pytest.raises(CodecError, match=r"origin of expert 1 is inf"):
+                encode(codes, levels, coding)
+            return
         with pytest.raises(CodecError, match="levels are float32"):
             encode(codes, levels.astype(np.float32), coding)
         with pytest.raises(CodecError, match=r"require bfloat16 \(2, 3, 2\)"):
@@ -190,9 +216,20 @@ class TestEveryCoding:
 
     def test_validate_refuses_nan_levels(self, coding):
         coded = self.encode(coding, (2, 3, 9))[1]
-        coded.arrays["levels"][0, 2, 1] = np.nan
-        with pytest.raises(CodecError, match=r"levels\[0, 2, 1\] is nan"):
+        if codings.get_coding(coding).grid == "lattice":
+            coded.arrays["origins"][1] = np.nan
+            refusal = "origin of expert 1 is nan"
+        else:
+            coded.arrays["levels"][0, 2, 1] = np.nan
+            refusal = r"levels\[0, 2, 1\] is nan"
+        with pytest.raises(CodecError, match=refusal):
             codings.validate(coded)
+
+    def test_levels_are_those_that_were_encoded(self, coding):
+        codes, coded = self.encode(coding, (2, 40, 50), 0.5)
+        levels = codings.get_coding(coding).levels_of(coded)
+        jax.tree.map(np.testing.assert_array_equal, levels, random_levels(codes, coding))
+        assert_same(encode(codes, levels, coding), coded)
 
 
 class TestSpec:
@@ -244,12 +281,12 @@ class TestWhatCodingsState:
     @pytest.mark.parametrize("grid", NUM_SYMBOLS)
     def test_the_smallest_coding_comes_first(self, grid):
         codes = random_codes((1, 64, 768), 0.885, NUM_SYMBOLS[grid])
-        levels = random_levels(codes)
-        if grid == "2bit":
-            levels[..., 1] = 0
-        sizes = [
-            bits(encode(codes, levels, name))["total"] for name in codings.codings_of_grid(grid)
-        ]
+        sizes = []
+        for name in codings.codings_of_grid(grid):
+            levels = random_levels(codes, name)
+            if grid == "2bit":
+                levels[..., 1] = 0
+            sizes.append(bits(encode(codes, levels, name))["total"])
         assert sizes == sorted(sizes)
 
     @pytest.mark.parametrize("coding", codings.coding_names())
@@ -260,12 +297,12 @@ class TestWhatCodingsState:
             kind: [name for name, its in found.array_kinds.items() if its == kind]
             for kind in ("codes", "levels", "lengths")
         }
-        assert names["levels"] == ["levels"]
+        assert (names["levels"] == ["levels"]) == (found.grid != "lattice")
         assert len(names["codes"]) == 1
         assert found.code_array in (*names["codes"], None)
         assert (found.code_array is None) == ("expert_offsets" not in found.array_names)
         codes = random_codes((2, 3, 40), 0.8, found.num_symbols)
-        coded = encode(codes, random_levels(codes), coding)
+        coded = encode(codes, random_levels(codes, coding), coding)
         counted = bits(coded)
         for kind, counted_as in (("codes", "codes"), ("levels", "levels"), ("lengths", "offsets")):
             stored = sum(coded.arrays[name].nbytes for name in names[kind])
@@ -314,6 +351,6 @@ def test_any_codes_round_trip(data):
     codes = random_codes(
         shape, zero_share, implementation.num_symbols, data.draw(st.integers(0, 2**32 - 1))
     )
-    coded = encode(codes, random_levels(codes), coding)
+    coded = encode(codes, random_levels(codes, coding), coding)
     codings.validate(coded)
     np.testing.assert_array_equal(implementation.decode_numpy_reference(coded), codes)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import golden_lattice
 import ml_dtypes
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_the_table_lists_every_broken_file():
 
 
 def names():
-    return {path.stem for path in FOLDER.glob("valid_*.json")}
+    return {path.stem for path in FOLDER.glob("*.json")} - set(REFUSALS)
 
 
 @pytest.mark.parametrize("name", sorted(names()))
@@ -52,7 +53,9 @@ def test_valid(name):
     for expert in range(spec.num_experts):
         decoded = decode_expert(spec, coded.arrays, expert)
         np.testing.assert_array_equal(np.asarray(decoded), codes[expert])
-    again = encode(codes, coded.arrays["levels"], spec.coding)
+    if name.startswith("readable"):
+        return
+    again = encode(codes, implementation.levels_of(coded), spec.coding)
     assert again.spec == spec
     for key, array in coded.arrays.items():
         np.testing.assert_array_equal(again.arrays[key], array, err_msg=key, strict=True)
@@ -64,3 +67,8 @@ def test_broken(name):
     with pytest.raises(CodecError) as refusal:
         codings.validate(coded)
     assert str(refusal.value) == REFUSALS[name]
+
+
+def test_the_generator_writes_the_stored_files():
+    for name, content in golden_lattice.files():
+        assert (FOLDER / f"{name}.json").read_text("utf-8") == content, name

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import qmoe_jax.codec
 from qmoe_jax.codec import codings, reference
-from qmoe_jax.codec.coding_tunstall import _in_words, _narrow
+from qmoe_jax.codec.coding_tunstall import _narrow
 from qmoe_jax.codec.decode import decode_expert
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.stats import bits
-from qmoe_jax.codec.tensor import TensorSpec
+from qmoe_jax.codec.tensor import TensorSpec, in_words
 from qmoe_jax.codec.tunstall import (
     NUM_DICTIONARIES,
     ZERO_WEIGHTS,
@@ -158,7 +158,7 @@ class TestRows:
 
     def test_too_large_an_expert(self):
         with pytest.raises(CodecError, match="67108864 words; .* fewer than 67108864"):
-            _in_words(np.zeros(0, np.uint8), np.array([2**28]))
+            in_words(np.zeros(0, np.uint8), np.array([2**28]), 2**26)
 
 
 class TestFormat:

@@ -24,6 +24,7 @@ from qmoe_jax.ops.cuda import kernels
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 BF16 = ml_dtypes.bfloat16
+WITH_KERNELS = [name for name in coding_names() if get_coding(name).cuda]
 
 
 @pytest.fixture(scope="session")
@@ -93,13 +94,13 @@ def check_decoders(get, coded, seed=0, *, expert_ids=None, tile_tokens=(1, 16), 
 
 
 class TestDecoders:
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("width", [1, 31, 59, 769, *slow(2, 33, 58, 64)])
     def test_widths(self, get, coding, width):
         for out in (1, 3, 33) if width < 100 else (3,):
             check_decoders(get, random_tensor(coding, (2, out, width), seed=width), seed=out)
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("symbol", [0, 1, 2])
     def test_rows_of_one_symbol(self, get, coding, symbol):
         codes = np.full((1, 5, 200), symbol, np.uint8)
@@ -127,14 +128,14 @@ class TestDecoders:
         levels = np.tile(np.array([0.5, 0.0], BF16), (1, 6, 1))
         check_decoders(get, encode(codes, levels, "tunstall_2bit"), tile_tokens=(1, 2))
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("width", [5003])
     def test_long_sparse_rows(self, get, coding, width):
         """Many rounds, each over many columns: the expansion's ring wraps."""
         coded = random_tensor(coding, (1, 3, width), 0.99, seed=width)
         check_decoders(get, coded, tile_tokens=(1,), tokens=2)
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_unlike_rows(self, get, coding):
         """Rows of a warp that end in different rounds; 16-bit row lengths."""
         codes, levels = random_codes(coding, (1, 7, 2400), 1.0, seed=2)
@@ -145,7 +146,7 @@ class TestDecoders:
             assert coded.arrays["row_lengths"].dtype == np.uint16
         check_decoders(get, coded, tile_tokens=(2,))
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_skipped_slots(self, get, coding):
         coded = random_tensor(coding, (3, 5, 40))
         weights = reference_weights(coded)
@@ -157,7 +158,7 @@ class TestDecoders:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("tile_tokens", [1, 2, 16, *slow(4, 8)])
     def test_counts_of_tokens(self, get, coding, tile_tokens):
         """An expert with n tokens for many n, one without any, tokens without an expert."""
@@ -170,7 +171,7 @@ class TestTokens:
             y = launches.multiply(get, coded, x, experts, tile_tokens=tile_tokens)
             assert_products(y, coded, weights, x, experts)
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_no_token_has_an_expert(self, get, coding):
         coded = random_tensor(coding, (2, 37, 8))
         x = np.ones((3, 8), BF16)
@@ -178,7 +179,7 @@ class TestTokens:
             y = launches.multiply(get, coded, x, np.full(3, -1), float32=float32)
             np.testing.assert_array_equal(y.astype(np.float32), 0)
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_indices_out_of_range_touch_nothing(self, get, coding):
         """Token orders and starts from outside are not followed out of bounds."""
         coded = random_tensor(coding, (2, 5, 20))
@@ -195,7 +196,7 @@ class TestTokens:
             )
         assert np.isnan(y[[0, 2]]).all()
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize(
         ("threads", "rows_per_block"), [(32, 1), (32, 64), (256, 7), (128, 40)]
     )
@@ -211,7 +212,7 @@ class TestTokens:
         dense = launches.expand(get, coded, [1, 0], **sizes)
         np.testing.assert_array_equal(dense.view(np.uint16), weights[[1, 0]].view(np.uint16))
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_order_of_threads_does_not_matter(self, get, coding):
         coded = random_tensor(coding, (2, 20, 300), 0.8, zeros=[1.0, 1.5])
         x = np.random.default_rng(3).normal(size=(6, 300)).astype(BF16)
@@ -245,7 +246,7 @@ class TestDamage:
                 assert np.isfinite(y).all()
         return results
 
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("seed", [0, 1, 2, *slow(3, 4, 5)])
     def test_any_arrays(self, get, coding, seed):
         rng = np.random.default_rng(seed)

@@ -51,6 +51,9 @@ def write(path, coding="qmoe"):
         levels = np.ones((experts, rows, 2), ml_dtypes.bfloat16)
         if coding in ("packed2", "tunstall_2bit"):
             levels[..., 1] = 0  # code 0 is the weight 0
+        if coding == "lattice":
+            steps = np.full((experts, width), 3, np.uint8)
+            levels = {"step_index": steps, "origin": np.ones(experts, np.float32)}
         module = name.removesuffix("/kernel")
         all_codes[module] = codes
         writer.write_coded(module, encode.encode(codes, levels, coding))

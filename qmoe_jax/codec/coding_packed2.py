@@ -12,6 +12,7 @@ from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import expand, reference
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
+from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
     NUM_SYMBOLS,
     ArrayKind,
@@ -25,7 +26,7 @@ from qmoe_jax.codec.tensor import (
 from qmoe_jax.errors import CodecError
 
 
-class Packed2Coding:
+class Packed2Coding(RowLevels):
     """Four 2-bit codes a byte, rows padded to whole bytes; levels are (scale, zero)."""
 
     name = "packed2"

@@ -14,6 +14,7 @@ from qmoe_jax.codec import expand, reference
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.dictionary import MAX_ENTRY_PAIRS, NUM_ENTRIES, dictionary
 from qmoe_jax.codec.greedy import encode_rows
+from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
     NUM_SYMBOLS,
     ArrayKind,
@@ -34,7 +35,7 @@ from qmoe_jax.errors import CodecError
 _BOUND_STEP = 32
 
 
-class QmoeCoding:
+class QmoeCoding(RowLevels):
     """Dictionary codewords, rows one after another, experts one after another."""
 
     name = "qmoe"

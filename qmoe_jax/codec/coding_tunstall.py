@@ -15,6 +15,7 @@ from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import reference, tunstall_rows
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
+from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
     NUM_SYMBOLS,
     ArrayKind,
@@ -24,8 +25,10 @@ from qmoe_jax.codec.tensor import (
     check_levels,
     check_names,
     check_offsets,
+    in_words,
     join_batches,
-    to_offsets,
+    too_many_words,
+    words_as_bytes,
     zero_codes,
 )
 from qmoe_jax.codec.tunstall import (
@@ -64,7 +67,7 @@ _CUDA_ARGUMENTS = ArgumentStruct(
 )
 
 
-class TunstallCoding:
+class TunstallCoding(RowLevels):
     """Rows of codewords and sign bits in whole bytes, experts in whole 32-bit words."""
 
     array_kinds: Mapping[str, ArrayKind] = {
@@ -122,7 +125,8 @@ class TunstallCoding:
         shortest = num_bytes.min(axis=1, initial=2**31 - 1) if rows else np.zeros(experts, np.int32)
         longest = int(encoded.num_codewords.max(initial=0))
         bound = -(-longest // _BOUND_STEP) * _BOUND_STEP
-        words, offsets = _in_words(encoded.data, num_bytes.sum(axis=1, dtype=np.int64))
+        sizes = num_bytes.sum(axis=1, dtype=np.int64)
+        words, offsets = in_words(encoded.data, sizes, _MAX_EXPERT_WORDS)
         arrays = {
             "words": words,
             "expert_offsets": offsets,
@@ -165,8 +169,8 @@ class TunstallCoding:
                 f"it {found[bad[0]]} words of 4; the two must agree."
             )
         if found.max(initial=0) >= _MAX_EXPERT_WORDS:
-            raise CodecError(_too_large(int(found.max())))
-        data = _as_bytes(words)
+            raise CodecError(too_many_words(int(found.max()), _MAX_EXPERT_WORDS))
+        data = words_as_bytes(words)
         for expert in range(experts):
             end = 4 * int(expert_offsets[expert + 1])
             used = 4 * int(expert_offsets[expert]) + int(sums[expert])
@@ -256,7 +260,7 @@ class TunstallCoding:
         first = 4 * arrays["expert_offsets"][:-1].astype(np.int64)
         ends = first[:, None] + np.cumsum(num_bytes, axis=1)
         return tunstall_rows.walk_rows(
-            _as_bytes(arrays["words"]),
+            words_as_bytes(arrays["words"]),
             (ends - num_bytes).reshape(-1),
             ends.reshape(-1),
             np.repeat(arrays["dictionaries"], spec.rows),
@@ -269,25 +273,6 @@ def _row_bytes(arrays: Mapping[str, np.ndarray]) -> Int64[np.ndarray, "experts r
     return arrays["row_lengths"].astype(np.int64) + arrays["shortest_rows"][:, None]
 
 
-def _as_bytes(words: np.ndarray) -> UInt8[np.ndarray, "bytes"]:
-    return np.ascontiguousarray(words, "<u4").view(np.uint8)
-
-
-def _in_words(data: np.ndarray, expert_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start every expert at a new word; words and expert offsets."""
-    sizes = (expert_bytes + 3) // 4
-    if sizes.max(initial=0) >= _MAX_EXPERT_WORDS:
-        raise CodecError(_too_large(int(sizes.max())))
-    offsets = to_offsets(sizes, "expert_offsets")
-    padded = np.zeros(4 * int(offsets[-1]), np.uint8)
-    start = 0
-    for expert, size in enumerate(expert_bytes):
-        first = 4 * int(offsets[expert])
-        padded[first : first + size] = data[start : start + size]
-        start += size
-    return padded.view("<u4").astype(np.uint32, copy=False), offsets
-
-
 def _narrow(row_lengths: np.ndarray) -> np.ndarray:
     """Row lengths as uint8 if all fit, else uint16."""
     longest = int(row_lengths.max(initial=0))
@@ -297,10 +282,3 @@ def _narrow(row_lengths: np.ndarray) -> np.ndarray:
             "so the difference is less than 65536. Split the rows over several coded tensors."
         )
     return row_lengths.astype(np.uint8 if longest < 2**8 else np.uint16)
-
-
-def _too_large(num_words: int) -> str:
-    return (
-        f"An expert has {num_words} words; 'tunstall' requires fewer than {_MAX_EXPERT_WORDS}, for "
-        "decoders count bits in int32. Split the rows over several coded tensors."
-    )

@@ -6,8 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
+from qmoe_jax.codec.coding_lattice import LatticeCoding
 from qmoe_jax.codec.coding_packed2 import Packed2Coding
 from qmoe_jax.codec.coding_qmoe import QmoeCoding
 from qmoe_jax.codec.coding_tunstall import TunstallCoding
@@ -23,11 +24,11 @@ class Coding(Protocol):
     name: str
     """The name that specs carry."""
     grid: str
-    """The grid of the codes: "ternary" or "2bit"."""
+    """The grid of the codes: "ternary", "2bit" or "lattice"."""
     num_symbols: int
     """Codes are below this: `NUM_SYMBOLS` of the grid."""
     array_kinds: Mapping[str, ArrayKind]
-    """Every array that a coded tensor stores. "levels" bfloat16 [experts, rows, 2] is one."""
+    """Every array that a coded tensor stores."""
     array_names: tuple[str, ...]
     """Names of these arrays."""
     code_array: str | None
@@ -35,8 +36,16 @@ class Coding(Protocol):
     cuda: CudaInterface | None
     """How the CUDA kernels take a tensor; None without kernels: XLA decodes it."""
 
-    def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
+    def check_levels(self, shape: tuple[int, ...], levels: Any) -> Any:
+        """Return levels as `encode` takes them, or refuse them: codes of that shape have others."""
+        ...
+
+    def encode(self, codes: np.ndarray, levels: Any) -> CodedTensor:
         """Encode uint8 [experts, rows, width] codes, already checked by `encode.encode`."""
+        ...
+
+    def levels_of(self, coded: CodedTensor) -> Any:
+        """Return the levels of a tensor, as `encode` takes them."""
         ...
 
     def validate(self, coded: CodedTensor) -> None:
@@ -57,6 +66,16 @@ class Coding(Protocol):
         """Decode one expert's codes with XLA, in bounds for any array contents."""
         ...
 
+    def weights(
+        self,
+        spec: TensorSpec,
+        arrays: Mapping[str, Any],
+        expert: Any,
+        codes: UInt8[jax.Array, "rows width"],
+    ) -> Float32[jax.Array, "rows width"]:
+        """Weights of one expert's codes, with XLA."""
+        ...
+
     def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Decode all codes by the reference decoder: plain Python, as FORMAT.md describes it."""
         ...
@@ -64,8 +83,8 @@ class Coding(Protocol):
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
         """Count how often each value occurs in the tensor.
 
-        Of ternary codes: each code. Of 2-bit codes: each code less that of its row's zero, modulo
-        4, so that the first count is that of the weight 0 here too.
+        Of ternary and lattice codes: each code. Of 2-bit codes: each code less that of its row's
+        zero, modulo 4, so that the first count is that of the weight 0 here too.
         """
         ...
 
@@ -77,6 +96,7 @@ def _codings() -> dict[str, Coding]:
         QmoeCoding(),
         TunstallCoding("tunstall_2bit", grid="2bit"),
         Packed2Coding(),
+        LatticeCoding(),
     )
     return {coding.name: coding for coding in codings}
 
@@ -90,7 +110,7 @@ def codings_of_grid(grid: str) -> tuple[str, ...]:
     """Names of the codings that store a grid's codes, the smallest first: that is the default.
 
     Args:
-      grid: "ternary" or "2bit".
+      grid: "ternary", "2bit" or "lattice".
     """
     return tuple(name for name, coding in _codings().items() if coding.grid == grid)
 

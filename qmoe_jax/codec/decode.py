@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import BFloat16, Float, Int, UInt8
 
 from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.row_levels import row_weights
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 
 Arrays = Mapping[str, jax.Array | np.ndarray]
@@ -40,16 +41,11 @@ def dequantize(
     levels: BFloat16[jax.Array, "*rows 2"],
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[jax.Array, "*rows width"]:
-    """Weights of codes: 0, low or high for ternary codes; scale * (code - zero) for 2-bit codes.
+    """Weights of ternary and 2-bit codes: 0, low or high; scale * (code - zero).
 
     Computed in float32, then rounded to `dtype`: ternary weights are exact in bfloat16.
     """
-    first, second = jnp.split(levels.astype(jnp.float32), 2, axis=-1)
-    if get_coding(spec.coding).grid == "ternary":
-        weights = jnp.where(codes == 1, first, jnp.where(codes == 2, second, 0.0))
-    else:
-        weights = first * (codes.astype(jnp.float32) - second)
-    return weights.astype(dtype)
+    return row_weights(get_coding(spec.coding).grid, codes, levels).astype(dtype)
 
 
 def decode_expert_weights(
@@ -58,6 +54,9 @@ def decode_expert_weights(
     expert: Int[jax.Array, ""] | int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[jax.Array, "rows width"]:
-    """Decode the weights of one expert, [rows, width] (a Flax kernel is the transpose)."""
-    levels = jnp.take(jnp.asarray(arrays["levels"]), expert, axis=0, mode="clip")
-    return dequantize(spec, decode_expert(spec, arrays, expert), levels, dtype)
+    """Decode the weights of one expert, [rows, width] (a Flax kernel is the transpose).
+
+    Computed in float32, then rounded to `dtype`.
+    """
+    codes = decode_expert(spec, arrays, expert)
+    return get_coding(spec.coding).weights(spec, arrays, expert, codes).astype(dtype)

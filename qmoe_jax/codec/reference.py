@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from qmoe_jax.codec.dictionary import NUM_ENTRIES, dictionary
+from qmoe_jax.codec.reference_lattice import lattice_weights
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.codec.tunstall import ZERO_WEIGHTS
 
@@ -180,6 +181,8 @@ def dequantize(
     coded: CodedTensor, codes: UInt8[np.ndarray, "experts rows width"]
 ) -> Float32[np.ndarray, "experts rows width"]:
     """Weights of codes, float32."""
+    if coded.spec.coding == "lattice":
+        return lattice_weights(coded, codes)
     first, second = np.split(coded.arrays["levels"].astype(np.float32), 2, axis=-1)
     if coded.spec.coding in ("packed2", "tunstall_2bit"):
         return first * (codes.astype(np.float32) - second)

@@ -4,15 +4,25 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
+from jaxtyping import Int32, Int64, UInt8, UInt32
 
 from qmoe_jax.errors import CodecError
 
-NUM_SYMBOLS = {"ternary": 3, "2bit": 4}
+NUM_SYMBOLS = {"ternary": 3, "2bit": 4, "lattice": 255}
 """Grids by name: codes are below this."""
 
 ArrayKind = Literal["codes", "levels", "lengths"]
-"""What a stored array holds: codes, levels, or where and how rows lie among the codes."""
+"""What a stored array holds: codes, what gives them values (levels or steps), or where and how rows
+lie among the codes."""
+
+Levels = np.ndarray | jax.Array | Mapping[str, np.ndarray | jax.Array]
+"""What gives codes their values, as `encode` takes it.
+
+Of ternary and 2-bit codes: bfloat16 [experts, rows, 2]. Of lattice codes: `step_index` uint8
+[experts, width] and `origin` float32 [experts].
+"""
 
 # Fields of a spec -> the keys that manifests store them under, and the minimum of numbers.
 _STORED = {
@@ -120,6 +130,42 @@ def join_batches(batches: Sequence[CodedTensor]) -> CodedTensor:
         if name != "expert_offsets"
     }
     return CodedTensor(spec, arrays | {"expert_offsets": offsets})
+
+
+def words_as_bytes(words: UInt32[np.ndarray, "words"]) -> UInt8[np.ndarray, "bytes"]:
+    """Bytes of words, the lowest first."""
+    return np.ascontiguousarray(words, "<u4").view(np.uint8)
+
+
+def in_words(
+    data: UInt8[np.ndarray, "bytes"], expert_bytes: Int64[np.ndarray, "experts"], most: int
+) -> tuple[UInt32[np.ndarray, "words"], Int32[np.ndarray, "experts+1"]]:
+    """Start every expert at a new word; words and expert offsets.
+
+    Args:
+      data: of all experts, one after another.
+      expert_bytes: bytes of each expert.
+      most: an expert has fewer words.
+    """
+    sizes = (expert_bytes + 3) // 4
+    if sizes.max(initial=0) >= most:
+        raise CodecError(too_many_words(int(sizes.max()), most))
+    offsets = to_offsets(sizes, "expert_offsets")
+    padded = np.zeros(4 * int(offsets[-1]), np.uint8)
+    start = 0
+    for expert, size in enumerate(expert_bytes):
+        first = 4 * int(offsets[expert])
+        padded[first : first + size] = data[start : start + size]
+        start += size
+    return padded.view("<u4").astype(np.uint32, copy=False), offsets
+
+
+def too_many_words(num_words: int, most: int) -> str:
+    """Word the refusal of an expert that is too large."""
+    return (
+        f"An expert has {num_words} words; its coding requires fewer than {most}, for decoders "
+        "count bits in int32. Split the rows over several coded tensors."
+    )
 
 
 def row_length_dtype(max_row_codewords: int) -> np.dtype:

@@ -7,17 +7,12 @@ there; deal them out to the set bits of the word in 32 unrolled steps, which XLA
 over words.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int32, UInt8, UInt32
 
+from qmoe_jax.codec.bit_words import WORD, add_words, apart, deal, funnel, inclusive_scan
 from qmoe_jax.codec.tunstall import MAX_ENTRY_NONZEROS, NUM_CODEWORDS
-from qmoe_jax.varying import varying_zeros
-
-_WORD = 32
 
 
 def expand_rows(
@@ -44,7 +39,7 @@ def expand_rows(
       max_row_codewords: codewords of a row after this many are ignored.
     """
     rows = row_starts.shape[0]
-    num_words = -(-width // _WORD)
+    num_words = -(-width // WORD)
     if words.size == 0 or rows == 0 or max_row_codewords == 0:
         return jnp.zeros((rows, width), jnp.uint8)
 
@@ -56,38 +51,38 @@ def expand_rows(
         codeword = holding >> (8 * (at & 3)).astype(jnp.uint32) & jnp.uint32(255)
         low, high = jnp.take(table[:, 0], codeword), jnp.take(table[:, 1], codeword)
         length = (low & jnp.uint32(63)).astype(jnp.int32)
-        return codeword.astype(jnp.int32), low, high, _inclusive_scan(length) - length
+        return codeword.astype(jnp.int32), low, high, inclusive_scan(length) - length
 
-    codeword, low, high, start = _apart(some, look_up)
+    codeword, low, high, start = apart(some, look_up)
     present = start < width
-    masks = _apart(some, lambda: _place_masks(low, high, start, present, num_words))
-    tail = width % _WORD
+    masks = apart(some, lambda: _place_masks(low, high, start, present, num_words))
+    tail = width % WORD
     if tail:
         masks = masks.at[:, -1].set(masks[:, -1] & jnp.uint32((1 << tail) - 1))
     count = jax.lax.population_count(masks).astype(jnp.int32)
-    rank = _inclusive_scan(count) - count
+    rank = inclusive_scan(count) - count
 
     # Sign r of a row is bit 8 row_end - 1 - r of the expert.
-    below = 8 * row_ends[:, None] - rank - _WORD
+    below = 8 * row_ends[:, None] - rank - WORD
     index = first_word + (below >> 5)
-    signs = _funnel(
+    signs = funnel(
         jnp.take(words, index, mode="clip"), jnp.take(words, index + 1, mode="clip"), below & 31
     )
-    high_plane = _apart(some, lambda: _deal(masks, signs))
+    high_plane = apart(some, lambda: deal(masks, signs))
     planes = [masks & ~high_plane, high_plane]
     if row_codes is not None:
-        flags = _apart(some, lambda: _escaped_ranks(codeword, low, high, present, num_words))
+        flags = apart(some, lambda: _escaped_ranks(codeword, low, high, present, num_words))
         # The same for flag r, which is bit 31 - r mod 32 of word r / 32 of its row.
         word = jnp.arange(rows, dtype=jnp.int32)[:, None] * (num_words + 1) + (rank >> 5)
         flags = jnp.pad(flags, ((0, 0), (0, 1))).reshape(-1)
         upper, lower = jnp.take(flags, word, mode="clip"), jnp.take(flags, word + 1, mode="clip")
         shift = (rank & 31).astype(jnp.uint32)
         flags = upper << shift | (lower >> 1) >> (31 - shift)
-        escaped = _apart(some, lambda: _deal(masks, flags))
-        planes = _apart(some, lambda: _recode(masks, high_plane, escaped, row_codes))
-    shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None]
+        escaped = apart(some, lambda: deal(masks, flags))
+        planes = apart(some, lambda: _recode(masks, high_plane, escaped, row_codes))
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None]
     bits = [(plane[..., None] >> shifts & jnp.uint32(1)).astype(jnp.uint8) for plane in planes]
-    return (bits[0] + 2 * bits[1]).reshape(rows, num_words * _WORD)[:, :width]
+    return (bits[0] + 2 * bits[1]).reshape(rows, num_words * WORD)[:, :width]
 
 
 def _place_masks(
@@ -103,43 +98,7 @@ def _place_masks(
     shift = (start & 31).astype(jnp.uint32)
     carry = 31 - shift  # of a value already shifted right by 1: XLA has no defined shift by 32
     parts = [lower << shift, (lower >> 1) >> carry | upper << shift, (upper >> 1) >> carry]
-    return _add_words(parts, start >> 5, num_words)
-
-
-def _add_words(
-    parts: list[jax.Array], word: Int32[jax.Array, "rows codewords"], num_words: int
-) -> UInt32[jax.Array, "rows words"]:
-    """Add parts[i] into word `word` + i of its row; what falls behind the row is dropped.
-
-    Parts do not overlap, so adding is the same as or-ing and its order does not matter.
-    """
-    rows = word.shape[0]
-    words = jnp.zeros(rows * num_words, jnp.uint32)
-    row = num_words * jnp.arange(rows, dtype=jnp.int32)[:, None]
-    for place, bits in enumerate(parts):
-        index = jnp.where(word + place < num_words, row + word + place, words.size)
-        words = words.at[index].add(bits, mode="drop")
-    return words.reshape(rows, num_words)
-
-
-def _inclusive_scan(counts: Int32[jax.Array, "rows n"]) -> Int32[jax.Array, "rows n"]:
-    """Return each row's inclusive scan, as products with triangles of ones: exact below 2^24.
-
-    Four times as fast as `jnp.cumsum` on a CPU.
-    """
-    rows, n = counts.shape
-    blocks = -(-n // _WORD)
-    padded = jnp.pad(counts, ((0, 0), (0, blocks * _WORD - n))).astype(jnp.float32)
-    within = jnp.dot(
-        padded.reshape(rows, blocks, _WORD),
-        jnp.triu(jnp.ones((_WORD, _WORD), jnp.float32)),
-        precision="highest",
-    )
-    before = jnp.dot(
-        within[..., -1], jnp.triu(jnp.ones((blocks, blocks), jnp.float32), 1), precision="highest"
-    )
-    totals = (within + before[..., None]).astype(jnp.int32)
-    return totals.reshape(rows, blocks * _WORD)[:, :n]
+    return add_words(parts, start >> 5, num_words)
 
 
 def _escaped_ranks(
@@ -152,10 +111,10 @@ def _escaped_ranks(
     """Return a bit for each escaped rank, rank 0 in the highest bit of word 0."""
     place = codeword - (NUM_CODEWORDS - MAX_ENTRY_NONZEROS)
     count = jax.lax.population_count(low >> 6) + jax.lax.population_count(high)
-    rank = _inclusive_scan(count.astype(jnp.int32)) - count.astype(jnp.int32) + place
+    rank = inclusive_scan(count.astype(jnp.int32)) - count.astype(jnp.int32) + place
     bits = jnp.uint32(1) << (31 - (rank & 31)).astype(jnp.uint32)
     bits = jnp.where(present & (place >= 0), bits, jnp.uint32(0))
-    return _add_words([bits], rank >> 5, num_words)
+    return add_words([bits], rank >> 5, num_words)
 
 
 def _recode(
@@ -171,37 +130,3 @@ def _recode(
         wanted = -(row_codes >> bit & jnp.uint8(1)).astype(jnp.uint32)  # all bits, or none
         planes.append(sum(symbols[s] & wanted[:, s, None] for s in range(4)))
     return planes
-
-
-def _funnel(
-    lower: UInt32[jax.Array, "*shape"],
-    upper: UInt32[jax.Array, "*shape"],
-    shift: Int32[jax.Array, "*shape"],
-) -> UInt32[jax.Array, "*shape"]:
-    """32 bits of two words, from bit `shift` (0 to 31) of the lower."""
-    right = shift.astype(jnp.uint32)
-    return lower >> right | (upper << 1) << (31 - right)
-
-
-def _deal(
-    masks: UInt32[jax.Array, "rows words"], window: UInt32[jax.Array, "rows words"]
-) -> UInt32[jax.Array, "rows words"]:
-    """Deal the window's bits, highest first, to the set bits of the mask, lowest first."""
-    dealt = jnp.zeros_like(masks)
-    for bit in range(_WORD):
-        taken = masks >> bit & jnp.uint32(1)
-        dealt |= (taken & window >> 31) << bit
-        window = window << taken
-    return dealt
-
-
-def _apart(wanted: jax.Array, function: Callable[[], Any]) -> Any:
-    """Return function() if wanted, else zeros; either way not fused with what is around it.
-
-    XLA for CPUs drops optimization barriers, and fuses producers into every consumer: look-ups
-    would be repeated for every scatter, and the dealing for each of 32 weights (13 times slower).
-    It does not fuse across conditionals, while the body of a loop would not be vectorised.
-    """
-    shapes = jax.eval_shape(function)
-    zeros = jax.tree.map(lambda leaf: varying_zeros(leaf.shape, leaf.dtype, wanted), shapes)
-    return jax.lax.cond(wanted, function, lambda: zeros)

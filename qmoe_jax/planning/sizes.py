@@ -17,6 +17,7 @@ from qmoe_jax.checkpoints.geometry import Shape
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import item_bytes
+from qmoe_jax.codec.tensor import Levels
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.quantization.groups import stored_shape
 from qmoe_jax.quantization.settings import CompressionSettings
@@ -44,6 +45,9 @@ REAL_OVER_INDEPENDENT = {
 # demo's model.
 _TWO_BIT_NONZERO = (0.537, 0.444, 0.019)
 _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row's zero
+
+# Arrays beside codes that have entries for rows, or for blocks of rows.
+_GROWING_WITH_ROWS = ("levels", "row_lengths", "block_lengths")
 
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
@@ -175,7 +179,7 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
     for name, array in coded.arrays.items():
         if kinds[name] == "codes":
             in_codes += 8 * array.nbytes
-        elif array.shape[:2] == (_SAMPLE_EXPERTS, rows):
+        elif name in _GROWING_WITH_ROWS:
             by_row += 8 * array.nbytes
         else:
             by_expert += 8 * array.nbytes
@@ -188,12 +192,17 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
 
 def _independent_codes(
     coding: str, rows: int, width: int, zeros: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, Levels]:
     """Codes uint8 [experts, rows, width] and levels, of a fixed seed."""
     rng = np.random.default_rng(0)
     draws = rng.random((_SAMPLE_EXPERTS, rows, width))
     levels = np.ones((_SAMPLE_EXPERTS, rows, 2))
-    if codings.get_coding(coding).grid == "ternary":
+    grid = codings.get_coding(coding).grid
+    if grid == "lattice":  # ones alone: what larger multiples take is within the estimate's error
+        codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
+        steps = np.zeros((_SAMPLE_EXPERTS, width), np.uint8)
+        return codes, {"step_index": steps, "origin": np.ones(_SAMPLE_EXPERTS, np.float32)}
+    if grid == "ternary":
         codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
     else:
         shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]

@@ -1,0 +1,147 @@
+"""What a "lattice" encoder is free to choose for an expert: order of columns, dictionaries, leans.
+
+FORMAT.md, "Coding `lattice`": readers accept any choice; these are made for size. All of it follows
+from the expert's own codes and steps, so that bytes do not depend on how experts are batched.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8, UInt16
+
+from qmoe_jax.codec.lattice_blocks import BLOCK_ROWS, Counts, count_codewords
+from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, ZERO_SHARES
+
+NUM_CLASSES = 8
+CLASS_STEPS = 32
+"""A class of columns takes so many steps that follow one another."""
+ZERO_COLUMN = 255
+"""Byte of a column that is zero throughout."""
+NUM_STEPS = 256
+"""Steps of the table. An expert may use all but one of the ends."""
+_SAMPLED_BLOCKS = 4
+_MAX_COUNT = 2**16 - 1
+
+
+class Columns(NamedTuple):
+    """How an expert's columns are ordered and what steps they have."""
+
+    columns: UInt8[np.ndarray, "width"]
+    """Class and step of each column, or ZERO_COLUMN."""
+    bases: UInt8[np.ndarray, "8"]
+    """First step of each class."""
+
+
+def choose_columns(
+    counts: Int64[np.ndarray, "width"], steps: UInt8[np.ndarray, "width"]
+) -> Columns:
+    """Sort columns into classes of like counts, sparse ones first.
+
+    Args:
+      counts: non-zero weights of each column.
+      steps: of each column.
+    """
+    columns = np.full(counts.size, ZERO_COLUMN, np.uint8)
+    bases = np.zeros(NUM_CLASSES, np.int64)
+    live = np.flatnonzero(counts)
+    ranked = live[np.lexsort((steps[live], counts[live]))]
+    ends = np.arange(1, NUM_CLASSES + 1) * ranked.size // NUM_CLASSES
+    wanted = np.searchsorted(ends, np.arange(ranked.size), side="right")
+    own_steps = steps[ranked].astype(np.int64)
+    for number in range(NUM_CLASSES):
+        own = np.bincount(own_steps[wanted == number], minlength=256)
+        below = np.concatenate([[0], np.cumsum(own)])
+        # The last class's last byte is the zero column's.
+        size = CLASS_STEPS - (number == NUM_CLASSES - 1)
+        windows = below[size:] - below[:-size]
+        best = np.flatnonzero(windows == windows.max())
+        bases[number] = best[best.size // 2] if own.any() else 0
+    # Columns whose step their class has not: the nearest class that has it.
+    offsets = own_steps[:, None] - bases
+    sizes = np.full(NUM_CLASSES, CLASS_STEPS)
+    sizes[-1] -= 1
+    far = np.abs(np.arange(NUM_CLASSES) - wanted[:, None])
+    far = np.where((offsets >= 0) & (offsets < sizes), far, 2 * NUM_CLASSES)
+    chosen = far.argmin(axis=1)
+    if ranked.size and far.min(axis=1).max() >= 2 * NUM_CLASSES:
+        # No class has some step: then classes are ranges of steps, of all but one at an end.
+        first = int(own_steps.max() == 255)
+        bases = first + CLASS_STEPS * np.arange(NUM_CLASSES)
+        chosen = np.maximum(own_steps - first, 0) // CLASS_STEPS
+    columns[ranked] = CLASS_STEPS * chosen + own_steps - bases[chosen]
+    return Columns(columns, bases.astype(np.uint8))
+
+
+def order_of(columns: UInt8[np.ndarray, "width"]) -> Int32[np.ndarray, "visited"]:
+    """Columns that are not zero, by rising byte."""
+    order = np.argsort(columns, kind="stable").astype(np.int32)
+    return order[: int((columns != ZERO_COLUMN).sum())]
+
+
+def choose_leans(counts: Counts) -> UInt8[np.ndarray, "shorter"]:
+    """Tell which rows, or columns if they are no more, are negative more often than positive."""
+    nonzero, negative = _of_shorter_side(counts)
+    return (2 * negative > nonzero).astype(np.uint8)
+
+
+def nearest_dictionary(ones: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Return the number of the dictionary whose share of zeros is nearest."""
+    share = 1024 * (1 - ones / np.maximum(bits, 1))
+    middles = (np.array(ZERO_SHARES[1:]) + np.array(ZERO_SHARES[:-1])) / 2
+    return (share[..., None] < middles).sum(axis=-1)
+
+
+def choose_dictionaries(
+    codes: UInt8[np.ndarray, "rows width"],
+    counts: Counts,
+    order: Int32[np.ndarray, "visited"],
+) -> tuple[UInt16[np.ndarray, "2 15"], UInt8[np.ndarray, "3"]]:
+    """Choose the schedules of the first two planes, and the dictionaries of the other strings.
+
+    A schedule is the mean over some blocks of how many codewords fall to each dictionary if every
+    entry comes from the dictionary that is best for the columns around it.
+    """
+    rows = codes.shape[0]
+    blocks = -(-rows // BLOCK_ROWS)
+    sampled = np.unique(np.linspace(0, blocks - 1, min(blocks, _SAMPLED_BLOCKS)).astype(int))
+    schedules = np.zeros((2, NUM_DICTIONARIES), np.float64)
+    nonzero, large = counts.columns[0, order], counts.columns[1, order]
+    reach = max(1, order.size // 32)
+    weights = _around(np.full(order.size, rows), reach)
+    first = _rising(nearest_dictionary(_around(nonzero, reach), weights))
+    second = _rising(nearest_dictionary(_around(large, reach), _around(nonzero, reach)))
+    for block in sampled:
+        own = codes[BLOCK_ROWS * block : BLOCK_ROWS * (block + 1)][:, order]
+        full = np.zeros((order.size, BLOCK_ROWS), np.uint8)
+        full[:, : own.shape[0]] = own.T
+        bits = (full > 0).reshape(-1)
+        schedules[0] += count_codewords(bits.view(np.uint8), np.repeat(first, BLOCK_ROWS))
+        bits_of_large = (full.reshape(-1)[bits] > 2).view(np.uint8)
+        schedules[1] += count_codewords(bits_of_large, np.repeat(second, BLOCK_ROWS)[bits])
+    schedules = np.minimum(np.rint(schedules / max(1, sampled.size)), _MAX_COUNT)
+
+    all_nonzero, all_two, all_three, all_four, _ = counts.columns.sum(axis=1).tolist()
+    of_side, negative = _of_shorter_side(counts)
+    against_lean = int(np.minimum(negative, of_side - negative).sum())
+    plain = nearest_dictionary(
+        np.array([all_three, all_four, against_lean]), np.array([all_two, all_three, all_nonzero])
+    )
+    return schedules[:, :-1].astype(np.uint16), plain.astype(np.uint8)
+
+
+def _of_shorter_side(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """Non-zero and negative weights of each row, or of each column if they are no more."""
+    if counts.rows.shape[1] < counts.columns.shape[1]:
+        return counts.rows[0], counts.rows[1]
+    return counts.columns[0], counts.columns[4]
+
+
+def _around(counts: np.ndarray, reach: int) -> np.ndarray:
+    """Sum of each count and of `reach` before and behind it."""
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    place = np.arange(counts.size)
+    return sums[np.minimum(place + reach + 1, counts.size)] - sums[np.maximum(place - reach, 0)]
+
+
+def _rising(dictionaries: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(dictionaries).astype(np.uint8)
