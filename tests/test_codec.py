@@ -17,7 +17,7 @@ from qmoe_jax.codec import codings, reference
 from qmoe_jax.codec.decode import decode_expert, decode_expert_weights, dequantize, device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import CodedOutline
-from qmoe_jax.codec.stats import bits
+from qmoe_jax.codec.stats import bits, bits_by_part
 from qmoe_jax.codec.tensor import NUM_SYMBOLS, CodedTensor, TensorSpec
 from qmoe_jax.errors import CodecError
 
@@ -304,6 +304,7 @@ class TestWhatCodingsState:
         codes = random_codes((2, 3, 40), 0.8, found.num_symbols)
         coded = encode(codes, random_levels(codes, coding), coding)
         counted = bits(coded)
+        assert sum(bits_by_part(coded).values()) == counted["total"]
         for kind, counted_as in (("codes", "codes"), ("levels", "levels"), ("lengths", "offsets")):
             stored = sum(coded.arrays[name].nbytes for name in names[kind])
             assert counted[counted_as] == 8 * stored

@@ -50,6 +50,7 @@ MAX_ORIGIN = 2.0**119
 STEP_TABLE: Float32[np.ndarray, "256"] = np.exp2(-np.arange(NUM_STEPS) / 16).astype(np.float32)
 """Steps by index, in units of the origin."""
 
+_PARTS = ("plane 1", "plane 2", "plane 3", "plane 4", "signs", "remainders")
 _MAX_EXPERT_WORDS = 2**26
 _OUT_OF_REACH = 2**30
 
@@ -120,7 +121,7 @@ class LatticeCoding:
             own = codes[expert]
             counts = lattice_blocks.count_codes(own)
             nonzero = counts.columns[0]
-            chosen = choose_columns(nonzero, levels.step_index[expert])
+            chosen = choose_columns(nonzero, levels.step_index[expert], rows)
             if (nonzero[chosen.columns == ZERO_COLUMN] > 0).any():
                 raise CodecError(
                     f"Columns of expert {expert} that are not zero have the steps 0 and 255, and "
@@ -300,12 +301,12 @@ class LatticeCoding:
         counts[0] += coded.spec.num_weights - counts.sum()
         return counts[: self.num_symbols]
 
-    def string_bytes(self, coded: CodedTensor) -> Int64[np.ndarray, "strings"]:
-        """Bytes of the planes 1 to 4, of signs and of remainders; the tensor must be valid."""
+    def code_parts(self, coded: CodedTensor) -> dict[str, int]:
+        """Return the bytes of the bit strings and of the remainders."""
         sums = np.zeros(NUM_STRINGS + 1, np.int64)
         for expert in range(coded.spec.num_experts):
             sums += self._walk(coded, expert).string_bytes.sum(axis=0)
-        return sums
+        return dict(zip(_PARTS, sums.tolist(), strict=True))
 
     def _expand(
         self,

@@ -80,6 +80,10 @@ class Coding(Protocol):
         """Decode all codes by the reference decoder: plain Python, as FORMAT.md describes it."""
         ...
 
+    def code_parts(self, coded: CodedTensor) -> Mapping[str, int]:
+        """Return the bytes of the parts that the code array consists of; the tensor is valid."""
+        ...
+
     def symbol_counts(self, coded: CodedTensor) -> Int64[np.ndarray, "symbols"]:
         """Count how often each value occurs in the tensor.
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Float32, UInt8
 
-from qmoe_jax.codec.tensor import CodedTensor, Levels, TensorSpec, check_levels
+from qmoe_jax.codec.tensor import ArrayKind, CodedTensor, Levels, TensorSpec, check_levels
 from qmoe_jax.errors import CodecError
 
 
@@ -17,6 +17,7 @@ class RowLevels:
     """The part of `Coding` that has to do with levels, for codings with an array `levels`."""
 
     grid: str
+    array_kinds: Mapping[str, ArrayKind]
 
     def check_levels(self, shape: tuple[int, ...], levels: Levels) -> BFloat16[np.ndarray, "..."]:
         """Refuse levels that are not finite bfloat16 [experts, rows, 2]."""
@@ -33,6 +34,11 @@ class RowLevels:
     def levels_of(self, coded: CodedTensor) -> BFloat16[np.ndarray, "experts rows 2"]:
         """Return the levels."""
         return coded.arrays["levels"]
+
+    def code_parts(self, coded: CodedTensor) -> dict[str, int]:
+        """Return one part: all of the codes."""
+        (name,) = [name for name, kind in self.array_kinds.items() if kind == "codes"]
+        return {"codes": coded.arrays[name].nbytes}
 
     def weights(
         self,

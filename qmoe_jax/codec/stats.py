@@ -14,6 +14,22 @@ def bits(coded: CodedTensor) -> dict[str, int | float]:
     return outline_bits(CodedOutline.of(coded), counts)
 
 
+def bits_by_part(coded: CodedTensor) -> dict[str, int]:
+    """Count the stored bits of a valid tensor by part: the code array as its coding divides it, and
+    every other array by name. Filler is the parts' rest of the code array.
+    """
+    coding = get_coding(coded.spec.coding)
+    parts: dict[str, int] = {}
+    for name, kind in coding.array_kinds.items():
+        size = 8 * coded.arrays[name].nbytes
+        if kind == "codes":
+            own = {part: 8 * count for part, count in coding.code_parts(coded).items()}
+            parts |= own | {"filler": size - sum(own.values())}
+        else:
+            parts[name] = size
+    return parts
+
+
 def outline_bits(
     outline: CodedOutline, counts: Int64[np.ndarray, "symbols"]
 ) -> dict[str, int | float]:
