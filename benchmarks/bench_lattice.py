@@ -38,7 +38,9 @@ Arrays = dict[str, np.ndarray]
 Result = dict[str, Any]
 
 
-def quantized_layer(rows: int, width: int, c: float, seed: int) -> tuple[np.ndarray, ...]:
+def quantized_layer(
+    rows: int, width: int, c: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Codes, step indices and origin of one expert, by GPTQ's sweep on a lattice in NumPy.
 
     Inputs have width / 4 strong directions and energies e^(2 * 0.7 n) by feature, n normal; weights
@@ -105,7 +107,7 @@ def measure(name: str, arrays: Arrays) -> Result:
     bound = bound_bits(codes, arrays["step_index"])
     a_weight = {part: count / codes.size for part, count in parts.items()}
     shown = {
-        "plane 1": a_weight["plane 1"],
+        "plane 1": sum(a_weight[name] for name in ("flags", "firsts", "rests", "plane 1")),
         "planes 2-4": sum(a_weight[f"plane {number}"] for number in (2, 3, 4)),
         "signs": a_weight["signs"],
         "remainders": a_weight["remainders"],

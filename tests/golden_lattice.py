@@ -49,7 +49,12 @@ def encoded(rows: int, width: int) -> tuple[CodedTensor, np.ndarray]:
 
 
 def with_choices(
-    rows: int, width: int, dictionaries: tuple[int, ...], schedules: np.ndarray, wide: bool
+    rows: int,
+    width: int,
+    dictionaries: tuple[int, ...],
+    schedules: np.ndarray,
+    wide: bool,
+    grouped: int,
 ) -> tuple[CodedTensor, np.ndarray]:
     """A tensor of one expert with choices that an encoder would not make.
 
@@ -59,13 +64,14 @@ def with_choices(
     order = np.arange(width, dtype=np.int32)[::-1]
     lean = (np.arange(min(rows, width)) % 2 == 0).astype(np.uint8)
     none = np.zeros(max(rows, width), np.uint8)
-    ends = np.zeros((5, NUM_DICTIONARIES), np.int64)
-    ends[:2, :-1] = np.cumsum(schedules, axis=1)
-    ends[:2, -1] = 2**30
-    for string, dictionary in enumerate(dictionaries):
-        ends[2 + string, dictionary:] = 2**30
+    ends = np.zeros((lattice_blocks.NUM_STRINGS, NUM_DICTIONARIES), np.int64)
+    ends[[0, 2, 3], :-1] = np.cumsum(schedules, axis=1)
+    ends[[0, 2, 3], -1] = 2**30
+    for string, dictionary in zip((1, 4, 5, 6), dictionaries, strict=True):
+        ends[string, dictionary:] = 2**30
     strings = lattice_blocks.Strings(
         order,
+        grouped,
         lean if rows < width else none[:rows],
         none[:width] if rows < width else lean,
         ends,
@@ -76,6 +82,7 @@ def with_choices(
         "words": padded.view("<u4").astype(np.uint32),
         "expert_offsets": np.array([0, len(padded) // 4], np.int32),
         "block_lengths": lengths[None].astype(np.uint32 if wide else np.uint16),
+        "grouped_columns": np.array([grouped], np.int32),
         "schedules": schedules[None].astype(np.uint16),
         "dictionaries": np.array([dictionaries], np.uint8),
         "leans": np.packbits(lean, bitorder="little")[None],
@@ -86,18 +93,20 @@ def with_choices(
     return CodedTensor(TensorSpec("lattice", 1, rows, width), arrays), codes
 
 
-def raw() -> tuple[CodedTensor, np.ndarray]:
+def raw(grouped: int = 0) -> tuple[CodedTensor, np.ndarray]:
     """All strings as plain bits."""
-    schedules = np.zeros((2, 15), np.int64)
+    schedules = np.zeros((3, 15), np.int64)
     schedules[:, RAW_DICTIONARY] = 2**16 - 1
-    return with_choices(9, 37, (RAW_DICTIONARY,) * 3, schedules, wide=False)
+    return with_choices(9, 37, (RAW_DICTIONARY,) * 4, schedules, wide=False, grouped=grouped)
 
 
 def readable() -> Iterator[tuple[str, CodedTensor, np.ndarray]]:
     """Valid files that no encoder of ours writes."""
     yield "raw", *raw()
-    schedules = np.arange(30).reshape(2, 15) % 4
-    yield "odd_choices", *with_choices(70, 21, (0, 15, 3), schedules, wide=True)
+    schedules = np.arange(45).reshape(3, 15) % 4
+    odd = (9, 0, 15, 3)
+    yield "odd_choices", *with_choices(70, 21, odd, schedules, wide=True, grouped=13)
+    yield "all_grouped", *with_choices(33, 7, odd, schedules, wide=False, grouped=7)
     codes = np.zeros((2, 33, 5), np.uint8)
     levels = {"step_index": np.zeros((2, 5), np.uint8), "origin": np.zeros(2, np.float32)}
     yield "zeros", encode.encode(codes, levels, "lattice"), codes
@@ -131,6 +140,8 @@ def broken() -> Iterator[tuple[str, CodedTensor]]:
     yield change("nan_origin", valid, put("origins", 0, np.nan))
     yield change("large_origin", valid, put("origins", 0, 1e36))
     yield change("dictionary", valid, put("dictionaries", (1, 2), 16))
+    yield change("grouped_columns", valid, put("grouped_columns", 1, 24))
+    yield change("negative_grouped_columns", valid, put("grouped_columns", 0, -1))
     yield change("step", plain, put("bases", (0, 1), 252))
     yield change("lean_filler", valid, put("leans", (1, 2), 0x80))
     yield change("first_offset", valid, put("expert_offsets", 0, 1))
@@ -169,6 +180,16 @@ def broken() -> Iterator[tuple[str, CodedTensor]]:
         _bytes(arrays)[end] = 124
 
     yield change("remainder", plain, exceed)
+
+    grouped = raw(35)[0]
+
+    def fill(arrays: Arrays) -> None:
+        data = _bytes(arrays)
+        num_flags = int(np.bitwise_count(data[:18]).sum())  # 4 * 35 bits
+        assert num_flags % 8
+        data[18 + (3 * num_flags - 1) // 8] |= 0x80
+
+    yield change("firsts_filler", grouped, fill)
 
     def beyond(arrays: Arrays) -> None:
         data = _bytes(arrays)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax.codec import codings, lattice_blocks, reference_lattice
-from qmoe_jax.codec.coding_lattice import STEP_TABLE, LatticeCoding
+from qmoe_jax.codec.coding_lattice import STEP_TABLE, LatticeCoding, _ends
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_choices import (
@@ -68,6 +68,41 @@ class TestDictionaries:
     def test_raw_entries_are_bytes(self):
         entries = reference_lattice.entries(RAW_DICTIONARY)
         assert entries == [f"{byte:08b}" for byte in range(256)]
+
+
+def test_worked_block():
+    """FORMAT.md's, by the encoder; the reference reads it."""
+    multiples = np.zeros((10, 4), int)
+    multiples[4, 0] = 1
+    multiples[:6, 2] = 3, -1, 1, 0, -1, -5
+    codes = np.where(multiples < 0, -2 * multiples - 1, 2 * multiples).astype(np.uint8)
+    schedules = np.zeros((1, 3, 15), np.uint16)
+    schedules[0, [0, 1, 2], [8, 11, 14]] = 9, 2, 9
+    dictionaries = np.array([[2, 14, 14, 14]], np.uint8)
+    strings = lattice_blocks.Strings(
+        np.array([0, 2], np.int32),
+        1,
+        np.zeros(10, np.uint8),
+        np.array([0, 0, 1, 0], np.uint8),
+        _ends(schedules[0], dictionaries[0]),
+    )
+    data, _ = lattice_blocks.encode_blocks(codes, strings)
+    assert f"block        {data.tobytes().hex(' ')}\n" in FORMAT
+    arrays = {
+        "words": np.append(data, np.zeros(3, np.uint8)).view("<u4").astype(np.uint32),
+        "expert_offsets": np.array([0, 4], np.int32),
+        "block_lengths": np.array([[len(data)]], np.uint16),
+        "grouped_columns": np.array([1], np.int32),
+        "schedules": schedules,
+        "dictionaries": dictionaries,
+        "leans": np.array([[4]], np.uint8),
+        "columns": np.array([[0, 255, 1, 255]], np.uint8),
+        "bases": np.zeros((1, 8), np.uint8),
+        "origins": np.ones(1, np.float32),
+    }
+    coded = CodedTensor(TensorSpec("lattice", 1, 10, 4), arrays)
+    codings.validate(coded)
+    np.testing.assert_array_equal(CODING.decode_numpy_reference(coded)[0], codes)
 
 
 class TestBlocksAlone:
@@ -151,9 +186,10 @@ class TestChoices:
         coded, codes = golden_lattice.with_choices(
             int(rng.integers(1, 70)),
             int(rng.integers(6, 60)),
-            tuple(rng.integers(0, 16, 3).tolist()),
-            rng.integers(0, rng.choice([1, 3, 40]) + 1, (2, 15)),
+            tuple(rng.integers(0, 16, 4).tolist()),
+            rng.integers(0, rng.choice([1, 3, 40]) + 1, (3, 15)),
             wide=bool(rng.integers(2)),
+            grouped=int(rng.integers(7)),
         )
         codings.validate(coded)
         np.testing.assert_array_equal(CODING.decode_numpy_reference(coded), codes)

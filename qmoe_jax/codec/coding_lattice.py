@@ -14,7 +14,18 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 from qmoe_jax.codec import lattice_blocks, reference_lattice
 from qmoe_jax.codec.cuda_interface import CudaInterface
-from qmoe_jax.codec.lattice_blocks import BLOCK_ROWS, NUM_STRINGS, Strings
+from qmoe_jax.codec.lattice_blocks import (
+    BLOCK_ROWS,
+    FLAGS,
+    NUM_STRINGS,
+    PLANE_1,
+    PLANE_2,
+    PLANE_3,
+    PLANE_4,
+    RESTS,
+    SIGNS,
+    Strings,
+)
 from qmoe_jax.codec.lattice_choices import (
     CLASS_STEPS,
     NUM_CLASSES,
@@ -50,7 +61,13 @@ MAX_ORIGIN = 2.0**119
 STEP_TABLE: Float32[np.ndarray, "256"] = np.exp2(-np.arange(NUM_STEPS) / 16).astype(np.float32)
 """Steps by index, in units of the origin."""
 
-_PARTS = ("plane 1", "plane 2", "plane 3", "plane 4", "signs", "remainders")
+_PARTS = (
+    *("flags", "rests", "plane 1", "plane 2", "plane 3", "plane 4", "signs"),
+    *("firsts", "remainders"),
+)
+# Strings with a schedule, and strings with one dictionary, in the order of these arrays.
+_SCHEDULED = (FLAGS, PLANE_1, PLANE_2)
+_PLAIN = (RESTS, PLANE_3, PLANE_4, SIGNS)
 _MAX_EXPERT_WORDS = 2**26
 _OUT_OF_REACH = 2**30
 
@@ -72,6 +89,7 @@ class LatticeCoding:
         "words": "codes",
         "expert_offsets": "lengths",
         "block_lengths": "lengths",
+        "grouped_columns": "lengths",
         "schedules": "lengths",
         "dictionaries": "lengths",
         "leans": "lengths",
@@ -110,8 +128,9 @@ class LatticeCoding:
         parts: list[UInt8[np.ndarray, bytes]] = []
         block_lengths = np.zeros((experts, blocks), np.int64)
         arrays = {
-            "schedules": np.zeros((experts, 2, NUM_DICTIONARIES - 1), np.uint16),
-            "dictionaries": np.zeros((experts, 3), np.uint8),
+            "grouped_columns": np.zeros(experts, np.int32),
+            "schedules": np.zeros((experts, 3, NUM_DICTIONARIES - 1), np.uint16),
+            "dictionaries": np.zeros((experts, 4), np.uint8),
             "leans": np.zeros((experts, _lean_bytes(rows, width)), np.uint8),
             "columns": np.zeros((experts, width), np.uint8),
             "bases": np.zeros((experts, NUM_CLASSES), np.uint8),
@@ -130,10 +149,12 @@ class LatticeCoding:
             order = order_of(chosen.columns)
             lean = choose_leans(counts)
             row_lean, column_lean = _leans_of(lean, rows, width)
-            schedules, dictionaries = choose_dictionaries(own, counts, order)
-            strings = Strings(order, row_lean, column_lean, _ends(schedules, dictionaries))
+            grouped, schedules, dictionaries = choose_dictionaries(own, counts, order)
+            ends = _ends(schedules, dictionaries)
+            strings = Strings(order, grouped, row_lean, column_lean, ends)
             data, block_lengths[expert] = lattice_blocks.encode_blocks(own, strings)
             parts.append(data)
+            arrays["grouped_columns"][expert] = grouped
             arrays["schedules"][expert] = schedules
             arrays["dictionaries"][expert] = dictionaries
             arrays["leans"][expert] = np.packbits(lean, bitorder="little")
@@ -167,8 +188,9 @@ class LatticeCoding:
         wanted = dtype if dtype in (np.uint16, np.uint32) else np.dtype(np.uint16)
         blocks = -(-rows // BLOCK_ROWS)
         lengths = check_array(arrays, "block_lengths", wanted, (experts, blocks)).astype(np.int64)
-        check_array(arrays, "schedules", np.uint16, (experts, 2, NUM_DICTIONARIES - 1))
-        dictionaries = check_array(arrays, "dictionaries", np.uint8, (experts, 3))
+        grouped = check_array(arrays, "grouped_columns", np.int32, (experts,))
+        check_array(arrays, "schedules", np.uint16, (experts, 3, NUM_DICTIONARIES - 1))
+        dictionaries = check_array(arrays, "dictionaries", np.uint8, (experts, 4))
         leans = check_array(arrays, "leans", np.uint8, (experts, _lean_bytes(rows, width)))
         columns = check_array(arrays, "columns", np.uint8, (experts, width)).astype(np.int64)
         bases = check_array(arrays, "bases", np.uint8, (experts, NUM_CLASSES)).astype(np.int64)
@@ -179,6 +201,12 @@ class LatticeCoding:
             )
         if width >= MAX_WIDTH:
             raise CodecError(_too_wide(width))
+        visited = (columns != ZERO_COLUMN).sum(axis=1)
+        if (bad := np.flatnonzero((grouped < 0) | (grouped > visited))).size:
+            raise CodecError(
+                f"grouped_columns[{bad[0]}] is {grouped[bad[0]]}; the expert visits "
+                f"{visited[bad[0]]} columns, and some of these are grouped."
+            )
         if (bad := np.argwhere(dictionaries >= NUM_DICTIONARIES)).size:
             expert, string = bad[0]
             raise CodecError(
@@ -302,10 +330,10 @@ class LatticeCoding:
         return counts[: self.num_symbols]
 
     def code_parts(self, coded: CodedTensor) -> dict[str, int]:
-        """Return the bytes of the bit strings and of the remainders."""
-        sums = np.zeros(NUM_STRINGS + 1, np.int64)
+        """Return the bytes of each bit string, of the firsts and of the remainders."""
+        sums = np.zeros(len(_PARTS), np.int64)
         for expert in range(coded.spec.num_experts):
-            sums += self._walk(coded, expert).string_bytes.sum(axis=0)
+            sums += self._walk(coded, expert).part_bytes.sum(axis=0)
         return dict(zip(_PARTS, sums.tolist(), strict=True))
 
     def _expand(
@@ -354,10 +382,15 @@ class LatticeCoding:
             starts=starts.astype(jnp.int32),
             stops=stops,
             first_word=own("expert_offsets"),
-            ends=jnp.concatenate([scheduled, plain]),
+            ends=jnp.zeros((NUM_STRINGS, NUM_DICTIONARIES), jnp.int32)
+            .at[jnp.array(_SCHEDULED)]
+            .set(scheduled)
+            .at[jnp.array(_PLAIN)]
+            .set(plain),
             table=jnp.asarray(lattice_dictionaries().table),
         )
-        return expand_blocks(strings, places, num_visited, by_row, by_column)
+        num_grouped = jnp.clip(own("grouped_columns"), 0, num_visited)
+        return expand_blocks(strings, places, num_visited, num_grouped, by_row, by_column)
 
     def _walk(self, coded: CodedTensor, expert: int) -> lattice_blocks.BlockWalk:
         spec, arrays = coded.spec, coded.arrays
@@ -367,6 +400,7 @@ class LatticeCoding:
         lean = np.unpackbits(arrays["leans"][expert], count=shorter, bitorder="little")
         strings = Strings(
             order_of(arrays["columns"][expert]),
+            int(arrays["grouped_columns"][expert]),
             *_leans_of(lean, spec.rows, spec.width),
             _ends(arrays["schedules"][expert], arrays["dictionaries"][expert]),
         )
@@ -392,10 +426,10 @@ def _ends(
 ) -> Int64[np.ndarray, "strings dictionaries"]:
     """`Strings.ends` of the stored schedules and dictionaries."""
     ends = np.zeros((NUM_STRINGS, NUM_DICTIONARIES), np.int64)
-    ends[:2, :-1] = np.cumsum(schedules, axis=1, dtype=np.int64)
-    ends[:2, -1] = _OUT_OF_REACH
-    for string, dictionary in enumerate(dictionaries):
-        ends[2 + string, int(dictionary) :] = _OUT_OF_REACH
+    ends[_SCHEDULED, :-1] = np.cumsum(schedules, axis=1, dtype=np.int64)
+    ends[_SCHEDULED, -1] = _OUT_OF_REACH
+    for string, dictionary in zip(_PLAIN, dictionaries.tolist(), strict=True):
+        ends[string, dictionary:] = _OUT_OF_REACH
     return ends
 
 

@@ -12,8 +12,12 @@ from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, lattice_dictio
 from qmoe_jax.host_threads import compiled, map_row_chunks
 
 BLOCK_ROWS = 32
-NUM_STRINGS = 5
-"""Bit strings of a block: four planes of magnitudes, then signs."""
+GROUP_ROWS = 8
+"""Rows of a group, of which sparse columns tell first whether they hold anything."""
+GROUPS = BLOCK_ROWS // GROUP_ROWS
+FLAGS, RESTS, PLANE_1, PLANE_2, PLANE_3, PLANE_4, SIGNS = range(7)
+"""Bit strings of a block, in the order in which they are stored; firsts follow the flags."""
+NUM_STRINGS = 7
 MAX_REMAINDER = 123
 """A remainder is |z| - 4, and |z| is at most 127."""
 NUM_COUNTED = 256
@@ -22,8 +26,9 @@ FAULTS = {
     1: "ends before its codewords do",
     2: "has ones after the end of a bit string",
     3: "has a remainder above 123",
-    4: "has a size other than its codewords and remainders need",
+    4: "has a size other than its strings and remainders need",
     5: "has weights in rows that the tensor does not have",
+    6: "has set bits after its last first row",
 }
 """What a walk can find wrong with a block."""
 
@@ -33,6 +38,8 @@ class Strings(NamedTuple):
 
     order: Int32[np.ndarray, "visited"]
     """Columns in the order of their positions."""
+    num_grouped: int
+    """The first so many of them are stored by groups of rows."""
     row_lean: UInt8[np.ndarray, "rows"]
     column_lean: UInt8[np.ndarray, "width"]
     """Sign bits are stored relative to these, 0 or 1."""
@@ -48,8 +55,8 @@ class BlockWalk(NamedTuple):
     """0, or a key of FAULTS."""
     counts: Int64[np.ndarray, "blocks 256"]
     """How often each code occurs in the block's rows, zero columns left out."""
-    string_bytes: Int64[np.ndarray, "blocks 6"]
-    """Bytes of each string, and of the remainders."""
+    part_bytes: Int64[np.ndarray, "blocks 9"]
+    """Bytes of each string, of the firsts, and of the remainders."""
 
 
 def encode_blocks(
@@ -63,11 +70,14 @@ def encode_blocks(
     def encode_chunk(chunk: slice) -> np.ndarray:
         first, last = BLOCK_ROWS * chunk.start, min(BLOCK_ROWS * chunk.stop, rows)
         visited = strings.order.size
-        # A codeword a bit at the very most: four planes, signs, and a remainder.
-        scratch = np.empty((chunk.stop - chunk.start) * (6 * BLOCK_ROWS * visited + 8), np.uint8)
+        # A codeword a bit at the very most: four planes (of grouped columns the first has no more
+        # bits, and firsts), signs, and a remainder.
+        most = (6 * BLOCK_ROWS + 2) * visited + 16
+        scratch = np.empty((chunk.stop - chunk.start) * most, np.uint8)
         length = compiled(_encode_chunk)(
             np.ascontiguousarray(codes[first:last]),
             strings.order,
+            strings.num_grouped,
             strings.row_lean[first:last],
             strings.column_lean,
             strings.ends,
@@ -93,7 +103,7 @@ def walk_blocks(
     walk = BlockWalk(
         np.zeros(blocks, np.int32),
         np.zeros((blocks, NUM_COUNTED), np.int64),
-        np.zeros((blocks, NUM_STRINGS + 1), np.int64),
+        np.zeros((blocks, NUM_STRINGS + 2), np.int64),
     )
 
     def walk_chunk(chunk: slice) -> None:
@@ -103,6 +113,7 @@ def walk_blocks(
             starts[chunk],
             stops[chunk],
             strings.order,
+            strings.num_grouped,
             strings.row_lean[first:last],
             strings.column_lean,
             strings.ends,
@@ -148,14 +159,15 @@ def count_codewords(
     return compiled(_count_codewords)(bits, wanted, lattice_dictionaries().trie)
 
 
-def _encode_chunk(codes, order, row_lean, column_lean, ends, trie, data, lengths):
+def _encode_chunk(codes, order, num_grouped, row_lean, column_lean, ends, trie, data, lengths):
     """Encode blocks into data; return how many bytes were written. Runs under numba."""
     rows, width = codes.shape
     visited = order.size
     nonzero = np.zeros(width, np.uint32)
     negative = np.zeros(width, np.uint32)
     large = np.zeros(width, np.uint32)
-    bits = np.zeros((5, BLOCK_ROWS * visited), np.uint8)
+    bits = np.zeros((NUM_STRINGS, BLOCK_ROWS * visited), np.uint8)
+    firsts = np.zeros(2 * visited + 1, np.uint8)
     position = 0
     for block in range(lengths.size):
         start = position
@@ -172,13 +184,37 @@ def _encode_chunk(codes, order, row_lean, column_lean, ends, trie, data, lengths
                 nonzero[column] |= np.uint32(code > 0) << shift
                 negative[column] |= np.uint32((code ^ lean) & 1) << shift
                 large[column] |= np.uint32(code > 2) << shift
-        counts = np.zeros(5, np.int64)
+        counts = np.zeros(NUM_STRINGS, np.int64)
+        num_firsts = 0
         for index in range(visited):
             column = order[index]
             mask = nonzero[column]
-            place = BLOCK_ROWS * index
-            for row in range(BLOCK_ROWS):
-                bits[0, place + row] = mask >> np.uint32(row) & np.uint32(1)
+            if index < num_grouped:
+                for group in range(GROUPS):
+                    rest = mask >> np.uint32(GROUP_ROWS * group) & np.uint32(255)
+                    bits[FLAGS, counts[FLAGS]] = rest > 0
+                    counts[FLAGS] += 1
+                    if rest == 0:
+                        continue
+                    row = 0
+                    while not rest & np.uint32(1):
+                        rest >>= np.uint32(1)
+                        row += 1
+                    at = 3 * num_firsts
+                    shifted = row << (at & 7)
+                    if at & 7 == 0:
+                        firsts[at >> 3] = 0
+                    firsts[at >> 3] |= shifted & 255
+                    firsts[(at >> 3) + 1] = shifted >> 8
+                    num_firsts += 1
+                    for _ in range(row + 1, GROUP_ROWS):
+                        rest >>= np.uint32(1)
+                        bits[RESTS, counts[RESTS]] = rest & np.uint32(1)
+                        counts[RESTS] += 1
+            else:
+                for row in range(BLOCK_ROWS):
+                    bits[PLANE_1, counts[PLANE_1]] = mask >> np.uint32(row) & np.uint32(1)
+                    counts[PLANE_1] += 1
             if mask == 0:
                 continue
             lean = np.uint32(column_lean[column])
@@ -186,19 +222,23 @@ def _encode_chunk(codes, order, row_lean, column_lean, ends, trie, data, lengths
                 if not mask >> np.uint32(row) & np.uint32(1):
                     continue
                 is_large = large[column] >> np.uint32(row) & np.uint32(1)
-                bits[4, counts[4]] = negative[column] >> np.uint32(row) & np.uint32(1) ^ lean
-                counts[4] += 1
-                bits[1, counts[1]] = is_large
-                counts[1] += 1
+                sign = negative[column] >> np.uint32(row) & np.uint32(1) ^ lean
+                bits[SIGNS, counts[SIGNS]] = sign
+                counts[SIGNS] += 1
+                bits[PLANE_2, counts[PLANE_2]] = is_large
+                counts[PLANE_2] += 1
                 if is_large:
                     code = codes[first + row, column]
-                    bits[2, counts[2]] = code > 4
-                    counts[2] += 1
+                    bits[PLANE_3, counts[PLANE_3]] = code > 4
+                    counts[PLANE_3] += 1
                     if code > 4:
-                        bits[3, counts[3]] = code > 6
-                        counts[3] += 1
-        counts[0] = BLOCK_ROWS * visited
-        for string in range(5):
+                        bits[PLANE_4, counts[PLANE_4]] = code > 6
+                        counts[PLANE_4] += 1
+        for string in range(NUM_STRINGS):
+            if string == RESTS:
+                for index in range((3 * num_firsts + 7) // 8):
+                    data[position] = firsts[index]
+                    position += 1
             dictionary = 0
             written = 0
             node = 0
@@ -219,7 +259,7 @@ def _encode_chunk(codes, order, row_lean, column_lean, ends, trie, data, lengths
             if node < 0:
                 data[position] = -1 - node
                 position += 1
-        if counts[3] > 0:
+        if counts[PLANE_4] > 0:
             for index in range(visited):
                 column = order[index]
                 if large[column] == 0:
@@ -238,33 +278,55 @@ def _walk_chunk(
     starts,
     stops,
     order,
+    num_grouped,
     row_lean,
     column_lean,
     ends,
     table,
     faults,
     counts,
-    string_bytes,
+    part_bytes,
 ):
     """Decode blocks and note what is wrong and how often codes occur. Runs under numba."""
     rows = row_lean.size
     visited = order.size
-    bits = np.zeros((5, BLOCK_ROWS * visited + 256), np.uint8)
+    positions = BLOCK_ROWS * visited
+    bits = np.zeros((NUM_STRINGS, positions + 256), np.uint8)
+    nonzero = np.zeros(positions, np.uint8)
     for block in range(starts.size):
         at, stop = starts[block], stops[block]
         fault = 0
-        own_rows = min(BLOCK_ROWS, rows - block * BLOCK_ROWS)
-        wanted = BLOCK_ROWS * visited
-        ones = np.zeros(5, np.int64)
-        for string in range(5):
-            if string == 4:
-                wanted = ones[0]
-            elif string > 0:
-                wanted = ones[string - 1]
+        ones = np.zeros(NUM_STRINGS, np.int64)
+        wanted = np.zeros(NUM_STRINGS, np.int64)
+        wanted[FLAGS] = GROUPS * num_grouped
+        wanted[PLANE_1] = BLOCK_ROWS * (visited - num_grouped)
+        firsts_at = at
+        for string in range(NUM_STRINGS):
+            if string == RESTS:
+                firsts_at = at
+                at += (3 * ones[FLAGS] + 7) // 8
+                part_bytes[block, NUM_STRINGS] = at - firsts_at
+                if at > stop:
+                    fault = 1
+                    break
+                if ones[FLAGS] & 7 and data[at - 1] >> (3 * ones[FLAGS] & 7):
+                    fault = 6
+                    break
+                for number in range(ones[FLAGS]):
+                    place = 3 * number
+                    window = np.int64(data[firsts_at + (place >> 3)])
+                    if place & 7 > 5:
+                        window |= np.int64(data[firsts_at + (place >> 3) + 1]) << 8
+                    wanted[RESTS] += GROUP_ROWS - 1 - (window >> (place & 7) & 7)
+            elif string == PLANE_2:
+                wanted[PLANE_2] = ones[FLAGS] + ones[RESTS] + ones[PLANE_1]
+                wanted[SIGNS] = wanted[PLANE_2]
+            elif string in (PLANE_3, PLANE_4):
+                wanted[string] = ones[string - 1]
             begin = at
             dictionary = 0
             length = 0
-            while length < wanted and fault == 0:
+            while length < wanted[string] and fault == 0:
                 if at >= stop:
                     fault = 1
                     break
@@ -276,12 +338,12 @@ def _walk_chunk(
                 size = np.int64(entry & np.uint64(255))
                 lead = np.int64(entry >> np.uint64(8) & np.uint64(255))
                 mask = entry >> np.uint64(16)
-                for place in range(min(size, wanted - length)):
+                for place in range(min(size, wanted[string] - length)):
                     bits[string, length + place] = 0
                 place = length + lead
                 while mask:
                     if mask & np.uint64(1):
-                        if place >= wanted:
+                        if place >= wanted[string]:
                             fault = 2
                             break
                         bits[string, place] = 1
@@ -289,17 +351,38 @@ def _walk_chunk(
                     mask >>= np.uint64(1)
                     place += 1
                 length += size
-            string_bytes[block, string] = at - begin
+            part_bytes[block, string] = at - begin
             if fault:
                 break
-        string_bytes[block, 5] = ones[3]
-        if fault == 0 and at + ones[3] != stop:
+        part_bytes[block, NUM_STRINGS + 1] = ones[PLANE_4]
+        if fault == 0 and at + ones[PLANE_4] != stop:
             fault = 4
         if fault == 0:
-            ranks = np.zeros(5, np.int64)
-            for index in range(BLOCK_ROWS * visited):
-                row = index & (BLOCK_ROWS - 1)
-                if not bits[0, index]:
+            rank = 0  # of the next group with weights
+            rest = 0  # the next bit of the rests
+            for group in range(GROUPS * num_grouped):
+                place = GROUP_ROWS * group
+                for row in range(GROUP_ROWS):
+                    nonzero[place + row] = 0
+                if bits[FLAGS, group]:
+                    field = 3 * rank
+                    window = np.int64(data[firsts_at + (field >> 3)])
+                    if field & 7 > 5:
+                        window |= np.int64(data[firsts_at + (field >> 3) + 1]) << 8
+                    first = window >> (field & 7) & 7
+                    rank += 1
+                    nonzero[place + first] = 1
+                    for row in range(first + 1, GROUP_ROWS):
+                        nonzero[place + row] = bits[RESTS, rest]
+                        rest += 1
+            first = BLOCK_ROWS * num_grouped
+            for place in range(positions - first):
+                nonzero[first + place] = bits[PLANE_1, place]
+            own_rows = min(BLOCK_ROWS, rows - block * BLOCK_ROWS)
+            ranks = np.zeros(4, np.int64)
+            for place in range(positions):
+                row = place & (BLOCK_ROWS - 1)
+                if not nonzero[place]:
                     if row < own_rows:
                         counts[block, 0] += 1
                     continue
@@ -307,12 +390,12 @@ def _walk_chunk(
                     fault = 5
                     break
                 magnitude = 1
-                sign = bits[4, ranks[0]]
-                if bits[1, ranks[0]]:
+                sign = bits[SIGNS, ranks[0]]
+                if bits[PLANE_2, ranks[0]]:
                     magnitude = 2
-                    if bits[2, ranks[1]]:
+                    if bits[PLANE_3, ranks[1]]:
                         magnitude = 3
-                        if bits[3, ranks[2]]:
+                        if bits[PLANE_4, ranks[2]]:
                             remainder = data[at + ranks[3]]
                             if remainder > MAX_REMAINDER:
                                 fault = 3
@@ -322,7 +405,7 @@ def _walk_chunk(
                         ranks[2] += 1
                     ranks[1] += 1
                 ranks[0] += 1
-                sign ^= row_lean[block * BLOCK_ROWS + row] ^ column_lean[order[index // BLOCK_ROWS]]
+                sign ^= row_lean[block * BLOCK_ROWS + row] ^ column_lean[order[place // BLOCK_ROWS]]
                 counts[block, 2 * magnitude - sign] += 1
         faults[block] = fault
 

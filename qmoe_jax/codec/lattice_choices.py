@@ -9,7 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8, UInt16
 
-from qmoe_jax.codec.lattice_blocks import BLOCK_ROWS, Counts, count_codewords
+from qmoe_jax.codec.lattice_blocks import (
+    BLOCK_ROWS,
+    GROUP_ROWS,
+    GROUPS,
+    Counts,
+    count_codewords,
+)
 from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, ZERO_SHARES
 
 NUM_CLASSES = 8
@@ -21,6 +27,8 @@ NUM_STEPS = 256
 """Steps of the table. An expert may use all but one of the ends."""
 # The last class's last byte is the zero column's.
 _CLASS_SIZES = CLASS_STEPS - (np.arange(NUM_CLASSES) == NUM_CLASSES - 1)
+# Groups take fewer bits than plane 1 up to about this share of non-zero weights.
+_MAX_GROUPED_SHARE = 0.15
 _SAMPLED_BLOCKS = 4
 _MAX_COUNT = 2**16 - 1
 
@@ -32,6 +40,17 @@ class Columns(NamedTuple):
     """Class and step of each column, or ZERO_COLUMN."""
     bases: UInt8[np.ndarray, "8"]
     """First step of each class."""
+
+
+class Dictionaries(NamedTuple):
+    """Which strings an expert's columns are in, and by which dictionaries."""
+
+    num_grouped: int
+    """The first so many visited columns are grouped."""
+    schedules: UInt16[np.ndarray, "3 15"]
+    """Of the flags, of plane 1 and of plane 2: codewords of all dictionaries but the last."""
+    plain: UInt8[np.ndarray, "4"]
+    """Dictionary of the rests, of plane 3, of plane 4 and of the signs."""
 
 
 def choose_columns(
@@ -129,19 +148,19 @@ def choose_leans(counts: Counts) -> UInt8[np.ndarray, "shorter"]:
     return (2 * negative > nonzero).astype(np.uint8)
 
 
-def nearest_dictionary(ones: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Return the number of the dictionary whose share of zeros is nearest."""
-    share = 1024 * (1 - ones / np.maximum(bits, 1))
+def nearest_dictionary(shares: Float64[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+    """Return the number of the dictionary that is nearest to each share of ones."""
+    zeros = 1024 * (1 - shares)
     middles = (np.array(ZERO_SHARES[1:]) + np.array(ZERO_SHARES[:-1])) / 2
-    return (share[..., None] < middles).sum(axis=-1)
+    return (zeros[..., None] < middles).sum(axis=-1)
 
 
 def choose_dictionaries(
     codes: UInt8[np.ndarray, "rows width"],
     counts: Counts,
     order: Int32[np.ndarray, "visited"],
-) -> tuple[UInt16[np.ndarray, "2 15"], UInt8[np.ndarray, "3"]]:
-    """Choose the schedules of the first two planes, and the dictionaries of the other strings.
+) -> Dictionaries:
+    """Choose which columns are grouped, and the dictionaries of all strings.
 
     A schedule is the mean over some blocks of how many codewords fall to each dictionary if every
     entry comes from the dictionary that is best for the columns around it.
@@ -149,29 +168,42 @@ def choose_dictionaries(
     rows = codes.shape[0]
     blocks = -(-rows // BLOCK_ROWS)
     sampled = np.unique(np.linspace(0, blocks - 1, min(blocks, _SAMPLED_BLOCKS)).astype(int))
-    schedules = np.zeros((2, NUM_DICTIONARIES), np.float64)
-    nonzero, large = counts.columns[0, order], counts.columns[1, order]
     reach = max(1, order.size // 32)
+    nonzero = _around(counts.columns[0, order], reach)
     weights = _around(np.full(order.size, rows), reach)
-    first = _rising(nearest_dictionary(_around(nonzero, reach), weights))
-    second = _rising(nearest_dictionary(_around(large, reach), _around(nonzero, reach)))
+    shares = nonzero / np.maximum(weights, 1)
+    dense = np.flatnonzero(shares > _MAX_GROUPED_SHARE)
+    num_grouped = int(dense[0]) if dense.size else order.size
+    # The dictionary that each string wants, by column.
+    of_flags = _rising(nearest_dictionary(1 - (1 - shares[:num_grouped]) ** GROUP_ROWS))
+    of_first = _rising(nearest_dictionary(shares[num_grouped:]))
+    of_second = _around(counts.columns[1, order], reach) / np.maximum(nonzero, 1)
+    of_second = _rising(nearest_dictionary(of_second))
+    schedules = np.zeros((3, NUM_DICTIONARIES), np.float64)
+    num_rests = ones_in_rests = 0
     for block in sampled:
         own = codes[BLOCK_ROWS * block : BLOCK_ROWS * (block + 1)][:, order]
         full = np.zeros((order.size, BLOCK_ROWS), np.uint8)
         full[:, : own.shape[0]] = own.T
-        bits = (full > 0).reshape(-1)
-        schedules[0] += count_codewords(bits.view(np.uint8), np.repeat(first, BLOCK_ROWS))
-        bits_of_large = (full.reshape(-1)[bits] > 2).view(np.uint8)
-        schedules[1] += count_codewords(bits_of_large, np.repeat(second, BLOCK_ROWS)[bits])
+        bits = full > 0
+        groups = bits[:num_grouped].reshape(-1, GROUP_ROWS)
+        flags = np.asarray(groups.any(axis=1))
+        num_rests += int((GROUP_ROWS - 1 - groups.argmax(axis=1))[flags].sum())
+        ones_in_rests += int(groups.sum()) - int(flags.sum())
+        schedules[0] += count_codewords(flags.view(np.uint8), np.repeat(of_flags, GROUPS))
+        first = bits[num_grouped:].reshape(-1).view(np.uint8)
+        schedules[1] += count_codewords(first, np.repeat(of_first, BLOCK_ROWS))
+        bits = bits.reshape(-1)
+        second = (full.reshape(-1)[bits] > 2).view(np.uint8)
+        schedules[2] += count_codewords(second, np.repeat(of_second, BLOCK_ROWS)[bits])
     schedules = np.minimum(np.rint(schedules / max(1, sampled.size)), _MAX_COUNT)
 
     all_nonzero, all_two, all_three, all_four, _ = counts.columns.sum(axis=1).tolist()
     of_side, negative = _of_shorter_side(counts)
     against_lean = int(np.minimum(negative, of_side - negative).sum())
-    plain = nearest_dictionary(
-        np.array([all_three, all_four, against_lean]), np.array([all_two, all_three, all_nonzero])
-    )
-    return schedules[:, :-1].astype(np.uint16), plain.astype(np.uint8)
+    ones = np.array([ones_in_rests, all_three, all_four, against_lean])
+    plain = nearest_dictionary(ones / np.maximum([num_rests, all_two, all_three, all_nonzero], 1))
+    return Dictionaries(num_grouped, schedules[:, :-1].astype(np.uint16), plain.astype(np.uint8))
 
 
 def _of_shorter_side(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

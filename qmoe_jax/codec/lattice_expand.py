@@ -15,9 +15,10 @@ from jaxtyping import Int32, UInt8, UInt32
 from qmoe_jax.codec.bit_words import WORD, apart, funnel, inclusive_scan
 from qmoe_jax.varying import varying_zeros
 
-NUM_STRINGS = 5
+FLAGS, RESTS, PLANE_1, PLANE_2, PLANE_3, PLANE_4, SIGNS = range(7)
+_GROUPS = 4
 # Codewords of a string that are looked up at a time: a share of the width, within bounds.
-_SHARES = (1, 4, 16, 64, 2)
+_SHARES = (1, 8, 1, 4, 16, 64, 2)
 _MIN_CHUNK, _MAX_CHUNK = 32, 4096
 _REMAINDERS = 32  # of a block that are placed at a time
 
@@ -42,6 +43,7 @@ def expand_blocks(
     strings: LatticeStrings,
     places: Int32[jax.Array, "width"],
     num_visited: Int32[jax.Array, ""],
+    num_grouped: Int32[jax.Array, ""],
     row_lean: UInt32[jax.Array, "blocks"],
     column_lean: UInt32[jax.Array, "width"],
 ) -> UInt8[jax.Array, "rows width"]:
@@ -51,6 +53,7 @@ def expand_blocks(
       strings: the stored blocks.
       places: where each column stands in the order of columns.
       num_visited: columns that blocks hold; those with a later place are zero.
+      num_grouped: at most num_visited; the first so many are stored by groups of rows.
       row_lean: a bit for each row of a block, the first lowest.
       column_lean: all bits or none.
     """
@@ -58,13 +61,24 @@ def expand_blocks(
     if strings.words.size == 0 or blocks == 0:
         return jnp.zeros((WORD * blocks, width), jnp.uint8)
     some = num_visited > 0
-    visited = WORD * jnp.broadcast_to(num_visited, (blocks,))
-    nonzero, at = _expand_string(strings, 0, strings.starts, visited, width)
+    grouped, at = _grouped_columns(strings, num_grouped, width)
+    ungrouped = WORD * jnp.broadcast_to(num_visited - num_grouped, (blocks,))
+    plane, at = _expand_string(strings, PLANE_1, at, ungrouped, width)
+
+    def first_plane() -> jax.Array:
+        column = jnp.arange(width, dtype=jnp.int32)
+        index = width * jnp.arange(blocks, dtype=jnp.int32)[:, None] + column - num_grouped
+        behind = jnp.take(plane.reshape(-1), index, mode="clip")
+        return jnp.where(column < num_grouped, grouped, behind) & jnp.where(
+            column < num_visited, jnp.uint32(0xFFFFFFFF), jnp.uint32(0)
+        )
+
+    nonzero = apart(some, first_plane)
     ranks = apart(some, lambda: _ranks(nonzero))
-    string, at = _expand_string(strings, 1, at, ranks[:, -1], width)
-    more, at = _expand_string(strings, 2, at, _count(string), width)
-    most, at = _expand_string(strings, 3, at, _count(more), width)
-    signs, at = _expand_string(strings, 4, at, ranks[:, -1], width)
+    string, at = _expand_string(strings, PLANE_2, at, ranks[:, -1], width)
+    more, at = _expand_string(strings, PLANE_3, at, _count(string), width)
+    most, at = _expand_string(strings, PLANE_4, at, _count(more), width)
+    signs, at = _expand_string(strings, SIGNS, at, ranks[:, -1], width)
 
     def deal_all() -> tuple[jax.Array, ...]:
         large, negative = _deal(nonzero, _window(string, ranks), _window(signs, ranks))
@@ -90,6 +104,56 @@ def expand_blocks(
     columns = jnp.zeros_like(places).at[places].set(jnp.arange(width, dtype=jnp.int32))
     codes = _add_remainders(codes, strings, at, fourth, columns)
     return codes.reshape(WORD * blocks, width)
+
+
+def _grouped_columns(
+    strings: LatticeStrings, num_grouped: Int32[jax.Array, ""], width: int
+) -> tuple[UInt32[jax.Array, "blocks width"], Int32[jax.Array, "blocks"]]:
+    """Expand the columns that are stored by groups of eight rows; also the byte behind them.
+
+    Of a column's four groups, those with weights have fields of three bits and rests of up to seven
+    that follow one another: a window of either is enough for all four.
+    """
+    blocks = strings.starts.shape[0]
+    some = num_grouped > 0
+    num_flags = jnp.broadcast_to(_GROUPS * num_grouped, (blocks,))
+    words, firsts_at = _expand_string(strings, FLAGS, strings.starts, num_flags, -(-width // 8))
+    shifts = jnp.arange(0, WORD, _GROUPS, dtype=jnp.uint32)
+
+    def read_firsts() -> tuple[jax.Array, ...]:
+        flags = (words[..., None] >> shifts & jnp.uint32(15)).reshape(blocks, -1)[:, :width]
+        through = inclusive_scan(jax.lax.population_count(flags).astype(jnp.int32))
+        place = 8 * firsts_at[:, None] + 3 * jnp.pad(through[:, :-1], ((0, 0), (1, 0)))
+        index = strings.first_word + (place >> 5)
+        lower, upper = (jnp.take(strings.words, index + more, mode="clip") for more in (0, 1))
+        fields = funnel(lower, upper, place & 31)
+        firsts, rests = jnp.zeros_like(flags), jnp.zeros_like(flags)
+        for group in range(_GROUPS):
+            taken = flags >> group & jnp.uint32(1)
+            first = taken * (fields & jnp.uint32(7))
+            firsts |= first << 8 * group
+            rests += taken * (7 - first)
+            fields >>= 3 * taken
+        rests = rests.astype(jnp.int32)
+        return flags, firsts, through[:, -1], inclusive_scan(rests) - rests, rests.sum(axis=1)
+
+    flags, firsts, num_firsts, rest_ranks, num_rests = apart(some, read_firsts)
+    at = firsts_at + (3 * num_firsts + 7 >> 3)
+    rests, at = _expand_string(strings, RESTS, at, num_rests.astype(jnp.int32), width)
+
+    def into_columns() -> jax.Array:
+        window = _window(rests, jnp.pad(rest_ranks, ((0, 0), (0, 1))))
+        columns = jnp.zeros_like(flags)
+        for group in range(_GROUPS):
+            taken = flags >> group & jnp.uint32(1)
+            first = firsts >> 8 * group & jnp.uint32(7)
+            length = taken * (7 - first)
+            rest = window & (jnp.uint32(1) << length) - jnp.uint32(1)
+            columns |= (taken | rest << 1) << first << 8 * group
+            window >>= length
+        return columns
+
+    return apart(some, into_columns), at
 
 
 def _expand_string(
@@ -141,10 +205,17 @@ def _expand_string(
             (lower >> 1) >> carry | upper << shift,
             (upper >> 1) >> carry,
         )
-        for number_of_part, bits in enumerate(parts):
-            word = (place >> 5) + number_of_part
+
+        def add(words: jax.Array, part: int) -> jax.Array:
+            word = (place >> 5) + part
             target = jnp.where(present & (word < num_words), row + word, words.size)
-            words = words.at[target].add(bits, mode="drop")
+            return words.at[target].add(parts[part], mode="drop")
+
+        words = add(add(words, 0), 1)
+        # Few entries reach into a third word.
+        words = jax.lax.cond(
+            jnp.any(parts[2] != 0), lambda own: add(own, 2), lambda own: own, words
+        )
         length = length + jnp.where(present, size, 0).sum(axis=1, dtype=jnp.int32)
         done = done + present.sum(axis=1, dtype=jnp.int32)
         return first + chunk, length, done, words

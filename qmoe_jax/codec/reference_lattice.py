@@ -67,17 +67,13 @@ def decode_block(
     plain = arrays["dictionaries"][expert].tolist()
     at = 0
 
-    def string(number: int, wanted: int) -> str:
-        """Read one bit string."""
+    def string(schedule: list[int], wanted: int, otherwise: int = 15) -> str:
+        """Read one bit string: dictionaries of its codewords, and of those behind."""
         nonlocal at
         bits: list[str] = []
         length = index = 0
         while length < wanted:
-            if number > 2:
-                dictionary = plain[number - 3]
-            else:
-                schedule = schedules[number - 1]
-                dictionary = schedule[index] if index < len(schedule) else 15
+            dictionary = schedule[index] if index < len(schedule) else otherwise
             entry = entries(dictionary)[data[at]]
             bits.append(entry)
             length += len(entry)
@@ -85,12 +81,26 @@ def decode_block(
             at += 1
         return "".join(bits)[:wanted]
 
-    planes = []
-    wanted = 32 * len(order)
-    for number in (1, 2, 3, 4):
-        planes.append(string(number, wanted))
-        wanted = planes[-1].count("1")
-    signs = string(5, planes[0].count("1"))
+    grouped = int(arrays["grouped_columns"][expert])
+    flags = string(schedules[0], 4 * grouped)
+    size = -(-3 * flags.count("1") // 8)
+    fields = int.from_bytes(data[at : at + size], "little")
+    at += size
+    firsts = [fields >> 3 * i & 7 for i in range(flags.count("1"))]
+    rests = iter(string([], sum(7 - first for first in firsts), plain[0]))
+    first_of = iter(firsts)
+    places = ""
+    for flag in flags:
+        if flag == "1":
+            first = next(first_of)
+            places += "0" * first + "1" + "".join(next(rests) for _ in range(7 - first))
+        else:
+            places += "0" * 8
+    planes = [places + string(schedules[1], 32 * (len(order) - grouped))]
+    planes.append(string(schedules[2], planes[0].count("1")))
+    planes.append(string([], planes[1].count("1"), plain[1]))
+    planes.append(string([], planes[2].count("1"), plain[2]))
+    signs = string([], planes[0].count("1"), plain[3])
     remainders = data[at:]
 
     def lean(index: int) -> int:
