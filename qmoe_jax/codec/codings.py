@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from qmoe_jax.codec.coding_lattice_plain import LatticePlainCoding
 from qmoe_jax.codec.coding_packed2 import Packed2Coding
 from qmoe_jax.codec.coding_qmoe import QmoeCoding
 from qmoe_jax.codec.coding_tunstall import TunstallCoding
@@ -35,7 +36,7 @@ class Coding(Protocol):
     cuda: CudaInterface | None
     """How the CUDA kernels take a tensor; None without kernels: XLA decodes it."""
 
-    def encode(self, codes: np.ndarray, levels: np.ndarray) -> CodedTensor:
+    def encode(self, codes: np.ndarray, levels: Any) -> CodedTensor:
         """Encode uint8 [experts, rows, width] codes, already checked by `encode.encode`."""
         ...
 
@@ -81,6 +82,10 @@ def _codings() -> dict[str, Coding]:
     return {coding.name: coding for coding in codings}
 
 
+_INTERIM: dict[str, Coding] = {LatticePlainCoding.name: LatticePlainCoding()}
+"""Not of the format: what stores a grid's codes until a coding of the format does."""
+
+
 def coding_names() -> tuple[str, ...]:
     """Names of all codings."""
     return tuple(_codings())
@@ -90,13 +95,16 @@ def codings_of_grid(grid: str) -> tuple[str, ...]:
     """Names of the codings that store a grid's codes, the smallest first: that is the default.
 
     Args:
-      grid: "ternary" or "2bit".
+      grid: "ternary", "2bit" or "lattice".
     """
-    return tuple(name for name, coding in _codings().items() if coding.grid == grid)
+    own = tuple(name for name, coding in _codings().items() if coding.grid == grid)
+    return own or tuple(name for name, coding in _INTERIM.items() if coding.grid == grid)
 
 
 def get_coding(name: str) -> Coding:
     """Return the coding of that name."""
+    if name in _INTERIM:
+        return _INTERIM[name]
     if name not in _codings():
         raise CodecError(
             f"The coding '{name}' is unknown; this version reads and writes "

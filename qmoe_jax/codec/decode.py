@@ -59,5 +59,25 @@ def decode_expert_weights(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[jax.Array, "rows width"]:
     """Decode the weights of one expert, [rows, width] (a Flax kernel is the transpose)."""
+    codes = decode_expert(spec, arrays, expert)
+    if get_coding(spec.coding).grid == "lattice":
+        own = {
+            name: jnp.take(jnp.asarray(arrays[name]), expert, axis=0, mode="clip")
+            for name in ("step_index", "origin")
+        }
+        return lattice_weights(codes, own["step_index"], own["origin"], dtype)
     levels = jnp.take(jnp.asarray(arrays["levels"]), expert, axis=0, mode="clip")
-    return dequantize(spec, decode_expert(spec, arrays, expert), levels, dtype)
+    return dequantize(spec, codes, levels, dtype)
+
+
+def lattice_weights(
+    codes: UInt8[jax.Array, "rows width"],
+    step_index: UInt8[jax.Array, " width"],
+    origin: Float[jax.Array, ""],
+    dtype: jax.typing.DTypeLike,
+) -> Float[jax.Array, "rows width"]:
+    """Weights of lattice codes: 2 k - 1 is -k and 2 k is k steps of origin * 2^(-index / 16)."""
+    table = np.exp2(-np.arange(256) / 16).astype(np.float32)
+    half = (codes.astype(jnp.int32) + 1) >> 1
+    multiples = jnp.where(codes & 1, -half, half).astype(jnp.float32)
+    return (multiples * (origin * jnp.asarray(table)[step_index])).astype(dtype)

@@ -1,5 +1,7 @@
 """Quantization codes to a coded tensor."""
 
+from collections.abc import Mapping
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,9 @@ from qmoe_jax.errors import CodecError
 
 
 def encode(
-    codes: np.ndarray | jax.Array, levels: np.ndarray | jax.Array, coding: str
+    codes: np.ndarray | jax.Array,
+    levels: np.ndarray | jax.Array | Mapping[str, np.ndarray],
+    coding: str,
 ) -> CodedTensor:
     """Encode the codes of a batch of experts, or of all of them.
 
@@ -19,18 +23,22 @@ def encode(
         Experts and rows may be 0 in number, the width is at least 1.
       levels: bfloat16 [experts, rows, 2], the two parameters of each row: (low, high) for ternary
         codes, (scale, zero) for 2-bit ones. Kept as they are; other dtypes are refused, since
-        codes that were chosen for unrounded levels no longer are the nearest.
+        codes that were chosen for unrounded levels no longer are the nearest. For lattice codes
+        a mapping: `step_index` uint8 [experts, width] and `origin` float32 [experts].
       coding: name, one of `codings.codings_of_grid` of the codes' grid.
 
     Batches of consecutive experts are joined by `codings.concatenate`.
     """
-    codes, levels = np.asarray(codes), np.asarray(levels)
+    codes = np.asarray(codes)
     implementation = get_coding(coding)
     if codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[2] == 0:
         raise CodecError(
             f"codes are {codes.dtype} of shape {codes.shape}; encoding requires uint8 "
             "[experts, out, in] with at least one weight in a row."
         )
+    if isinstance(levels, Mapping):
+        return implementation.encode(codes, levels)
+    levels = np.asarray(levels)
     if levels.dtype != ml_dtypes.bfloat16 or levels.shape != (*codes.shape[:2], 2):
         raise CodecError(
             f"levels are {levels.dtype} of shape {levels.shape}; codes of shape {codes.shape} "

@@ -24,7 +24,9 @@ from qmoe_jax.models.layers import (
 )
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
+from qmoe_jax.quantization.code_bits import estimated_bits
 from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
+from qmoe_jax.quantization.lattice import Steps
 from qmoe_jax.quantization.settings import CompressionSettings
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
@@ -37,15 +39,16 @@ class QuantizedKernel:
 
     Attributes:
       codes: uint8 [experts, rows, width]; rows are output features, or groups of their weights.
-      levels: bfloat16 [experts, rows, 2].
+      levels: bfloat16 [experts, rows, 2], or `Steps` of arrays.
       in_features: of the kernel.
-      statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`; `weight_error`
+      statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`,
+        `overload_share`, for the lattice `estimated_bits`; `weight_error`
         and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
         what they are to be divided by.
     """
 
     codes: UInt8[np.ndarray, "experts rows width"]
-    levels: BFloat16[np.ndarray, "experts rows 2"]
+    levels: BFloat16[np.ndarray, "experts rows 2"] | Steps
     in_features: int
     statistics: dict[str, np.ndarray]
 
@@ -123,7 +126,9 @@ def dequantized_kernel(
 
     Padded to the size of the batch and spread over the devices.
     """
-    levels = batch.spread(kernel.levels.astype(np.float32))
+    levels = jax.tree.map(batch.spread, kernel.levels)
+    if not isinstance(levels, Steps):
+        levels = levels.astype(np.float32)
     codes = batch.spread(kernel.codes)
     return _dequantize(settings.quantization_grid, codes, levels, num_in=kernel.in_features)
 
@@ -199,7 +204,8 @@ def quantize_batch(
         if not kernels:
             continue
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        quantized[name] = _quantize_kernel(batch, spread[name], state, settings)
+        step = settings.step_of(name)
+        quantized[name] = _quantize_kernel(batch, spread[name], state, settings, step)
         if settings.true_sequential:
             inputs[name] = dequantized_kernel(batch, quantized[name], settings)
     return quantized
@@ -210,6 +216,7 @@ def _quantize_kernel(
     kernel: Float[Array, "experts in out"],
     state: HessianState | None,
     settings: CompressionSettings,
+    step: float,
 ) -> QuantizedKernel:
     hessians, counts = None, batch.devices.spread(np.zeros(kernel.shape[0], np.float32))
     if state is not None:
@@ -222,6 +229,7 @@ def _quantize_kernel(
         grid=settings.quantization_grid,
         method=settings.method,
         damping=settings.damping,
+        step=step,
         act_order=settings.act_order,
         group_size=settings.group_size,
         mesh=batch.devices.mesh,
@@ -230,16 +238,23 @@ def _quantize_kernel(
         "status": result.status,
         "token_counts": counts,
         "zero_share": result.zero_share,
+        "overload_share": result.overload_share,
         "weight_error": result.weight_error,
         "weight_energy": weight_energy,
         "layer_error": result.layer_error,
         "layer_energy": layer_energy,
     }
     num_experts = len(batch.experts)
-    return QuantizedKernel(
-        codes=np.asarray(result.codes)[:num_experts],
+    codes = np.asarray(result.codes)[:num_experts]
+    if settings.quantization_grid.has_steps:
+        statistics["estimated_bits"] = estimated_bits(codes)
+    levels = jax.tree.map(lambda array: np.asarray(array)[:num_experts], result.levels)
+    if not isinstance(levels, Steps):
         # Exact: grids round their levels to bfloat16 before they choose codes.
-        levels=np.asarray(result.levels)[:num_experts].astype(ml_dtypes.bfloat16),
+        levels = levels.astype(ml_dtypes.bfloat16)
+    return QuantizedKernel(
+        codes=codes,
+        levels=levels,
         in_features=kernel.shape[1],
         statistics={name: np.asarray(a)[:num_experts] for name, a in statistics.items()},
     )

@@ -30,6 +30,7 @@ from qmoe_jax.pipeline.expert_pass import QuantizedKernel, QuantizedKernels
 from qmoe_jax.pipeline.report import KernelReport, kernel_report
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.schedule import batch_name, batches, layer_name
+from qmoe_jax.quantization.lattice import Steps
 
 
 class LayerStore:
@@ -56,7 +57,7 @@ class LayerStore:
         Raises:
           CheckpointError: it cannot be written.
         """
-        coded = {n: encode(k.codes, k.levels, self._coding) for n, k in kernels.items()}
+        coded = {n: encode(k.codes, _arrays_of(k), self._coding) for n, k in kernels.items()}
         arrays: dict[str, np.ndarray] = {}
         for name, tensor in coded.items():
             arrays |= _to_arrays(name, tensor, kernels[name].statistics)
@@ -177,7 +178,7 @@ class LayerStore:
         arrays = {key: jnp.asarray(array) for key, array in coded.arrays.items()}
         return QuantizedKernel(
             codes=np.asarray(_decode(coded.spec, arrays)),
-            levels=coded.arrays["levels"],
+            levels=_levels_in(coded),
             in_features=config.expert_mlp_dim if name == "wo" else config.embed_dim,
             statistics=statistics,
         )
@@ -244,6 +245,22 @@ class KeptLayer:
         return count, bits
 
 
+def _arrays_of(kernel: QuantizedKernel) -> np.ndarray | dict[str, np.ndarray]:
+    """Return what a coding stores beside a kernel's codes."""
+    levels = kernel.levels
+    if isinstance(levels, Steps):
+        return {"step_index": np.asarray(levels.index), "origin": np.asarray(levels.origin)}
+    return levels
+
+
+def _levels_in(coded: CodedTensor) -> np.ndarray | Steps:
+    """Invert `_arrays_of`."""
+    arrays = coded.arrays
+    if "levels" in arrays:
+        return arrays["levels"]
+    return Steps(arrays["step_index"], arrays["origin"])
+
+
 def _to_arrays(
     name: str, coded: CodedTensor, statistics: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -264,7 +281,8 @@ def _from_journal(run: Run, entry: str, name: str) -> tuple[CodedTensor, dict[st
     try:
         spec = TensorSpec.from_json(json.loads(arrays[f"{name}/spec"].tobytes()))
         coded = {key: arrays[f"{name}/coded/{key}"] for key in get_coding(spec.coding).array_names}
-        coded["levels"] = coded["levels"].view(ml_dtypes.bfloat16)
+        if "levels" in coded:
+            coded["levels"] = coded["levels"].view(ml_dtypes.bfloat16)
         tensor = CodedTensor(spec, coded)
         codings.validate(tensor)
     except (ValueError, KeyError, CodecError) as error:

@@ -27,6 +27,9 @@ class KernelReport:
       experts_without_tokens: experts that no calibration token reached; rounded to nearest.
       singular_hessians: experts whose Hessian could not be factorised; rounded to nearest.
       nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
+      overload_share: share of lattice codes at the ends of their range: clipped, or just fitting.
+      estimated_bits: bits that lattice codes would take at their entropy (`code_bits`); None of
+        other grids.
     """
 
     name: str
@@ -39,6 +42,8 @@ class KernelReport:
     experts_without_tokens: int
     singular_hessians: int
     nonfinite_experts: int
+    overload_share: float = 0.0
+    estimated_bits: float | None = None
 
 
 @dataclasses.dataclass
@@ -90,6 +95,15 @@ class CompressionReport:
         return self.expert_bits / self.expert_weights
 
     @property
+    def estimated_bits_per_weight(self) -> float | None:
+        """What lattice codes would take at their entropy; None without any."""
+        coded = [kernel for kernel in self.kernels if kernel.estimated_bits is not None]
+        if not coded:
+            return None
+        bits = sum(kernel.estimated_bits or 0.0 for kernel in coded)
+        return bits / sum(kernel.num_weights for kernel in coded)
+
+    @property
     def expert_compression(self) -> float:
         """Size of the experts in bfloat16 over their stored size."""
         return 16 / self.bits_per_weight
@@ -128,6 +142,11 @@ class CompressionReport:
                     "had non-finite activations and were rounded to nearest; "
                     'try activation_dtype="float32"'
                 )
+            if kernel.overload_share > 0:
+                found.append(
+                    f"{kernel.name}: {kernel.overload_share:.2%} of the codes are at the ends of "
+                    "their range, 127 steps, and may have been clipped; choose a larger step"
+                )
         if self.validation_warning is not None:
             found.append(f"validation: {self.validation_warning}")
         return found
@@ -139,6 +158,7 @@ class CompressionReport:
             "settings": self.settings,
             "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
             "bits_per_weight": self.bits_per_weight,
+            "estimated_bits_per_weight": self.estimated_bits_per_weight,
             "expert_compression": self.expert_compression,
             "model_compression": self.model_compression,
             "zeros": self.zeros,
@@ -165,6 +185,11 @@ class CompressionReport:
             f"read {self.bytes_read / 1e9:.3f} GB of the checkpoint, at most "
             f"{format_memory(self.peak_host_bytes, 'GiB')} of host memory",
         ]
+        if self.estimated_bits_per_weight is not None:
+            lines.append(
+                f"lattice codes at their entropy, side information counted: "
+                f"{self.estimated_bits_per_weight:.3f} bits a weight"
+            )
         if self.validation is not None:
             lines.append(f"validation loss {self.validation.loss:.4f}")
         if self.separate_validation is not None:
@@ -206,4 +231,10 @@ def kernel_report(
         experts_without_tokens=int((status == ExpertStatus.NO_TOKENS).sum()),
         singular_hessians=int((status == ExpertStatus.SINGULAR).sum()),
         nonfinite_experts=int((status == ExpertStatus.NONFINITE_INPUT).sum()),
+        overload_share=float(joined["overload_share"].mean())
+        if "overload_share" in joined
+        else 0.0,
+        estimated_bits=float(joined["estimated_bits"].sum())
+        if "estimated_bits" in joined
+        else None,
     )

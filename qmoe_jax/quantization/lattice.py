@@ -63,8 +63,8 @@ class Steps(NamedTuple):
       origin: float32, the step of index 0.
     """
 
-    index: UInt8[Array, "*experts in"]
-    origin: Float[Array, "*experts"]
+    index: UInt8[Array | np.ndarray, "*experts in"]
+    origin: Float[Array | np.ndarray, "*experts"]
 
     @property
     def values(self) -> Float[Array, "*experts in"]:
