@@ -11,6 +11,7 @@ output is not done again.
 """
 
 import argparse
+import json
 import math
 import pathlib
 import tempfile
@@ -63,13 +64,13 @@ def measure(calibration: TokenFile, batches: list, reference: Any, **settings: A
     }
 
 
-def variants(calibration: TokenFile, seed: int):
+def variants(calibration: TokenFile):
     """Yield (family, name, settings)."""
     for name, settings in PAPER.items():
         yield name, name, settings
     for step in STEPS:
         yield "lattice uniform", f"step {step:g}", {"grid": "lattice", "step": step}
-    probes = measure_probes(CHECKPOINT, calibration, seed=seed)
+    probes = measure_probes(CHECKPOINT, calibration)
     for target in TARGETS:
         steps = allocate(probes, target)
         settings = {"grid": "lattice", "kernel_steps": steps}
@@ -159,8 +160,6 @@ def main() -> None:
         "num_validation_examples": args.num_validation_examples,
     }
     if args.output.exists():
-        import json
-
         document = json.loads(args.output.read_text())
         if document.get("settings") != facts:
             document = {"results": []}
@@ -172,7 +171,7 @@ def main() -> None:
         reference = load_switch(CHECKPOINT)
         for seed in args.seeds:
             calibration = tokens(folder, "train", args.num_examples, seed)
-            for family, name, settings in variants(calibration, seed):
+            for family, name, settings in variants(calibration):
                 at = {"family": family, "name": name, "seed": seed}
                 if any(at.items() <= result.items() for result in results):
                     continue
