@@ -93,9 +93,9 @@ def comparison(results: list[dict]) -> dict[str, Any]:
         rows = []
         for seed in sorted({r["seed"] for r in results}):
             own = [r for r in results if r["seed"] == seed]
-            (ternary,) = [r for r in own if r["family"] == "GPTQ ternary"]
+            ternary = next((r for r in own if r["family"] == "GPTQ ternary"), None)
             points = [r for r in own if r["family"] == family]
-            if not points:
+            if ternary is None or not points:
                 continue
             rows.append(
                 {

@@ -106,7 +106,7 @@ def measure_probes(
             path = f"{kernel.name}/kernel"
             mixed = {"params": names.unflatten(dense | {path: jnp.asarray(values[path])})}
             divergence = measure_divergence(reference, mixed, reference, variables, batches)
-            bits = (kernel.estimated_bits or 0.0) / kernel.num_weights
+            bits = (kernel.estimated_bits or 0) / kernel.num_weights
             found.setdefault(kernel.name, []).append((bits, divergence.divergence[0]))
             sizes[kernel.name] = kernel.num_weights
     return [

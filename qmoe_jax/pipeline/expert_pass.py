@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped, UInt8
 
 from qmoe_jax.calibration.hessian import (
     HessianState,
@@ -29,6 +29,12 @@ from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_expe
 from qmoe_jax.quantization.lattice import Steps
 from qmoe_jax.quantization.settings import CompressionSettings
 
+# Experts that a step is searched on.
+_SAMPLED = 4
+
+# The step of a kernel, from its name and the bits a weight that some experts take at a step.
+StepChoice = Callable[[str, Callable[[float], float]], float]
+
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
 
@@ -42,7 +48,7 @@ class QuantizedKernel:
       levels: bfloat16 [experts, rows, 2], or `Steps` of arrays.
       in_features: of the kernel.
       statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`,
-        `overload_share`, for the lattice `estimated_bits`; `weight_error`
+        `overload_share`, for the lattice `estimated_bits` and `step`; `weight_error`
         and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
         what they are to be divided by.
     """
@@ -180,6 +186,7 @@ def quantize_batch(
     kernels: dict[str, Float[np.ndarray, "experts in out"]],
     settings: CompressionSettings,
     asking: Sequence[range],
+    choose_step: StepChoice | None = None,
 ) -> QuantizedKernels:
     """Quantize all kernels of a batch of experts.
 
@@ -189,6 +196,7 @@ def quantize_batch(
       settings: how.
       asking: the experts of each process whose Hessians are wanted; called by all processes when
         it is by one.
+      choose_step: of each kernel; None takes that of the settings.
 
     Returns:
       The quantized kernels by name.
@@ -204,8 +212,7 @@ def quantize_batch(
         if not kernels:
             continue
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        step = settings.step_of(name)
-        quantized[name] = _quantize_kernel(batch, spread[name], state, settings, step)
+        quantized[name] = _quantize_kernel(batch, name, spread[name], state, settings, choose_step)
         if settings.true_sequential:
             inputs[name] = dequantized_kernel(batch, quantized[name], settings)
     return quantized
@@ -213,27 +220,38 @@ def quantize_batch(
 
 def _quantize_kernel(
     batch: ExpertBatch,
+    name: str,
     kernel: Float[Array, "experts in out"],
     state: HessianState | None,
     settings: CompressionSettings,
-    step: float,
+    choose_step: StepChoice | None,
 ) -> QuantizedKernel:
     hessians, counts = None, batch.devices.spread(np.zeros(kernel.shape[0], np.float32))
     if state is not None:
         hessians, counts = finalize_hessian(state)
     weight_energy, layer_energy = _energies(kernel, hessians)
-    result = quantize_experts(
-        kernel,
-        hessians,
-        counts,
+    quantize = functools.partial(
+        quantize_experts,
         grid=settings.quantization_grid,
         method=settings.method,
         damping=settings.damping,
-        step=step,
         act_order=settings.act_order,
         group_size=settings.group_size,
-        mesh=batch.devices.mesh,
     )
+
+    def measure(step: float) -> float:
+        """Bits a weight that some experts take at a step."""
+        some = _sample(np.asarray(counts)[: len(batch.experts)])
+        codes = quantize(
+            kernel[some],
+            None if hessians is None else hessians[some],
+            counts[some],
+            step=step,
+        ).codes
+        return float(estimated_bits(np.asarray(codes)).sum() / codes.size)
+
+    step = settings.step_of(name) if choose_step is None else choose_step(name, measure)
+    result = quantize(kernel, hessians, counts, step=step, mesh=batch.devices.mesh)
     statistics = {
         "status": result.status,
         "token_counts": counts,
@@ -248,6 +266,7 @@ def _quantize_kernel(
     codes = np.asarray(result.codes)[:num_experts]
     if settings.quantization_grid.has_steps:
         statistics["estimated_bits"] = estimated_bits(codes)
+        statistics["step"] = np.full(num_experts, step, np.float64)
     levels = jax.tree.map(lambda array: np.asarray(array)[:num_experts], result.levels)
     if not isinstance(levels, Steps):
         # Exact: grids round their levels to bfloat16 before they choose codes.
@@ -258,6 +277,13 @@ def _quantize_kernel(
         in_features=kernel.shape[1],
         statistics={name: np.asarray(a)[:num_experts] for name, a in statistics.items()},
     )
+
+
+def _sample(token_counts: Shaped[np.ndarray, " experts"]) -> Int[np.ndarray, " some"]:
+    """Choose the experts that a step is searched on: of those with tokens, where there are any."""
+    usable = np.flatnonzero(token_counts > 0)
+    usable = usable if len(usable) else np.arange(len(token_counts))
+    return usable[np.linspace(0, len(usable) - 1, min(_SAMPLED, len(usable))).round().astype(int)]
 
 
 def _hessians(

@@ -114,8 +114,14 @@ class LayerStore:
             bits=stats.outline_bits(outline, counts.astype(np.int64)),
             batches=statistics,
         )
-        report = dataclasses.asdict(report)
-        return {"outline": outline.to_json(), "parts": parts, "report": report}
+        record = {
+            "outline": outline.to_json(),
+            "parts": parts,
+            "report": dataclasses.asdict(report),
+        }
+        if "estimated_bits" in statistics[0]:
+            record["estimated_bits"] = [b for batch in statistics for b in batch["estimated_bits"]]
+        return record
 
     # --- A layer that is in the output already ---
 
@@ -136,6 +142,18 @@ class LayerStore:
             part = record[path]["parts"][run.processes.index]
             run.writer.verify_coded_part(path, run.experts.start, part)
         return reports
+
+    def own_bits(self) -> dict[str, tuple[int, int]]:
+        """Return weights and estimated bits of this process's experts of a lattice layer."""
+        run = self._run
+        record = run.journal.load_layer(layer_name(self._stack, self._layer))
+        own = slice(run.experts.start, run.experts.stop)
+        found = {}
+        for name, path in self._paths.items():
+            each = TensorSpec.from_json(record[path]["outline"]["spec"])
+            weights = len(run.experts) * each.rows * each.width
+            found[name] = weights, sum(record[path]["estimated_bits"][own])
+        return found
 
     def read_batch(self, experts: range) -> QuantizedKernels:
         """Read some experts of a reopened layer from the output.

@@ -29,7 +29,8 @@ class KernelReport:
       nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
       overload_share: share of lattice codes at the ends of their range: clipped, or just fitting.
       estimated_bits: bits that lattice codes would take at their entropy (`code_bits`); None of
-        other grids.
+        other grids, as the next.
+      step: of the lattice, mean over experts.
     """
 
     name: str
@@ -43,7 +44,8 @@ class KernelReport:
     singular_hessians: int
     nonfinite_experts: int
     overload_share: float = 0.0
-    estimated_bits: float | None = None
+    estimated_bits: int | None = None
+    step: float | None = None
 
 
 @dataclasses.dataclass
@@ -100,7 +102,7 @@ class CompressionReport:
         coded = [kernel for kernel in self.kernels if kernel.estimated_bits is not None]
         if not coded:
             return None
-        bits = sum(kernel.estimated_bits or 0.0 for kernel in coded)
+        bits = sum(kernel.estimated_bits or 0 for kernel in coded)
         return bits / sum(kernel.num_weights for kernel in coded)
 
     @property
@@ -147,6 +149,13 @@ class CompressionReport:
                     f"{kernel.name}: {kernel.overload_share:.2%} of the codes are at the ends of "
                     "their range, 127 steps, and may have been clipped; choose a larger step"
                 )
+        target, bits = self.settings.get("target_bits_per_weight"), self.estimated_bits_per_weight
+        if target is not None and bits is not None and abs(bits - target) > 0.01 * target:
+            found.append(
+                f"lattice codes are estimated at {bits:.3f} bits a weight instead of {target:g}: "
+                "steps and column classes alone may take more, or the last kernels were too few to "
+                "make up for the others"
+            )
         if self.validation_warning is not None:
             found.append(f"validation: {self.validation_warning}")
         return found
@@ -234,7 +243,6 @@ def kernel_report(
         overload_share=float(joined["overload_share"].mean())
         if "overload_share" in joined
         else 0.0,
-        estimated_bits=float(joined["estimated_bits"].sum())
-        if "estimated_bits" in joined
-        else None,
+        estimated_bits=int(joined["estimated_bits"].sum()) if "estimated_bits" in joined else None,
+        step=float(joined["step"].mean()) if "step" in joined else None,
     )

@@ -10,7 +10,7 @@ tables. `estimated_bits` is the one place that a coding's own sizes are to repla
 import math
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Int64, UInt8
 
 from qmoe_jax.host_threads import compiled
 
@@ -21,9 +21,9 @@ _BITS_AN_EXPERT = 32  # the origin
 
 def estimated_bits(
     codes: UInt8[np.ndarray, "experts rows width"],
-) -> Float64[np.ndarray, " experts"]:
+) -> Int64[np.ndarray, " experts"]:
     """Return the bits that lattice codes and their steps would take, of each expert."""
-    return np.array([_expert_bits(own) for own in codes], np.float64)
+    return np.array([math.ceil(_expert_bits(own)) for own in codes], np.int64)
 
 
 def _expert_bits(codes: UInt8[np.ndarray, "rows width"]) -> float:

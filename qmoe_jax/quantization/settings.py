@@ -38,6 +38,10 @@ class CompressionSettings:
       step: of the lattice, in units of a kernel's weights (c of `quantization.lattice`): about
         0.85 bit a weight at 3, 0.63 at 4, 0.50 at 5. On the demo model the paper's ternary has
         the KL of 4.3, so that the default is no worse than it.
+      target_bits_per_weight: what lattice codes and their side information shall take on average,
+        within 1 %, as `quantization.code_bits` estimates it; steps are searched during the run, and
+        `step` and `kernel_steps` then say only how kernels' steps are to each other. None takes
+        them as they are.
       kernel_steps: other steps for some kernels: a pattern as "encoder/layers_1/wo" or "*/wi" to a
         step. Of several patterns that match, later ones win.
       expert_coding: how codes are stored: "tunstall" or "qmoe" (the paper's dictionary) for
@@ -68,6 +72,7 @@ class CompressionSettings:
 
     grid: str = "ternary"
     step: float = 4.0
+    target_bits_per_weight: float | None = None
     kernel_steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     expert_coding: str = "auto"
     method: str = "gptq"
@@ -96,7 +101,7 @@ class CompressionSettings:
                     f"layer_overrides[{pattern!r}] has {', '.join(unknown)}; a layer may override "
                     f"{', '.join(OVERRIDABLE)}"
                 )
-            dataclasses.replace(self, layer_overrides={}, **fields)  # refuses bad values
+            self._for_one(fields)  # refuses bad values
         _one_of("activation_dtype", self.activation_dtype, ("float32", "bfloat16"))
         _one_of("dense_dtype", self.dense_dtype, ("bfloat16", "source"))
         for name, least in (("step", 0.0), ("damping", 0.0), ("max_tokens_factor", 0.0)):
@@ -104,6 +109,16 @@ class CompressionSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be above {least}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be at least 1, or None")
+        target = self.target_bits_per_weight
+        if target is not None and not 0 < target <= 6:
+            raise ValueError(
+                f"target_bits_per_weight is {target!r}; it must be above 0 and at most 6"
+            )
+        if target is not None and not self.has_steps:
+            raise ValueError(
+                f'target_bits_per_weight is {target!r}, but no layer has grid="lattice"; the other '
+                "grids take what they take"
+            )
         for pattern, step in self.kernel_steps.items():
             if not step > 0:
                 raise ValueError(f"kernel_steps[{pattern!r}] is {step!r}; it must be above 0")
@@ -143,7 +158,11 @@ class CompressionSettings:
             for kernel in KERNELS
             if fnmatch.fnmatchcase(f"{name}/{kernel}", pattern)
         }
-        return dataclasses.replace(self, layer_overrides={}, skip="", kernel_steps=steps, **fields)
+        return self._for_one(fields | {"skip": "", "kernel_steps": steps})
+
+    def _for_one(self, fields: Mapping[str, Any]) -> "CompressionSettings":
+        """Return settings with other fields and without overrides; a target is of the whole run."""
+        return dataclasses.replace(self, layer_overrides={}, target_bits_per_weight=None, **fields)
 
     def step_of(self, kernel: str) -> float:
         """Return the step of a kernel, in the settings of its layer (`for_layer`)."""
@@ -192,6 +211,12 @@ class CompressionSettings:
         """
         keeps = self.dense_dtype == "source" or name.endswith("/scale") or "/router/" in name
         return source_dtype if keeps else "bfloat16"
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether some layer may be quantized to the lattice."""
+        grids = {self.grid} | {f.get("grid") for f in self.layer_overrides.values()}
+        return any(GRIDS[grid].has_steps for grid in grids if grid is not None)
 
     @property
     def needs_tokens(self) -> bool:
