@@ -128,12 +128,6 @@ def _compress(
         assert own is not None
         return own.step_for(f"{place}/{name}", measure)
 
-    def note(kernels: QuantizedKernels) -> None:
-        for name, kernel in kernels.items() if own is not None else ():
-            bits = int(kernel.statistics["estimated_bits"].sum())
-            last = float(kernel.statistics["step"][-1])
-            own.spend(f"{place}/{name}", kernel.codes.size, bits, last)
-
     for step in steps:
         batch, quantized = step.batch, {}
         found = step.round.found[run.processes.index]
@@ -148,11 +142,20 @@ def _compress(
             if not found:
                 quantized = computed
                 store.save_batch(batch.experts, quantized)
-        note(quantized)
+        if own is not None:
+            _note(own, place, quantized)
         stored = {n: dequantized_kernel(batch, k, settings) for n, k in quantized.items()}
         run_batch(batch, stored, settings)
         step.done()
     return LayerResult(store.finish(), batches_replayed=replayed)
+
+
+def _note(budget: BitBudget, place: str, kernels: QuantizedKernels) -> None:
+    """Note in the budget what a batch has taken."""
+    for name, kernel in kernels.items():
+        bits = int(kernel.statistics["estimated_bits"].sum())
+        step = float(kernel.statistics["step"][-1])
+        budget.spend(f"{place}/{name}", kernel.codes.size, bits, step)
 
 
 def _replay(

@@ -182,7 +182,7 @@ def quantize_experts(
             kernels,
             hessians,
             token_counts,
-            _Amounts(float(damping), float(step)),
+            *(float(damping), float(step)),
             options,
         )
     if experts_at_once is None:
@@ -202,7 +202,8 @@ def _quantize_on_host(
     kernels: Float[Array, "experts in out"],
     hessians: Float[Array, "experts in in"],
     token_counts: Shaped[Array, " experts"],
-    amounts: _Amounts,
+    damping: float,
+    step: float,
     options: _Options,
 ) -> ExpertBatchResult:
     """GPTQ by `host_gptq` for the experts that have tokens, round-to-nearest for the others."""
@@ -213,16 +214,16 @@ def _quantize_on_host(
     sweep = functools.partial(
         host_gptq,
         experts=np.flatnonzero(counts > 0),
-        damping=amounts.damping,
+        damping=damping,
         act_order=options.act_order,
     )
     if isinstance(grid, Lattice):
-        swept, levels = _sweep_with_steps(grid, sweep, kernels, inputs, amounts.step, group_size)
+        swept, levels = _sweep_with_steps(grid, sweep, kernels, inputs, step, group_size)
     else:
         levels, values = _levels_and_values(kernels, grid=grid, group_size=group_size)
         swept, levels = sweep(weights, inputs, np.asarray(values)), np.array(levels)
     # The fields of ExpertBatchResult.
-    fields = ExpertBatchResult(
+    fields = (
         swept.codes.reshape(num_experts, *stored_shape(num_in, num_out, group_size)),
         levels,
         np.full(num_experts, ExpertStatus.OK, np.int8),
@@ -231,14 +232,14 @@ def _quantize_on_host(
         swept.zero_share,
         _overload_share(swept.codes, grid),
     )
-    status = fields.status
+    status = fields[2]
     for expert in np.flatnonzero(swept.fell_back | (counts <= 0)):
         one = slice(expert, expert + 1)
         rounded = quantize_experts(
             *(kernels[one], None, token_counts[one]),
             grid=grid,
             method="rtn",
-            step=amounts.step,
+            step=step,
             group_size=group_size,
         )
         for whole, part in zip(jax.tree.leaves(fields), jax.tree.leaves(rounded), strict=True):
@@ -246,7 +247,7 @@ def _quantize_on_host(
         if status[expert] == ExpertStatus.RTN_REQUESTED:
             status[expert] = _why_rounded(counts[expert], inputs[expert])
     # Taken over without a copy where memory is aligned.
-    return jax.device_put(fields)
+    return ExpertBatchResult(*jax.device_put(fields))
 
 
 def _sweep_with_steps(
@@ -414,7 +415,7 @@ def _quantize_expert(
         weight_error=weight_error / kernel.shape[0],
         layer_error=layer_error,
         zero_share=jnp.mean(dequantize_kernel(grid, codes, levels) == 0.0, dtype=jnp.float32),
-        overload_share=_overload_share(codes, grid),
+        overload_share=jnp.asarray(_overload_share(codes, grid)),
     )
 
 

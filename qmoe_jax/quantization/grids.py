@@ -86,7 +86,7 @@ class Grid(Protocol):
         ...
 
     def quantize(
-        self, weights: Float[Array, "*columns out"], numbers: Float[Array, "rows numbers"]
+        self, weights: Float[Array, "*columns out"], numbers: Float[Array, "rows numbers"], /
     ) -> UInt8[Array, "*columns out"]:
         """Return the code of each weight: of the nearest value, any of those that are equally near.
 
@@ -95,7 +95,7 @@ class Grid(Protocol):
         ...
 
     def dequantize(
-        self, codes: UInt8[Array, "*columns out"], numbers: Float[Array, "rows numbers"]
+        self, codes: UInt8[Array, "*columns out"], numbers: Float[Array, "rows numbers"], /
     ) -> Float[Array, "*columns out"]:
         """Return the float32 value of each code."""
         ...

@@ -158,9 +158,9 @@ class Overlap(NamedTuple):
       error: <d, d>.
     """
 
-    own: Float[Array, "*experts"]
-    cross: Float[Array, "*experts"]
-    error: Float[Array, "*experts"]
+    own: Float[Array | np.ndarray, "*experts"]
+    cross: Float[Array | np.ndarray, "*experts"]
+    error: Float[Array | np.ndarray, "*experts"]
 
     @property
     def unbiased_gain(self) -> Float[Array, "*experts"]:
@@ -174,4 +174,4 @@ class Overlap(NamedTuple):
         """Return the error <W - gain Q, W - gain Q>."""
         more = gain - 1
         codes = self.own - 2 * self.cross + self.error
-        return self.error - 2 * more * (self.cross - self.error) + more**2 * codes
+        return jnp.asarray(self.error - 2 * more * (self.cross - self.error) + more**2 * codes)
