@@ -56,10 +56,20 @@ class TestBudget:
         assert budget.bits_for("b") == pytest.approx(1200 / 3000, rel=1e-6)
         budget.spend("b", 500, 200, 4.4)
         # A later batch goes by the one before, without a measurement.
-        step = budget.step_for("b", lambda step: pytest.fail("not to be measured"))
+        step = budget.step_for("b", 500, lambda *_: pytest.fail("not to be measured"))
         assert step == pytest.approx(4.4)
         budget.spend("b", 500, 200, 4.4)
-        assert budget.step_for("c", typical_bits) == pytest.approx(typical_step(0.4), rel=0.01)
+        asked = []
+
+        def measure(step, all_experts):
+            asked.append(all_experts)
+            return typical_bits(step)
+
+        for weights in (1000, 2000):
+            step = budget.step_for("c", weights, measure)
+            assert step == pytest.approx(typical_step(0.4), rel=0.01)
+        # Only the last batch of all is measured whole.
+        assert asked == [False, True]
 
     def test_nothing_left_asks_for_little(self):
         budget = BitBudget(KERNELS, dict.fromkeys(KERNELS, 4.0), 0.5)

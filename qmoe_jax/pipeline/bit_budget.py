@@ -4,8 +4,9 @@ A target is met in one pass over the model. What is left is spread over the weig
 with one step for all, evenly; with steps by kernel, in the ratio of those. The step at which a
 kernel takes its part is searched on a few experts when its first batch comes, and follows from the
 batch before for the others; what a batch took more or less than its part, the next ones make up
-for. A process budgets for its own experts. All of it follows from what the journal holds, so a
-resumed run chooses the same steps.
+for. The last batch of all has none behind it, and is searched on all of its experts. A process
+budgets for its own experts. All of it follows from what the journal holds, so a resumed run chooses
+the same steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,17 +50,22 @@ class BitBudget:
             low, high = (middle, high) if total > self._target - self._spent else (low, middle)
         return max(typical_bits(low * self._steps[kernel]), _LEAST_BITS)
 
-    def step_for(self, kernel: str, measure: Callable[[float], float]) -> float:
+    def step_for(
+        self, kernel: str, num_weights: int, measure: Callable[[float, bool], float]
+    ) -> float:
         """Choose the step for the next experts of a kernel.
 
         Args:
           kernel: its name.
-          measure: bits a weight that some of them take at a step.
+          num_weights: of these experts.
+          measure: bits a weight that they take at a step, from some of them or (True) from all.
         """
         wanted = self.bits_for(kernel)
-        if kernel in self._found:
-            return moved_step(*self._found[kernel], wanted)
-        return step_for_bits(measure, wanted)
+        start = moved_step(*self._found[kernel], wanted) if kernel in self._found else None
+        is_last = num_weights >= sum(self._weights.values())
+        if start is not None and not is_last:
+            return start
+        return step_for_bits(lambda step: measure(step, is_last), wanted, start=start)
 
     def spend(self, kernel: str, num_weights: int, bits: int, step: float | None) -> None:
         """Note what experts of a kernel have taken.

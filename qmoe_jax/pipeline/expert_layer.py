@@ -124,9 +124,9 @@ def _compress(
     place = f"{layer.stack}/layers_{layer.layer}"
     own = budget if settings.quantization_grid.has_steps else None
 
-    def choose(name: str, measure: Callable[[float], float]) -> float:
+    def choose(name: str, num_weights: int, measure: Callable[[float, bool], float]) -> float:
         assert own is not None
-        return own.step_for(f"{place}/{name}", measure)
+        return own.step_for(f"{place}/{name}", num_weights, measure)
 
     for step in steps:
         batch, quantized = step.batch, {}

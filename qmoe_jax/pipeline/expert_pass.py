@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, UInt8
 
 from qmoe_jax.calibration.hessian import (
     HessianState,
@@ -29,11 +29,12 @@ from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_expe
 from qmoe_jax.quantization.lattice import Steps
 from qmoe_jax.quantization.settings import CompressionSettings
 
-# Experts that a step is searched on.
+# Experts that a step is searched on, with tokens and without.
 _SAMPLED = 4
 
-# The step of a kernel, from its name and the bits a weight that some experts take at a step.
-StepChoice = Callable[[str, Callable[[float], float]], float]
+# The step of a kernel, from its name, the weights of a batch, and the bits a weight that some or
+# (True) all of its experts take at a step.
+StepChoice = Callable[[str, int, Callable[[float, bool], float]], float]
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
@@ -239,18 +240,25 @@ def _quantize_kernel(
         group_size=settings.group_size,
     )
 
-    def measure(step: float) -> float:
-        """Bits a weight that some experts take at a step."""
-        some = _sample(np.asarray(counts)[: len(batch.experts)])
-        codes = quantize(
-            kernel[some],
-            None if hessians is None else hessians[some],
-            counts[some],
-            step=step,
-        ).codes
-        return float(estimated_bits(np.asarray(codes)).sum() / codes.size)
+    def measure(step: float, all_experts: bool) -> float:
+        """Bits a weight that experts take at a step."""
+        with_tokens = np.asarray(counts)[: len(batch.experts)] > 0
+        total = 0.0
+        # Apart, because experts without tokens are rounded and take fewer bits.
+        for group in (np.flatnonzero(with_tokens), np.flatnonzero(~with_tokens)):
+            size = len(group) if all_experts else min(_SAMPLED, len(group))
+            if not size:
+                continue
+            some = group[np.linspace(0, len(group) - 1, size).round().astype(int)]
+            of_some = None if hessians is None else hessians[some]
+            codes = np.asarray(quantize(kernel[some], of_some, counts[some], step=step).codes)
+            total += len(group) * float(estimated_bits(codes).sum() / codes.size)
+        return total / len(with_tokens)
 
-    step = settings.step_of(name) if choose_step is None else choose_step(name, measure)
+    weights = len(batch.experts) * kernel.shape[1] * kernel.shape[2]
+    step = settings.step_of(name)
+    if choose_step is not None:
+        step = choose_step(name, weights, measure)
     result = quantize(kernel, hessians, counts, step=step, mesh=batch.devices.mesh)
     statistics = {
         "status": result.status,
@@ -277,13 +285,6 @@ def _quantize_kernel(
         in_features=kernel.shape[1],
         statistics={name: np.asarray(a)[:num_experts] for name, a in statistics.items()},
     )
-
-
-def _sample(token_counts: Shaped[np.ndarray, " experts"]) -> Int[np.ndarray, " some"]:
-    """Choose the experts that a step is searched on: of those with tokens, where there are any."""
-    usable = np.flatnonzero(token_counts > 0)
-    usable = usable if len(usable) else np.arange(len(token_counts))
-    return usable[np.linspace(0, len(usable) - 1, min(_SAMPLED, len(usable))).round().astype(int)]
 
 
 def _hessians(

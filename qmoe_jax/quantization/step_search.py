@@ -33,16 +33,22 @@ def moved_step(step: float, bits: float, wanted: float) -> float:
 
 
 def step_for_bits(
-    measure: Callable[[float], float], wanted: float, *, tolerance: float = 0.003
+    measure: Callable[[float], float],
+    wanted: float,
+    *,
+    start: float | None = None,
+    tolerance: float = 0.003,
 ) -> float:
     """Search the step at which codes take so many bits a weight.
 
     Args:
       measure: bits a weight at a step.
       wanted: bits a weight.
+      start: the step to begin with; the typical one where None.
       tolerance: share of `wanted` that they may differ by.
     """
-    step = min(max(typical_step(wanted), _MIN_STEP), MAX_STEP)
+    step = typical_step(wanted) if start is None else start
+    step = min(max(step, _MIN_STEP), MAX_STEP)
     for _ in range(5):
         bits = measure(step)
         if abs(bits - wanted) <= tolerance * wanted:
