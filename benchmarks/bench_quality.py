@@ -41,7 +41,7 @@ PAPER = {
 }
 # Those that the comparison with ternary needs, for all seeds, before the rest of the curve.
 STEPS = ((4.0, 3.0, 5.0), (1.0, 1.5, 2.0, 2.5, 3.5, 6.0, 8.0))
-TARGETS = ((0.5, 0.65, 0.45, 0.9), (0.8, 0.55, 0.4, 0.3))
+TARGETS = ((0.5, 0.65, 0.45, 0.9, 1.1, 1.2), (0.8, 0.55, 0.4, 0.3))
 
 
 def tokens(folder: pathlib.Path, split: str, count: int, seed: int) -> TokenFile:

@@ -31,6 +31,7 @@ from qmoe_jax.quantization.lattice import (
     Lattice,
     Overlap,
     Steps,
+    refuse_groups,
     root_mean_square,
 )
 from qmoe_jax.quantization.rtn import round_to_nearest
@@ -259,9 +260,11 @@ def _sweep_with_steps(
     group_size: int | None,
 ) -> tuple[HostGptqResult, Steps]:
     """Sweep with steps from each expert's factor, then make its outputs unbiased."""
-    fitted = _fit_without_factor(kernels, step, grid=grid, group_size=group_size)
-    index, origin = np.array(fitted.index), np.array(fitted.origin)
+    refuse_groups(group_size)
+    num_experts, num_in, _ = kernels.shape
     sizes = np.asarray(_root_mean_squares(kernels))
+    # Of experts that are not swept, and rounded to nearest later.
+    index, origin = np.zeros((num_experts, num_in), np.uint8), np.ones(num_experts, np.float32)
 
     def steps(expert: int, factor_diagonal: Float32[np.ndarray, " in"]) -> np.ndarray:
         index[expert], origin[expert] = _steps(grid, sizes[expert], factor_diagonal, step)
@@ -269,7 +272,7 @@ def _sweep_with_steps(
 
     swept = sweep(np.asarray(kernels), inputs, steps)
     outputs = Overlap(swept.output_own, swept.output_cross, 2 * swept.layer_error)
-    own = kernels.shape[1] * kernels.shape[2] * sizes**2
+    own = num_in * kernels.shape[2] * sizes**2
     weights = Overlap(own, swept.weight_cross, swept.weight_error)
     gain = outputs.unbiased_gain
     swept = swept._replace(

@@ -92,11 +92,7 @@ class Lattice:
         group_size: int | None,
     ) -> Steps:
         """Return steps c rms(W) geometric_mean(V_jj) / V_jj, rounded to their stored form."""
-        if group_size is not None:
-            raise ValueError(
-                f"group_size is {group_size}, but the lattice has a step for each input feature "
-                "and nothing that a group could share; leave it None"
-            )
+        refuse_groups(group_size)
         return self.steps(root_mean_square(kernel), factor_diagonal, step)
 
     def steps(
@@ -140,6 +136,15 @@ def multiples(codes: UInt8[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Return the signed multiples that codes stand for, int32."""
     half = (codes.astype(jnp.int32) + 1) >> 1
     return jnp.where(codes & 1, -half, half)
+
+
+def refuse_groups(group_size: int | None) -> None:
+    """Raise ValueError where a group size is given."""
+    if group_size is not None:
+        raise ValueError(
+            f"group_size is {group_size}, but the lattice has a step for each input feature and "
+            "nothing that a group could share; leave it None"
+        )
 
 
 def root_mean_square(kernel: Float[Array, "in out"]) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ from typing import Any
 from qmoe_jax.codec.codings import codings_of_grid
 from qmoe_jax.quantization.expert_batch import METHODS
 from qmoe_jax.quantization.grids import Grid, Ternary, TwoBit
-from qmoe_jax.quantization.lattice import Lattice
+from qmoe_jax.quantization.lattice import Lattice, refuse_groups
 
 GRIDS: dict[str, Grid] = {"ternary": Ternary(), "2bit": TwoBit(), "lattice": Lattice()}
 """Grids by name; `codec.codings.codings_of_grid` has the codings that store their codes."""
@@ -37,7 +37,7 @@ class CompressionSettings:
       grid: "ternary" or "2bit", levels of a row; or "lattice", steps of the input features.
       step: of the lattice, in units of a kernel's weights (c of `quantization.lattice`): about
         0.85 bit a weight at 3, 0.63 at 4, 0.50 at 5. On the demo model the paper's ternary has
-        the KL of 4.3, so that the default is no worse than it.
+        the KL of 4.2, so that the default is no worse than it.
       target_bits_per_weight: what lattice codes and their side information shall take on average,
         within 1 %, as `quantization.code_bits` estimates it; steps are searched during the run, and
         `step` and `kernel_steps` then say only how kernels' steps are to each other. None takes
@@ -122,11 +122,8 @@ class CompressionSettings:
         for pattern, step in self.kernel_steps.items():
             if not step > 0:
                 raise ValueError(f"kernel_steps[{pattern!r}] is {step!r}; it must be above 0")
-        if self.group_size is not None and self.quantization_grid.has_steps:
-            raise ValueError(
-                f"group_size is {self.group_size}, but the lattice has a step for each input "
-                "feature and nothing that a group could share; leave it None"
-            )
+        if self.quantization_grid.has_steps:
+            refuse_groups(self.group_size)
         for name in ("expert_batch", "batch_size", "token_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
