@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation fuzz gpu-check notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-quality fuzz gpu-check notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -60,6 +60,10 @@ bench-engine: $(VENV)/.installed-dev ## memory and speed of whole runs; 5 GB of 
 
 bench-generation: $(VENV)/.installed-dev ## tokens per second with and without the KV cache
 	$(BIN)/python benchmarks/bench_generation.py --json benchmarks/results/generation.json
+
+# An hour or two. What is in the result already is not measured again.
+bench-quality: $(VENV)/.installed-dev ## KL and loss against bits on the demo model, and a plot
+	$(BIN)/python benchmarks/bench_quality.py --output benchmarks/results/quality.json
 
 # With the Python that has the GPU packages; nothing is installed. PEER=FILE: the paper's kernel too.
 gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels

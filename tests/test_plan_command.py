@@ -128,3 +128,15 @@ def test_a_checkpoint_with_token_files_as_json(golden_checkpoint, tmp_path, caps
     )
     assert written["seconds"]["total"] > 0
     assert "whole chunks" in capsys.readouterr().out
+
+
+def test_the_lattice(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    lattice = ["--grid", "lattice", "--kernel_steps", '{"*/wo": 5}']
+    target = ["--target_bits_per_weight", "0.5"]
+    assert main(["plan", "switch_base_8", *AMPLE, *lattice, *target, "--json", str(file)]) == 0
+    plan = json.loads(file.read_text())
+    assert plan["zero_shares"]["lattice"]["source"] == "codes of 0.50 bits a weight"
+    assert 0.9 < plan["zero_shares"]["lattice"]["value"] < 0.95
+    assert main(["plan", "switch_base_8", *AMPLE, "--kernel_steps", '{"*/wo": "5"}']) == 2
+    assert "no object of numbers" in capsys.readouterr().err

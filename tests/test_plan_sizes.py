@@ -109,7 +109,9 @@ def test_the_sample_s_size_is_that_of_whole_tensors(coding, out, width, zeros):
     assert predicted == pytest.approx(bits(coded)["bits_per_weight"], rel=tolerance)
 
 
-@pytest.mark.parametrize(("method", "grid"), [("gptq", "ternary"), ("rtn", "2bit")])
+@pytest.mark.parametrize(
+    ("method", "grid"), [("gptq", "ternary"), ("rtn", "2bit"), ("rtn", "lattice")]
+)
 def test_the_plan_s_size_is_that_of_a_real_run(golden_checkpoint, tmp_path, method, grid):
     """Coded bytes within 3 % given the run's own zero share; dense bytes to the byte."""
     source = golden_checkpoint("base", "t5x_float32_inference")

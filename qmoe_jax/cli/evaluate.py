@@ -21,6 +21,10 @@ examples:
       --gin.CHECKPOINT="[('uncompressed', '/data/checkpoint_550000'), ('GPTQ', 'compressed'),
                          ('RTN', 'rtn:ternary:/data/checkpoint_550000')]"
 
+  how far predictions are from the uncompressed model's (KL, agreement), beside the losses:
+    qmoe-jax evaluate --gin.CHECKPOINT="'compressed'" --gin.TOKENS="'validation.npz'" \\
+      --gin.REFERENCE="'/data/checkpoint_550000'"
+
   the QMoE paper's protocol, from the released files:
     ... --gin.TASK="'jsonl_whole_documents'" --gin.NUM_EXAMPLES=128 \\
       --gin.FILES="'c4-validation.00000-of-00008.json.gz'"
@@ -46,6 +50,7 @@ def evaluate(
     task: str | None = None,
     tokenize: Callable[..., Any] | None = None,
     *,
+    reference: str | None = None,
     num_examples: int | None = None,
     batch_size: int = 32,
     activation_dtype: str = "float32",
@@ -64,6 +69,7 @@ def evaluate(
       tokens: a token file; or
       task: name of a task, see `calibration.sources.task_tokens`.
       tokenize: `task_tokens`, with its other arguments bound.
+      reference: checkpoint that every other is compared with; None compares losses only.
       num_examples: use the first so many; all where None.
       batch_size: see `evaluation.evaluate.evaluate`, as for the following.
       activation_dtype: "float32" or "bfloat16".
@@ -101,6 +107,7 @@ def evaluate(
         return evaluation.evaluate(
             checkpoints,
             examples,
+            reference=reference,
             num_examples=num_examples,
             batch_size=batch_size,
             activation_dtype=activation_dtype,

@@ -212,7 +212,8 @@ def make_parser() -> argparse.ArgumentParser:
         elif kind in (str, int, float):
             option = {"type": kind}
         else:
-            option = {"type": _overrides, "metavar": "JSON"}
+            of_numbers = typing.get_args(kind)[1:] == (float,)
+            option = {"type": _numbers if of_numbers else _overrides, "metavar": "JSON"}
         default = "none" if field.default is dataclasses.MISSING else repr(field.default)
         meaning = meanings.get(field.name, "").replace("%", "%%")
         group.add_argument(f"--{field.name}", help=f"{meaning} (default: {default})", **option)
@@ -239,12 +240,25 @@ def _meanings(documented: type) -> dict[str, str]:
     return {name: meaning.removesuffix(".") for name, meaning in meanings.items()}
 
 
-def _overrides(text: str) -> dict[str, Any]:
-    """Return a JSON object of objects with plain values; what they may say the settings check."""
+def _json(text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+
+
+def _numbers(text: str) -> dict[str, float]:
+    """Return a JSON object of numbers."""
+    value = _json(text)
+    parts = value.values() if isinstance(value, dict) else [None]
+    if not all(isinstance(p, int | float) and not isinstance(p, bool) for p in parts):
+        raise argparse.ArgumentTypeError(f'{text!r} is no object of numbers, as {{"*/wo": 5.0}}')
+    return {name: float(number) for name, number in value.items()}
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    """Return a JSON object of objects with plain values; what they may say the settings check."""
+    value = _json(text)
     parts = value.values() if isinstance(value, dict) else [None]
     plain = (str, int, float)  # bool is an int
     if not all(

@@ -1,5 +1,7 @@
 """How large a coded tensor is, beside what its codes would need at least."""
 
+import math
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -28,6 +30,19 @@ def bits_by_part(coded: CodedTensor) -> dict[str, int]:
         else:
             parts[name] = size
     return parts
+
+
+def expert_bits(coded: CodedTensor) -> Int64[np.ndarray, "experts"]:
+    """Count the stored bits of each expert: all that grows with their number."""
+    experts = coded.spec.num_experts
+    bits = np.zeros(experts, np.int64)
+    for name, array in coded.arrays.items():
+        if name == get_coding(coded.spec.coding).code_array:
+            bits += 8 * array.itemsize * np.diff(coded.arrays["expert_offsets"].astype(np.int64))
+        elif experts:
+            # Of expert_offsets each expert has one; the last, that of all, is no expert's.
+            bits += 8 * array.itemsize * math.prod(array.shape[1:])
+    return bits
 
 
 def outline_bits(

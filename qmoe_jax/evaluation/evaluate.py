@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,8 +21,9 @@ from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compr
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
-from qmoe_jax.evaluation.metrics import LossReport, evaluate_batch, worse_than_guessing
-from qmoe_jax.evaluation.report import example_losses, model_report
+from qmoe_jax.evaluation.divergence import DivergenceSums, compare_batch
+from qmoe_jax.evaluation.metrics import BatchSums, LossReport, evaluate_batch, worse_than_guessing
+from qmoe_jax.evaluation.report import example_losses, model_report, reference_report
 from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
@@ -39,6 +41,7 @@ def evaluate(
     checkpoint: Checkpoints,
     tokens: PathLike | TokenFile,
     *,
+    reference: PathLike | None = None,
     num_examples: int | None = None,
     batch_size: int = 32,
     activation_dtype: str = "float32",
@@ -61,6 +64,8 @@ def evaluate(
         or a mapping from name to path. Tables and folders have the names.
       tokens: path of a token file, as `qmoe-jax prepare-tokens` writes it, or what `read_tokens`
         returns: int32 [examples, inputs_length] and [examples, targets_length], padded with 0.
+      reference: checkpoint that every other is compared with, token by token, native or
+        compressed; it is in memory beside each. None compares losses only.
       num_examples: use the first so many; all where None.
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
@@ -83,6 +88,9 @@ def evaluate(
       - loss: nats per target token; `loss_standard_error` over examples.
       - gap, gap_standard_error: nats per target token above the first checkpoint on the same
         tokens, and the error of the paired differences.
+      - reference: against the reference, None without one: `kl`, KL(reference || model) in nats per
+        target token, with `kl_standard_error`; `agreement`, share of target tokens at which both
+        find the same token most probable; `gap` and `gap_standard_error` of the losses.
       - accuracy: share of target tokens that are the most probable one.
       - z_loss: mean over target tokens of the squared log-partition function.
       - warnings: sentences about figures that cannot be what was wanted.
@@ -130,10 +138,15 @@ def evaluate(
         "activation_dtype": activation_dtype,
         "expert_capacity_factor": expert_capacity_factor,
     }
+    if reference is not None:
+        settings["reference"] = _identify(reference, token_file)
     # All are looked at before the first is evaluated.
     identities = {name: _identify(path, token_file) for name, path in checkpoints.items()}
     models: list[dict[str, Any]] = []
     first: LossReport | None = None
+    compared = None
+    if reference is not None:
+        compared = load(reference, activation_dtype, expert_capacity_factor)
     for name, path in checkpoints.items():
         module, variables = load(path, activation_dtype, expert_capacity_factor)
         with contextlib.ExitStack() as stack:
@@ -149,11 +162,14 @@ def evaluate(
                 }
                 folder = RunFolder(Path(output, name), determining, discard=overwrite)
                 stack.enter_context(folder)
-            arrays = _run(module, variables, batches, folder, batches_per_shard, name, progress)
+            compute = functools.partial(_compute, module, variables, compared)
+            arrays = _run(compute, batches, folder, batches_per_shard, name, progress)
+            del compute
         del variables  # before the next checkpoint is loaded
         losses = example_losses(arrays)
         first = losses if first is None else first
         model = {"name": name, "checkpoint": os.fspath(path)} | model_report(arrays, losses, first)
+        model["reference"] = None if reference is None else reference_report(arrays)
         model["bits_per_weight"] = _bits_per_weight(path)
         warning = worse_than_guessing(
             losses.loss, module.config.num_embeddings, *token_file.tokens.lengths
@@ -168,6 +184,17 @@ def evaluate(
         content = json.dumps(document, indent=1) + "\n"
         write_atomically(Path(output, "metrics.json"), content.encode())
     return document
+
+
+def _compute(
+    module: SwitchTransformer,
+    variables: Mapping[str, Any],
+    reference: tuple[SwitchTransformer, Mapping[str, Any]] | None,
+    batch: TokenBatch,
+) -> BatchSums | tuple[BatchSums, DivergenceSums]:
+    if reference is None:
+        return evaluate_batch(module, variables, batch.arrays())
+    return compare_batch(module, variables, *reference, batch.arrays())
 
 
 def name_checkpoints(checkpoint: Any) -> dict[str, PathLike]:
@@ -208,8 +235,7 @@ def name_checkpoints(checkpoint: Any) -> dict[str, PathLike]:
 
 
 def _run(
-    module: SwitchTransformer,
-    variables: Mapping[str, Any],
+    compute: Callable[..., Any],
     batches: Sequence[TokenBatch],
     folder: RunFolder | None,
     batches_per_shard: int,
@@ -228,7 +254,7 @@ def _run(
 
         return evaluate_shards(
             batches,
-            lambda batch: evaluate_batch(module, variables, batch.arrays()),
+            compute,
             folder,
             batches_per_shard,
             on_batch,

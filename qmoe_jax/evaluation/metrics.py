@@ -57,14 +57,24 @@ class LossReport:
                 "a gap needs two reports over the same examples, but their target tokens differ; "
                 "evaluate both on the same token file"
             )
-        difference = self.cross_entropy - other.cross_entropy
-        tokens = self.num_target_tokens
-        gap = difference.sum() / tokens.sum()
-        if len(tokens) < 2:
-            return float(gap), float("nan")
-        residual = difference - gap * tokens
-        spread = np.sqrt(np.sum(residual**2) * len(tokens) / (len(tokens) - 1)) / tokens.sum()
-        return float(gap), float(spread)
+        return per_token(self.cross_entropy - other.cross_entropy, self.num_target_tokens)
+
+
+def per_token(
+    sums: Float[np.ndarray, "examples"], tokens: Int[np.ndarray, "examples"]
+) -> tuple[float, float]:
+    """Return a mean per token, and its standard error over examples; NaN where there is one.
+
+    Args:
+      sums: of each example, over its tokens.
+      tokens: how many those are.
+    """
+    mean = sums.sum() / tokens.sum()
+    if len(tokens) < 2:
+        return float(mean), float("nan")
+    residual = sums - mean * tokens
+    spread = np.sqrt(np.sum(residual**2) * len(tokens) / (len(tokens) - 1)) / tokens.sum()
+    return float(mean), float(spread)
 
 
 def worse_than_guessing(
@@ -142,6 +152,13 @@ def evaluate_batch(
       batch: `encoder_input_tokens`, `decoder_input_tokens`, `decoder_target_tokens` and
         `decoder_loss_weights`, int32 [batch, length].
     """
+    return model_sums(module, variables, batch)[0]
+
+
+def model_sums(
+    module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
+) -> tuple[BatchSums, Float[Array, "batch length vocab"]]:
+    """Return what `evaluate_batch` returns, and the logits."""
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     # Untyped: flax says that `apply` may return nearly anything.
     result: Any = module.apply(
@@ -155,7 +172,7 @@ def evaluate_batch(
     logits, state = result
     losses, num_tokens, num_correct = batch_sums(logits, targets, weights)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    return BatchSums(
+    sums = BatchSums(
         cross_entropy=losses,
         log_z_squared=jnp.where(weights > 0, log_z**2, 0.0).sum(axis=1),
         num_target_tokens=num_tokens,
@@ -164,6 +181,7 @@ def evaluate_batch(
             state.get("intermediates", {}), batch["encoder_input_tokens"] > 0, targets > 0
         ),
     )
+    return sums, logits
 
 
 def evaluate_loss(

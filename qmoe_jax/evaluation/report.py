@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from qmoe_jax.evaluation.divergence import DivergenceSums, divergence_report
 from qmoe_jax.evaluation.metrics import LossReport, loss_report
 from qmoe_jax.evaluation.router import T5X_METRICS, router_report
 from qmoe_jax.evaluation.shards import Arrays, router_arrays
@@ -23,6 +24,12 @@ def example_losses(arrays: Arrays) -> LossReport:
         arrays["num_target_tokens"].reshape(-1),
         arrays["num_correct"].reshape(-1),
     )
+
+
+def reference_report(arrays: Arrays) -> dict[str, float]:
+    """Return the figures of a comparison with a reference; `evaluate` says what each is."""
+    names = ("cross_entropy", "num_target_tokens", "num_correct", *DivergenceSums._fields)
+    return divergence_report(*(arrays[name].reshape(-1) for name in names)).to_json()
 
 
 def model_report(arrays: Arrays, losses: LossReport, first: LossReport) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.evaluation.divergence import DivergenceSums
 from qmoe_jax.evaluation.metrics import BatchSums
 from qmoe_jax.run_folder import RunFolder
 
@@ -25,7 +26,7 @@ _SUMS = ("cross_entropy", "log_z_squared", "num_target_tokens", "num_correct")
 
 def evaluate_shards(
     batches: Sequence[Any],
-    compute: Callable[[Any], BatchSums],
+    compute: Callable[[Any], BatchSums | tuple[BatchSums, DivergenceSums]],
     folder: RunFolder | None,
     batches_per_shard: int,
     on_batch: Callable[[Any, bool], None],
@@ -34,13 +35,14 @@ def evaluate_shards(
 
     Args:
       batches: what `compute` takes, in order.
-      compute: runs the model on a batch.
+      compute: runs the model on a batch, and a reference beside it where there is one.
       folder: where shards are kept; None keeps none.
       batches_per_shard: batches that are stored together; a kill loses at most so many.
       on_batch: called after each batch with it and whether it was computed.
 
     Returns:
-      The four sums of `BatchSums`, [batches, batch]; `router/<layer>/<name>`, [batches, ...]; and
+      The four sums of `BatchSums`, and the three of `DivergenceSums` where there is a reference,
+      [batches, batch]; `router/<layer>/<name>`, [batches, ...]; and
       `seconds`, float64 [batches], and `warm`, bool [batches], False where the time includes
       compilation.
 
@@ -81,7 +83,13 @@ def router_arrays(arrays: Arrays) -> dict[str, Arrays]:
     return layers
 
 
-def _named(sums: BatchSums) -> Iterator[tuple[str, np.ndarray]]:
+def _named(
+    computed: BatchSums | tuple[BatchSums, DivergenceSums],
+) -> Iterator[tuple[str, np.ndarray]]:
+    sums = computed if isinstance(computed, BatchSums) else computed[0]
+    if not isinstance(computed, BatchSums):
+        for name, value in computed[1]._asdict().items():
+            yield name, np.asarray(value)
     for name in _SUMS:
         yield name, np.asarray(getattr(sums, name))
     for layer, values in sums.router.items():

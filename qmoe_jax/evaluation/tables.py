@@ -7,6 +7,13 @@ from qmoe_jax.formatting import format_table
 
 _LOSS_COLUMNS = (("loss", "loss", "{:.4f}"),)
 _GAP_COLUMNS = (("gap", "gap", "{:+.4f}"), ("+-", "gap_standard_error", "{:.4f}"))
+_REFERENCE_COLUMNS = (
+    ("KL", "kl", "{:.5f}"),
+    ("+-", "kl_standard_error", "{:.5f}"),
+    ("agreement", "agreement", "{:.2%}"),
+    ("gap", "gap", "{:+.4f}"),
+    ("+-", "gap_standard_error", "{:.4f}"),
+)
 _MODEL_COLUMNS = (
     ("accuracy", "accuracy", "{:.2%}"),
     ("bits/weight", "bits_per_weight", "{:.3f}"),
@@ -36,6 +43,10 @@ def summary(document: Mapping[str, Any]) -> str:
         "",
         _table("checkpoint", [(model["name"], model) for model in models], columns),
     ]
+    if first["reference"] is not None:
+        path = document["settings"]["reference"]["path"]
+        rows = [(model["name"], model["reference"]) for model in models]
+        lines += ["", _table(f"against {path}", rows, _REFERENCE_COLUMNS)]
     for model in models:
         rows = [*model["router"]["layers"].items(), ("total", model["router"]["total"])]
         lines += ["", _table(f"routers of {model['name']}", rows, _ROUTER_COLUMNS)]

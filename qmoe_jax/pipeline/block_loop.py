@@ -17,6 +17,7 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.evaluation.metrics import LossReport, batch_sums, worse_than_guessing
 from qmoe_jax.models.switch import DecoderLayer, EncoderLayer
 from qmoe_jax.pipeline import dense_pass
+from qmoe_jax.pipeline.bit_budget import bit_budget
 from qmoe_jax.pipeline.dense_parameters import DenseParameters
 from qmoe_jax.pipeline.expert_layer import LayerResult, run_expert_layer
 from qmoe_jax.pipeline.kernel_reader import KernelReader
@@ -60,6 +61,7 @@ class BlockLoop:
         self.buffer_dir = buffer_dir
         self.batch_size = run.devices.rounded_up(run.settings.batch_size)
         self.dense = DenseParameters(run)
+        self.budget = bit_budget(run)
         self.results: list[LayerResult] = []
         self.logged_reads = (0, 0.0)
 
@@ -220,7 +222,7 @@ class BlockLoop:
             tokens = self._layer_tokens(stack, buffer, routing)
         scale = np.asarray(params["pre_mlp_layer_norm"]["scale"])
         scheduled = self.layers[stack, layer]
-        result = run_expert_layer(self.run, self.reader, scheduled, scale, tokens)
+        result = run_expert_layer(self.run, self.reader, scheduled, scale, tokens, self.budget)
         self.results.append(result)
         return_free_memory()
         if not self.run.processes.is_primary:

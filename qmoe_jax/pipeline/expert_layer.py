@@ -5,13 +5,15 @@ With several processes, each works on its own experts, and all keep step: they e
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
+from qmoe_jax.pipeline.bit_budget import BitBudget
 from qmoe_jax.pipeline.expert_pass import (
     ExpertBatch,
+    QuantizedKernels,
     dequantized_kernel,
     quantize_batch,
     run_batch,
@@ -57,6 +59,7 @@ def run_expert_layer(
     layer: LayerSchedule,
     norm_scale: np.ndarray,
     tokens: LayerTokens | None,
+    budget: BitBudget | None = None,
 ) -> LayerResult:
     """Do with a layer's experts what the schedule says; outputs of the experts replace `tokens`.
 
@@ -66,6 +69,7 @@ def run_expert_layer(
       layer: of the schedule.
       norm_scale: scale of the layer's `pre_mlp_layer_norm`.
       tokens: routed tokens; None without calibration.
+      budget: what the run may still spend; None without a target.
 
     Raises:
       CheckpointError: the source cannot be read or the output not be written.
@@ -80,7 +84,7 @@ def run_expert_layer(
 
         steps = _steps(run, layer, norm_scale, tokens, done)
         act = {"compress": _compress, "replay": _replay, "keep": _keep}[layer.action]
-        return act(run, reader, layer, steps)
+        return act(run, reader, layer, steps, budget)
 
 
 def _steps(
@@ -107,12 +111,23 @@ def _steps(
 
 
 def _compress(
-    run: Run, reader: KernelReader, layer: LayerSchedule, steps: Iterator[_Step]
+    run: Run,
+    reader: KernelReader,
+    layer: LayerSchedule,
+    steps: Iterator[_Step],
+    budget: BitBudget | None,
 ) -> LayerResult:
     """Quantize and store batch by batch, and send tokens through what was stored."""
     settings = run.settings.for_layer(layer.stack, layer.layer)
     store = LayerStore(run, layer.stack, layer.layer)
     replayed = 0
+    place = f"{layer.stack}/layers_{layer.layer}"
+    own = budget if settings.quantization_grid.has_steps else None
+
+    def choose(name: str, num_weights: int, measure: Callable[[float, bool], float]) -> float:
+        assert own is not None
+        return own.step_for(f"{place}/{name}", num_weights, measure)
+
     for step in steps:
         batch, quantized = step.batch, {}
         found = step.round.found[run.processes.index]
@@ -122,23 +137,42 @@ def _compress(
         if not all(step.round.found):
             # A process that has its batch takes part: the others' tokens may lie with it.
             kernels: Kernels = {} if found else reader.take(step.key)
-            computed = quantize_batch(batch, kernels, settings, step.round.missing)
+            chosen = None if own is None else choose
+            computed = quantize_batch(batch, kernels, settings, step.round.missing, chosen)
             if not found:
                 quantized = computed
                 store.save_batch(batch.experts, quantized)
+        if own is not None and quantized:
+            _note(own, place, quantized, store.bits_of_last_batch())
         stored = {n: dequantized_kernel(batch, k, settings) for n, k in quantized.items()}
         run_batch(batch, stored, settings)
         step.done()
     return LayerResult(store.finish(), batches_replayed=replayed)
 
 
+def _note(
+    budget: BitBudget, place: str, kernels: QuantizedKernels, bits: Mapping[str, int]
+) -> None:
+    """Note in the budget what a batch has taken."""
+    for name, kernel in kernels.items():
+        step = float(kernel.statistics["step"][-1])
+        budget.spend(f"{place}/{name}", kernel.codes.size, bits[name], step)
+
+
 def _replay(
-    run: Run, reader: KernelReader, layer: LayerSchedule, steps: Iterator[_Step]
+    run: Run,
+    reader: KernelReader,
+    layer: LayerSchedule,
+    steps: Iterator[_Step],
+    budget: BitBudget | None,
 ) -> LayerResult:
     """Send tokens through the codes of a layer that is in the output already."""
     settings = run.settings.for_layer(layer.stack, layer.layer)
     store = LayerStore(run, layer.stack, layer.layer)
     reports = store.reopen()
+    if budget is not None and settings.quantization_grid.has_steps:
+        for name, (weights, bits) in store.own_bits().items():
+            budget.spend(f"{layer.stack}/layers_{layer.layer}/{name}", weights, bits, None)
     replayed = 0
     for step in steps:
         batch, kernels = step.batch, {}
@@ -152,7 +186,11 @@ def _replay(
 
 
 def _keep(
-    run: Run, reader: KernelReader, layer: LayerSchedule, steps: Iterator[_Step]
+    run: Run,
+    reader: KernelReader,
+    layer: LayerSchedule,
+    steps: Iterator[_Step],
+    budget: BitBudget | None,
 ) -> LayerResult:
     """Copy the kernels of a layer that is not compressed, and send tokens through them."""
     store = KeptLayer(run, layer.stack, layer.layer)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,17 @@ from qmoe_jax.models.layers import (
 )
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.layer_tokens import LayerTokens
+from qmoe_jax.pipeline.stored_codes import stored_bits
 from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
+from qmoe_jax.quantization.lattice import Steps
 from qmoe_jax.quantization.settings import CompressionSettings
+
+# Experts that a step is searched on, with tokens and without.
+_SAMPLED = 4
+
+# The step of a kernel, from its name, the weights of a batch, and the bits a weight that some or
+# (True) all of its experts take at a step.
+StepChoice = Callable[[str, int, Callable[[float, bool], float]], float]
 
 # Kernels of a batch of experts by name (wi or wi_0 and wi_1, wo), each [experts, in, out].
 Kernels = dict[str, Float[Array, "experts in out"]]
@@ -37,15 +46,16 @@ class QuantizedKernel:
 
     Attributes:
       codes: uint8 [experts, rows, width]; rows are output features, or groups of their weights.
-      levels: bfloat16 [experts, rows, 2].
+      levels: bfloat16 [experts, rows, 2], or `Steps` of arrays.
       in_features: of the kernel.
-      statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`; `weight_error`
+      statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`,
+        `overload_share`, for the lattice `step`; `weight_error`
         and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
         what they are to be divided by.
     """
 
     codes: UInt8[np.ndarray, "experts rows width"]
-    levels: BFloat16[np.ndarray, "experts rows 2"]
+    levels: BFloat16[np.ndarray, "experts rows 2"] | Steps
     in_features: int
     statistics: dict[str, np.ndarray]
 
@@ -123,7 +133,9 @@ def dequantized_kernel(
 
     Padded to the size of the batch and spread over the devices.
     """
-    levels = batch.spread(kernel.levels.astype(np.float32))
+    levels = jax.tree.map(batch.spread, kernel.levels)
+    if not isinstance(levels, Steps):
+        levels = levels.astype(np.float32)
     codes = batch.spread(kernel.codes)
     return _dequantize(settings.quantization_grid, codes, levels, num_in=kernel.in_features)
 
@@ -175,6 +187,7 @@ def quantize_batch(
     kernels: dict[str, Float[np.ndarray, "experts in out"]],
     settings: CompressionSettings,
     asking: Sequence[range],
+    choose_step: StepChoice | None = None,
 ) -> QuantizedKernels:
     """Quantize all kernels of a batch of experts.
 
@@ -184,6 +197,7 @@ def quantize_batch(
       settings: how.
       asking: the experts of each process whose Hessians are wanted; called by all processes when
         it is by one.
+      choose_step: of each kernel; None takes that of the settings.
 
     Returns:
       The quantized kernels by name.
@@ -199,7 +213,7 @@ def quantize_batch(
         if not kernels:
             continue
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        quantized[name] = _quantize_kernel(batch, spread[name], state, settings)
+        quantized[name] = _quantize_kernel(batch, name, spread[name], state, settings, choose_step)
         if settings.true_sequential:
             inputs[name] = dequantized_kernel(batch, quantized[name], settings)
     return quantized
@@ -207,39 +221,66 @@ def quantize_batch(
 
 def _quantize_kernel(
     batch: ExpertBatch,
+    name: str,
     kernel: Float[Array, "experts in out"],
     state: HessianState | None,
     settings: CompressionSettings,
+    choose_step: StepChoice | None,
 ) -> QuantizedKernel:
     hessians, counts = None, batch.devices.spread(np.zeros(kernel.shape[0], np.float32))
     if state is not None:
         hessians, counts = finalize_hessian(state)
     weight_energy, layer_energy = _energies(kernel, hessians)
-    result = quantize_experts(
-        kernel,
-        hessians,
-        counts,
+    quantize = functools.partial(
+        quantize_experts,
         grid=settings.quantization_grid,
         method=settings.method,
         damping=settings.damping,
         act_order=settings.act_order,
         group_size=settings.group_size,
-        mesh=batch.devices.mesh,
     )
+
+    def measure(step: float, all_experts: bool) -> float:
+        """Bits a weight that experts take at a step."""
+        with_tokens = np.asarray(counts)[: len(batch.experts)] > 0
+        total = 0.0
+        # Apart, because experts without tokens are rounded and take fewer bits.
+        for group in (np.flatnonzero(with_tokens), np.flatnonzero(~with_tokens)):
+            size = len(group) if all_experts else min(_SAMPLED, len(group))
+            if not size:
+                continue
+            some = group[np.linspace(0, len(group) - 1, size).round().astype(int)]
+            of_some = None if hessians is None else hessians[some]
+            result = quantize(kernel[some], of_some, counts[some], step=step)
+            codes = np.asarray(result.codes)
+            total += len(group) * stored_bits(codes, result.levels, settings.coding) / codes.size
+        return total / len(with_tokens)
+
+    weights = len(batch.experts) * kernel.shape[1] * kernel.shape[2]
+    step = settings.step_of(name)
+    if choose_step is not None:
+        step = choose_step(name, weights, measure)
+    result = quantize(kernel, hessians, counts, step=step, mesh=batch.devices.mesh)
     statistics = {
         "status": result.status,
         "token_counts": counts,
         "zero_share": result.zero_share,
+        "overload_share": result.overload_share,
         "weight_error": result.weight_error,
         "weight_energy": weight_energy,
         "layer_error": result.layer_error,
         "layer_energy": layer_energy,
     }
     num_experts = len(batch.experts)
+    if settings.quantization_grid.has_steps:
+        statistics["step"] = np.full(num_experts, step, np.float64)
+    levels = jax.tree.map(lambda array: np.asarray(array)[:num_experts], result.levels)
+    if not isinstance(levels, Steps):
+        # Exact: grids round their levels to bfloat16 before they choose codes.
+        levels = levels.astype(ml_dtypes.bfloat16)
     return QuantizedKernel(
         codes=np.asarray(result.codes)[:num_experts],
-        # Exact: grids round their levels to bfloat16 before they choose codes.
-        levels=np.asarray(result.levels)[:num_experts].astype(ml_dtypes.bfloat16),
+        levels=levels,
         in_features=kernel.shape[1],
         statistics={name: np.asarray(a)[:num_experts] for name, a in statistics.items()},
     )

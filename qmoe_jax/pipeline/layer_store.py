@@ -22,7 +22,6 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.codec import codings, stats
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import decode_expert
-from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import CodedOutline, item_bytes
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CodecError
@@ -30,6 +29,7 @@ from qmoe_jax.pipeline.expert_pass import QuantizedKernel, QuantizedKernels
 from qmoe_jax.pipeline.report import KernelReport, kernel_report
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.schedule import batch_name, batches, layer_name
+from qmoe_jax.pipeline.stored_codes import encode_codes, levels_of
 
 
 class LayerStore:
@@ -56,13 +56,17 @@ class LayerStore:
         Raises:
           CheckpointError: it cannot be written.
         """
-        coded = {n: encode(k.codes, k.levels, self._coding) for n, k in kernels.items()}
+        coded = {n: encode_codes(k.codes, k.levels, self._coding) for n, k in kernels.items()}
         arrays: dict[str, np.ndarray] = {}
         for name, tensor in coded.items():
             arrays |= _to_arrays(name, tensor, kernels[name].statistics)
         entry = self._entry(experts)
         self._run.journal.save_batch(entry, arrays)
         self._note(entry, coded, {n: k.statistics for n, k in kernels.items()})
+
+    def bits_of_last_batch(self) -> dict[str, int]:
+        """Return the stored bits of the batch that was saved or loaded last, by kernel."""
+        return {name: sum(own[-1]["expert_bits"]) for name, own in self._statistics.items()}
 
     def load_batch(self, experts: range) -> QuantizedKernels:
         """Read a finished batch of experts from the journal.
@@ -113,8 +117,12 @@ class LayerStore:
             bits=stats.outline_bits(outline, counts.astype(np.int64)),
             batches=statistics,
         )
-        report = dataclasses.asdict(report)
-        return {"outline": outline.to_json(), "parts": parts, "report": report}
+        record = {
+            "outline": outline.to_json(),
+            "parts": parts,
+            "report": dataclasses.asdict(report),
+        }
+        return record | {"expert_bits": [b for batch in statistics for b in batch["expert_bits"]]}
 
     # --- A layer that is in the output already ---
 
@@ -135,6 +143,18 @@ class LayerStore:
             part = record[path]["parts"][run.processes.index]
             run.writer.verify_coded_part(path, run.experts.start, part)
         return reports
+
+    def own_bits(self) -> dict[str, tuple[int, int]]:
+        """Return weights and stored bits of this process's experts, by kernel."""
+        run = self._run
+        record = run.journal.load_layer(layer_name(self._stack, self._layer))
+        own = slice(run.experts.start, run.experts.stop)
+        found = {}
+        for name, path in self._paths.items():
+            each = TensorSpec.from_json(record[path]["outline"]["spec"])
+            weights = len(run.experts) * each.rows * each.width
+            found[name] = weights, sum(record[path]["expert_bits"][own])
+        return found
 
     def read_batch(self, experts: range) -> QuantizedKernels:
         """Read some experts of a reopened layer from the output.
@@ -168,6 +188,7 @@ class LayerStore:
             self._statistics[name].append(
                 {key: array.tolist() for key, array in statistics[name].items()}
                 | {"symbol_counts": counts.tolist()}
+                | {"expert_bits": stats.expert_bits(tensor).tolist()}
             )
 
     def _quantized(
@@ -177,7 +198,7 @@ class LayerStore:
         arrays = {key: jnp.asarray(array) for key, array in coded.arrays.items()}
         return QuantizedKernel(
             codes=np.asarray(_decode(coded.spec, arrays)),
-            levels=coded.arrays["levels"],
+            levels=levels_of(coded),
             in_features=config.expert_mlp_dim if name == "wo" else config.embed_dim,
             statistics=statistics,
         )
@@ -264,7 +285,8 @@ def _from_journal(run: Run, entry: str, name: str) -> tuple[CodedTensor, dict[st
     try:
         spec = TensorSpec.from_json(json.loads(arrays[f"{name}/spec"].tobytes()))
         coded = {key: arrays[f"{name}/coded/{key}"] for key in get_coding(spec.coding).array_names}
-        coded["levels"] = coded["levels"].view(ml_dtypes.bfloat16)
+        if "levels" in coded:
+            coded["levels"] = coded["levels"].view(ml_dtypes.bfloat16)
         tensor = CodedTensor(spec, coded)
         codings.validate(tensor)
     except (ValueError, KeyError, CodecError) as error:

@@ -27,6 +27,8 @@ class KernelReport:
       experts_without_tokens: experts that no calibration token reached; rounded to nearest.
       singular_hessians: experts whose Hessian could not be factorised; rounded to nearest.
       nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
+      overload_share: share of lattice codes at the ends of their range: clipped, or just fitting.
+      step: of the lattice, mean over experts; None of other grids.
     """
 
     name: str
@@ -39,6 +41,8 @@ class KernelReport:
     experts_without_tokens: int
     singular_hessians: int
     nonfinite_experts: int
+    overload_share: float = 0.0
+    step: float | None = None
 
 
 @dataclasses.dataclass
@@ -90,6 +94,15 @@ class CompressionReport:
         return self.expert_bits / self.expert_weights
 
     @property
+    def lattice_bits_per_weight(self) -> float | None:
+        """Stored bits per weight of the kernels that a target is of; None without any."""
+        coded = [kernel for kernel in self.kernels if kernel.step is not None]
+        if not coded:
+            return None
+        bits = sum(int(kernel.bits["total"]) for kernel in coded)
+        return bits / sum(kernel.num_weights for kernel in coded)
+
+    @property
     def expert_compression(self) -> float:
         """Size of the experts in bfloat16 over their stored size."""
         return 16 / self.bits_per_weight
@@ -128,6 +141,18 @@ class CompressionReport:
                     "had non-finite activations and were rounded to nearest; "
                     'try activation_dtype="float32"'
                 )
+            if kernel.overload_share > 0:
+                found.append(
+                    f"{kernel.name}: {kernel.overload_share:.2%} of the codes are at the ends of "
+                    "their range, 127 steps, and may have been clipped; choose a larger step"
+                )
+        target, bits = self.settings.get("target_bits_per_weight"), self.lattice_bits_per_weight
+        if target is not None and bits is not None and abs(bits - target) > 0.01 * target:
+            found.append(
+                f"lattice codes take {bits:.3f} bits a weight instead of {target:g}: "
+                "steps and column classes alone may take more, or the last kernels were too few to "
+                "make up for the others"
+            )
         if self.validation_warning is not None:
             found.append(f"validation: {self.validation_warning}")
         return found
@@ -206,4 +231,8 @@ def kernel_report(
         experts_without_tokens=int((status == ExpertStatus.NO_TOKENS).sum()),
         singular_hessians=int((status == ExpertStatus.SINGULAR).sum()),
         nonfinite_experts=int((status == ExpertStatus.NONFINITE_INPUT).sum()),
+        overload_share=float(joined["overload_share"].mean())
+        if "overload_share" in joined
+        else 0.0,
+        step=float(joined["step"].mean()) if "step" in joined else None,
     )

@@ -24,6 +24,7 @@ from qmoe_jax.planning.sizes import (
 )
 from qmoe_jax.planning.time import Work, device_work, seconds_by_kind, total_seconds
 from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.quantization.step_search import typical_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,10 @@ def make_plan(
     check_tokens(tokens, settings)
     layers = layer_settings(model.config, settings).values()
     shares = {
-        own.grid: zeros or zero_share(model.config, own.grid)
+        own.grid: zeros
+        or zero_share(
+            model.config, own.grid, settings.target_bits_per_weight or typical_bits(own.step)
+        )
         for own in layers
         if own.method != "none"
     }

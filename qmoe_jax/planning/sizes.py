@@ -104,14 +104,34 @@ class CompressedSize:
         return self.bfloat16_bytes / self.total
 
 
-def zero_share(config: SwitchConfig, grid: str) -> ZeroShare:
-    """Return the paper's zero share for its three models; for others that of the nearest width."""
+def zero_share(config: SwitchConfig, grid: str, bits: float | None = None) -> ZeroShare:
+    """Return the paper's zero share for its three models; for others that of the nearest width.
+
+    Args:
+      config: geometry.
+      grid: "ternary" or "2bit"; or
+        "lattice": codes of one step up or down that take so many bits.
+      bits: a weight, of lattice codes.
+    """
+    if grid == "lattice":
+        assert bits is not None
+        return ZeroShare(_zeros_of_bits(bits), f"codes of {bits:.2f} bits a weight")
     shares = PAPER_ZERO_SHARES[grid]
     width = min(shares, key=lambda known: abs(math.log(known / config.embed_dim)))
     known = {w: name for (w, _), name in _PAPER_MODELS.items()}[width]
     if (config.embed_dim, config.num_experts) in _PAPER_MODELS:
         return ZeroShare(shares[width], f"the QMoE paper's for {known}")
     return ZeroShare(shares[width], f"assumed: the QMoE paper's for {known}, nearest in width")
+
+
+def _zeros_of_bits(bits: float) -> float:
+    """Return the zero share at which codes 0, and 1 and 2 alike, have this entropy."""
+    low, high = 1 / 3, 1 - 1e-9
+    for _ in range(50):
+        zeros = (low + high) / 2
+        entropy = -zeros * math.log2(zeros) - (1 - zeros) * math.log2((1 - zeros) / 2)
+        low, high = (zeros, high) if entropy > bits else (low, zeros)
+    return low
 
 
 def expert_kernel_shapes(config: SwitchConfig) -> dict[str, tuple[int, int]]:
@@ -208,6 +228,10 @@ def _independent_codes(
         shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]
         levels[..., 1] = rng.integers(1, 3, levels.shape[:2])
         codes = _TWO_BIT_CODES[levels[..., 1, None].astype(int) - 1, np.searchsorted(shares, draws)]
+    if grid == "lattice":
+        index = rng.integers(0, 64, (_SAMPLE_EXPERTS, width)).astype(np.uint8)
+        steps = {"step_index": index, "origin": np.ones(_SAMPLE_EXPERTS, np.float32)}
+        return codes.astype(np.uint8), steps
     return codes.astype(np.uint8), levels.astype(ml_dtypes.bfloat16)
 
 

@@ -10,6 +10,7 @@ expert only (QMoE, section 3.2: a layer has hundreds of experts, and some always
 import dataclasses
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +19,21 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int8, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
 
 from qmoe_jax.quantization.gptq import gptq
-from qmoe_jax.quantization.grids import Grid
-from qmoe_jax.quantization.groups import (
-    dequantize_groups,
-    fit_groups,
-    kernel_of_rows,
-    rows_of_kernel,
-    rows_of_levels,
-    stored_shape,
+from qmoe_jax.quantization.grids import Grid, Levels, dequantize_kernel
+from qmoe_jax.quantization.groups import kernel_of_rows, rows_of_kernel, stored_shape
+from qmoe_jax.quantization.host_gptq import HostGptqResult, host_gptq
+from qmoe_jax.quantization.lattice import (
+    OVERLOAD_CODE,
+    STEP_TABLE,
+    Lattice,
+    Overlap,
+    Steps,
+    refuse_groups,
+    root_mean_square,
 )
-from qmoe_jax.quantization.host_gptq import host_gptq
 from qmoe_jax.quantization.rtn import round_to_nearest
 
 METHODS = ("gptq", "rtn")
@@ -53,20 +56,25 @@ class ExpertBatchResult(NamedTuple):
     Attributes:
       codes: uint8 `[experts, rows, width]`, the orientation of the codec: rows are output features
         of `in` weights, or groups of `group_size` (`quantization.groups`).
-      levels: float32 `[experts, rows, 2]`, values that bfloat16 represents exactly.
+      levels: as the grid fits them, in their stored form, with an expert axis (`grids.Levels`).
       status: int8 `[experts]`, values of `ExpertStatus`.
       weight_error: float32 `[experts]`, squared error summed over `out`, averaged over `in`.
       layer_error: float32 `[experts]`, squared error of the outputs on the calibration tokens,
         summed over `out`, averaged over tokens (trace(d^T H d) / 2). 0 without a usable Hessian.
       zero_share: float32 `[experts]`, share of weights whose value is 0.
+      overload_share: float32 `[experts]`, share of codes at the ends of the range of a grid that
+        has steps: weights that were clipped, or just fit.
+
+    With a grid that has steps, `layer_error` rests on the gain of some outputs (`gptq`).
     """
 
     codes: UInt8[Array, "experts rows width"]
-    levels: Float[Array, "experts rows 2"]
+    levels: Levels
     status: Int8[Array, " experts"]
     weight_error: Float[Array, " experts"]
     layer_error: Float[Array, " experts"]
     zero_share: Float[Array, " experts"]
+    overload_share: Float[Array, " experts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,13 @@ class _Options:
     group_size: int | None
 
 
+class _Amounts(NamedTuple):
+    """Numbers that programs take as arguments: another one compiles nothing."""
+
+    damping: float | Float[Array, ""]
+    step: float | Float[Array, ""]
+
+
 class _Experts(NamedTuple):
     """What is quantized; where experts are mapped over, of one expert, without that axis."""
 
@@ -97,7 +112,7 @@ class _Experts(NamedTuple):
 # Codes, levels, status, layer error and the sum of squared errors of one expert.
 _Quantized = tuple[
     UInt8[Array, "in out"],
-    Float[Array, "rows 2"],
+    Levels,
     Int8[Array, ""],
     Float[Array, ""],
     Float[Array, ""],
@@ -112,6 +127,7 @@ def quantize_experts(
     grid: Grid,
     method: str = "gptq",
     damping: float = 0.1,
+    step: float = 1.0,
     act_order: bool = False,
     group_size: int | None = None,
     mesh: Mesh | None = None,
@@ -120,8 +136,8 @@ def quantize_experts(
 ) -> ExpertBatchResult:
     """Quantize a batch of experts with GPTQ, or round them to nearest.
 
-    XLA's program is compiled once for each shape, grid, method and option; `damping` is traced. No
-    buffer is donated: no output has the size of an input, so XLA could reuse none.
+    XLA's program is compiled once for each shape, grid, method and option; `damping` and `step`
+    are traced. No buffer is donated: no output has the size of an input, so XLA could reuse none.
 
     Args:
       kernels: Flax kernels, float32 or bfloat16.
@@ -131,6 +147,7 @@ def quantize_experts(
       grid: which values a row may take.
       method: "gptq" or "rtn".
       damping: share of the mean diagonal that is added to the diagonal of the Hessian.
+      step: of a grid that has steps, in units of the kernel's weights (`lattice`).
       act_order: quantize columns by descending diagonal of the Hessian.
       group_size: input features that share a pair of levels; None is all.
       mesh: of one axis, over which the experts are sharded; each device quantizes its own.
@@ -147,7 +164,7 @@ def quantize_experts(
     options = _Options(grid, method, act_order, group_size)
     on_cpu = jax.default_backend() == "cpu"
     one_device = mesh is None or mesh.size == 1
-    traced = any(isinstance(a, Tracer) for a in (kernels, hessians, token_counts, damping))
+    traced = any(isinstance(a, Tracer) for a in (kernels, hessians, token_counts, damping, step))
     can_be_host = method == "gptq" and one_device and not traced
     if implementation not in (*IMPLEMENTATIONS, "auto"):
         raise ValueError(
@@ -166,7 +183,7 @@ def quantize_experts(
             kernels,
             hessians,
             token_counts,
-            float(damping),
+            *(float(damping), float(step)),
             options,
         )
     if experts_at_once is None:
@@ -175,7 +192,7 @@ def quantize_experts(
         raise ValueError(f"experts_at_once is {experts_at_once}; it must be at least 1")
     return _quantize_experts(
         _Experts(kernels, hessians, token_counts),
-        damping,
+        _Amounts(damping, step),
         options=options,
         experts_at_once=experts_at_once,
         mesh=None if one_device else mesh,
@@ -187,41 +204,103 @@ def _quantize_on_host(
     hessians: Float[Array, "experts in in"],
     token_counts: Shaped[Array, " experts"],
     damping: float,
+    step: float,
     options: _Options,
 ) -> ExpertBatchResult:
     """GPTQ by `host_gptq` for the experts that have tokens, round-to-nearest for the others."""
     kernels, hessians = kernels.astype(jnp.float32), hessians.astype(jnp.float32)
     grid, group_size = options.grid, options.group_size
-    levels, values = _levels_and_values(kernels, grid=grid, group_size=group_size)
     weights, inputs, counts = (np.asarray(a) for a in (kernels, hessians, token_counts))
-    with_tokens = np.flatnonzero(counts > 0)
-    swept = host_gptq(
-        *(weights, inputs, np.asarray(values), with_tokens),
+    num_experts, num_in, num_out = weights.shape
+    sweep = functools.partial(
+        host_gptq,
+        experts=np.flatnonzero(counts > 0),
         damping=damping,
         act_order=options.act_order,
     )
-    num_experts, num_in, num_out = weights.shape
+    if isinstance(grid, Lattice):
+        swept, levels = _sweep_with_steps(grid, sweep, kernels, inputs, step, group_size)
+    else:
+        levels, values = _levels_and_values(kernels, grid=grid, group_size=group_size)
+        swept, levels = sweep(weights, inputs, np.asarray(values)), np.array(levels)
     # The fields of ExpertBatchResult.
     fields = (
         swept.codes.reshape(num_experts, *stored_shape(num_in, num_out, group_size)),
-        np.array(levels),
+        levels,
         np.full(num_experts, ExpertStatus.OK, np.int8),
         swept.weight_error / num_in,
         swept.layer_error,
         swept.zero_share,
+        _overload_share(swept.codes, grid),
     )
     status = fields[2]
     for expert in np.flatnonzero(swept.fell_back | (counts <= 0)):
         one = slice(expert, expert + 1)
         rounded = quantize_experts(
-            kernels[one], None, token_counts[one], grid=grid, method="rtn", group_size=group_size
+            *(kernels[one], None, token_counts[one]),
+            grid=grid,
+            method="rtn",
+            step=step,
+            group_size=group_size,
         )
-        for whole, part in zip(fields, rounded, strict=True):
+        for whole, part in zip(jax.tree.leaves(fields), jax.tree.leaves(rounded), strict=True):
             whole[one] = part
         if status[expert] == ExpertStatus.RTN_REQUESTED:
             status[expert] = _why_rounded(counts[expert], inputs[expert])
     # Taken over without a copy where memory is aligned.
     return ExpertBatchResult(*jax.device_put(fields))
+
+
+def _sweep_with_steps(
+    grid: Lattice,
+    sweep: Callable[..., HostGptqResult],
+    kernels: Float[Array, "experts in out"],
+    inputs: Float32[np.ndarray, "experts in in"],
+    step: float,
+    group_size: int | None,
+) -> tuple[HostGptqResult, Steps]:
+    """Sweep with steps from each expert's factor, then make its outputs unbiased."""
+    refuse_groups(group_size)
+    num_experts, num_in, _ = kernels.shape
+    sizes = np.asarray(_root_mean_squares(kernels))
+    # Of experts that are not swept, and rounded to nearest later.
+    index, origin = np.zeros((num_experts, num_in), np.uint8), np.ones(num_experts, np.float32)
+
+    def steps(expert: int, factor_diagonal: Float32[np.ndarray, " in"]) -> np.ndarray:
+        index[expert], origin[expert] = _steps(grid, sizes[expert], factor_diagonal, step)
+        return origin[expert] * STEP_TABLE[index[expert]]
+
+    swept = sweep(np.asarray(kernels), inputs, steps)
+    outputs = Overlap(swept.output_own, swept.output_cross, 2 * swept.layer_error)
+    own = num_in * kernels.shape[2] * sizes**2
+    weights = Overlap(own, swept.weight_cross, swept.weight_error)
+    gain = outputs.unbiased_gain
+    swept = swept._replace(
+        layer_error=np.array(outputs.error_at(gain)) / 2,
+        weight_error=np.array(weights.error_at(gain)),
+    )
+    return swept, Steps(index, origin * np.asarray(gain))
+
+
+_root_mean_squares = jax.jit(jax.vmap(root_mean_square))
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _steps(grid: Lattice, size, factor_diagonal, step) -> Steps:
+    return grid.steps(size, factor_diagonal, step)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "group_size"))
+def _fit_without_factor(
+    kernels: Float[Array, "experts in out"],
+    step: float | Float[Array, ""],
+    *,
+    grid: Grid,
+    group_size: int | None,
+) -> Levels:
+    """Return the levels of experts that are rounded to nearest."""
+    ones = jnp.ones(kernels.shape[1])
+    return jax.vmap(lambda kernel: grid.fit_kernel(kernel, ones, step, group_size))(kernels)
 
 
 def _why_rounded(token_count: np.number[Any], hessian: Float[np.ndarray, "in in"]) -> ExpertStatus:
@@ -235,23 +314,23 @@ def _why_rounded(token_count: np.number[Any], hessian: Float[np.ndarray, "in in"
 @functools.partial(jax.jit, static_argnames=("grid", "group_size"))
 def _levels_and_values(
     kernels: Float[Array, "experts in out"], *, grid: Grid, group_size: int | None
-) -> tuple[Float[Array, "experts rows 2"], Float[Array, "experts groups codes out"]]:
+) -> tuple[Levels, Float[Array, "experts groups codes out"]]:
     """Return the levels of every row, and the values that they give to each code."""
 
-    def fit(kernel):
-        levels = fit_groups(grid, kernel, group_size)
+    def values_of(levels):
+        numbers = grid.of_groups(levels, kernels.shape[2])
         codes = jnp.arange(grid.num_codes, dtype=jnp.uint8)
-        every = jnp.broadcast_to(codes[:, None], (grid.num_codes, kernel.shape[1]))
-        values = jax.vmap(lambda of_group: grid.dequantize(every, of_group))(levels)
-        return rows_of_levels(levels), values
+        every = jnp.broadcast_to(codes[:, None], (grid.num_codes, kernels.shape[2]))
+        return jax.vmap(functools.partial(grid.dequantize, every))(numbers)
 
-    return jax.vmap(fit)(kernels)
+    levels = _fit_without_factor(kernels, 1.0, grid=grid, group_size=group_size)
+    return levels, jax.vmap(values_of)(levels)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "experts_at_once", "mesh"))
 def _quantize_experts(
     experts: _Experts,
-    damping: float | Float[Array, ""],
+    amounts: _Amounts,
     *,
     options: _Options,
     experts_at_once: int,
@@ -271,12 +350,12 @@ def _quantize_experts(
             # JAX (0.6 to 0.10) fails to vmap a cond over what varies and what does not, as damping.
             check_vma=False,
         )
-    return quantize(experts, damping)
+    return quantize(experts, amounts)
 
 
 def _quantize_in_turn(
     experts: _Experts,
-    damping: float | Float[Array, ""],
+    amounts: _Amounts,
     *,
     options: _Options,
     experts_at_once: int,
@@ -285,7 +364,7 @@ def _quantize_in_turn(
 
     def quantize_one(expert: _Experts) -> ExpertBatchResult:
         return _quantize_expert(
-            expert.kernels, expert.hessians, expert.token_counts, damping, options
+            expert.kernels, expert.hessians, expert.token_counts, amounts, options
         )
 
     num_experts = experts.kernels.shape[0]
@@ -301,7 +380,7 @@ def _quantize_expert(
     kernel: Float[Array, "in out"],
     hessian: Float[Array, "in in"] | None,
     token_count: Shaped[Array, ""],
-    damping: float | Float[Array, ""],
+    amounts: _Amounts,
     options: _Options,
 ) -> ExpertBatchResult:
     """Quantize one expert; the fields of the result have no expert axis."""
@@ -312,8 +391,8 @@ def _quantize_expert(
     has_tokens = token_count > 0
 
     def round_expert() -> _Quantized:
-        codes, levels = round_to_nearest(finite_kernel, grid, group_size)
-        d = finite_kernel - dequantize_groups(grid, codes, levels)
+        codes, levels = round_to_nearest(finite_kernel, grid, group_size, amounts.step)
+        d = finite_kernel - dequantize_kernel(grid, codes, levels)
         error = jnp.float32(0.0)
         if hessian is not None:
             measure = functools.partial(_layer_error, d, hessian)
@@ -328,7 +407,7 @@ def _quantize_expert(
         codes, levels, status, layer_error, weight_error = round_expert()
     else:
         assert hessian is not None  # as quantize_experts has checked
-        sweep_expert = functools.partial(_sweep_expert, finite_kernel, hessian, damping, options)
+        sweep_expert = functools.partial(_sweep_expert, finite_kernel, hessian, amounts, options)
         codes, levels, status, layer_error, weight_error = lax.cond(
             has_tokens & is_finite, sweep_expert, round_expert
         )
@@ -338,14 +417,15 @@ def _quantize_expert(
         status=status,
         weight_error=weight_error / kernel.shape[0],
         layer_error=layer_error,
-        zero_share=jnp.mean(dequantize_groups(grid, codes, levels) == 0.0, dtype=jnp.float32),
+        zero_share=jnp.mean(dequantize_kernel(grid, codes, levels) == 0.0, dtype=jnp.float32),
+        overload_share=jnp.asarray(_overload_share(codes, grid)),
     )
 
 
 def _sweep_expert(
     kernel: Float[Array, "in out"],
     hessian: Float[Array, "in in"],
-    damping: float | Float[Array, ""],
+    amounts: _Amounts,
     options: _Options,
 ) -> _Quantized:
     """Quantize a finite kernel with GPTQ, or round it to nearest and say why."""
@@ -353,9 +433,10 @@ def _sweep_expert(
         kernel,
         hessian,
         options.grid,
-        damping=damping,
+        damping=amounts.damping,
         act_order=options.act_order,
         group_size=options.group_size,
+        step=amounts.step,
     )
     # Reading the whole Hessian only to name the reason of a failure.
     is_singular = lax.cond(
@@ -366,16 +447,10 @@ def _sweep_expert(
     return codes, levels, status.astype(jnp.int8), error, weight_error
 
 
-def _row_values(
-    grid: Grid, rows: UInt8[Array, "rows width"], levels: Float[Array, "rows 2"]
-) -> Float[Array, "rows width"]:
-    return jnp.swapaxes(grid.dequantize(jnp.swapaxes(rows, 0, 1), levels), 0, 1)
-
-
 def dequantize_experts(
     grid: Grid,
     codes: UInt8[Array, "experts rows width"],
-    levels: Float[Array, "experts rows 2"],
+    levels: Levels,
     num_in: int,
 ) -> Float[Array, "experts in out"]:
     """Return what the codes of an expert batch stand for, as Flax kernels, float32.
@@ -386,8 +461,16 @@ def dequantize_experts(
       levels: as in ExpertBatchResult.
       num_in: input features; the width of a row, or a multiple of it where rows are groups.
     """
-    values = jax.vmap(functools.partial(_row_values, grid))(codes, levels)
-    return kernel_of_rows(values, num_in)
+    return jax.vmap(functools.partial(dequantize_kernel, grid))(
+        kernel_of_rows(codes, num_in), levels
+    )
+
+
+def _overload_share(codes, grid: Grid):
+    """Return the share of codes at the ends of the range, of a kernel or of each of several."""
+    if not grid.has_steps:
+        return np.zeros(codes.shape[:-2], np.float32)
+    return (codes >= OVERLOAD_CODE).mean((-2, -1)).astype(np.float32)
 
 
 def _layer_error(error: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:

@@ -24,13 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from qmoe_jax.quantization.grids import Grid
-from qmoe_jax.quantization.groups import (
-    dequantize_groups,
-    fit_groups,
-    quantize_groups,
-    rows_of_levels,
-)
+from qmoe_jax.quantization.grids import Grid, Levels, dequantize_kernel, quantize_kernel
+from qmoe_jax.quantization.lattice import Overlap
 
 # Columns that one run of the column loop takes. The loop does one vector-matrix product a column,
 # which XLA does not fuse: 3 to 9 us at out = 3072. What lost there: rank-1 updates of the panel
@@ -45,6 +40,10 @@ _MIN_DAMP = 1e-6
 # Blocks are unrolled when compiling; this many keep compilation within seconds.
 _MAX_BLOCKS = 12
 
+# Outputs that an expert's gain is measured on, the first: all of them would double the products of
+# a sweep, and the gains of rows vary by some 5 %, their mean over these by half a percent.
+GAIN_OUTPUTS = 128
+
 # Columns that one LAPACK call factorises; see `_factor_corner`.
 _LAPACK_SIZE = 64
 
@@ -54,8 +53,7 @@ class GptqResult(NamedTuple):
 
     Attributes:
       codes: uint8 `[in, out]`, in the orientation and order of the kernel.
-      levels: float32 `[rows, 2]`, values that bfloat16 represents exactly; rows are output
-        features, or their groups (`quantization.groups`).
+      levels: as the grid fits them (`grids.Levels`), in their stored form.
       fell_back: the Hessian could not be factorised, or an input was not finite; the codes are
         those of round-to-nearest (of zero where a weight was not finite).
       layer_error: trace(d^T H d) / 2 with the undamped H: with the Hessians of
@@ -65,7 +63,7 @@ class GptqResult(NamedTuple):
     """
 
     codes: UInt8[Array, "in out"]
-    levels: Float[Array, "rows 2"]
+    levels: Levels
     fell_back: Bool[Array, ""]
     layer_error: Float[Array, ""]
     weight_error: Float[Array, ""]
@@ -80,6 +78,7 @@ def gptq(
     block_size: int | None = None,
     act_order: bool = False,
     group_size: int | None = None,
+    step: float | Float[Array, ""] = 1.0,
 ) -> GptqResult:
     """Quantize one kernel so that its outputs, not its weights, change least.
 
@@ -88,7 +87,7 @@ def gptq(
     Args:
       W: the kernel.
       H: float32, symmetric; only the upper triangle is read.
-      grid: which values a row may take; its levels are fitted on W before the sweep.
+      grid: which values a row may take; fitted before the sweep, on W and, where it has steps, V.
       damping: share of the mean diagonal of H that is added to the diagonal (QMoE uses 0.1).
       block_size: columns per matrix product, a multiple of 16; changes the speed, not the result
         (up to float32 rounding). None takes 128, or more where that would be over 12 blocks.
@@ -96,6 +95,7 @@ def gptq(
       group_size: columns that share a pair of levels, by their place in the kernel; it divides
         `in`. None is all. Levels are fitted on W before the sweep, as without groups ("static
         groups"; the original fits a group when the sweep comes to it).
+      step: of a grid that has steps, in units of W (`lattice`); may be traced.
     """
     num_in = W.shape[0]
     block_size = default_block_size(num_in) if block_size is None else block_size
@@ -109,7 +109,6 @@ def gptq(
     H = H.astype(jnp.float32)
     is_finite = jnp.all(jnp.isfinite(W))
     W = jnp.where(jnp.isfinite(W), W, 0.0)
-    levels = fit_groups(grid, W, group_size)
 
     diagonal = jnp.diagonal(H)
     damp = jnp.maximum(damping * jnp.mean(diagonal), _MIN_DAMP)
@@ -125,16 +124,21 @@ def gptq(
     hessian = jnp.pad(hessian, ((0, num_padding), (0, num_padding)))
     added = jnp.where(jnp.arange(num_in + num_padding) < num_in, damp, 1.0)
     V = upper_factor(hessian, added, block_size)
-    columns = _Columns(levels[0], None)
-    if levels.shape[0] > 1:
-        group = jnp.arange(num_in) // (num_in // levels.shape[0])
-        columns = _Columns(
-            levels, jnp.pad(group if order is None else group[order], (0, num_padding))
-        )
     # A number in row i of V or H that is not finite makes V_ii not finite: no need to read it all.
-    fell_back = ~(is_finite & jnp.all(jnp.isfinite(jnp.diagonal(V))))
+    factor_diagonal = jnp.diagonal(V)[:num_in]
+    fell_back = ~(is_finite & jnp.all(jnp.isfinite(factor_diagonal)))
+    if order is not None:
+        factor_diagonal = jnp.zeros_like(factor_diagonal).at[order].set(factor_diagonal)
+    levels = grid.fit_kernel(W, jnp.where(fell_back, 1.0, factor_diagonal), step, group_size)
+    numbers = grid.of_groups(levels, W.shape[1])
+    columns = _Columns(numbers[0], None)
+    if numbers.shape[0] > 1:
+        group = jnp.arange(num_in) // (num_in // numbers.shape[0])
+        columns = _Columns(
+            numbers, jnp.pad(group if order is None else group[order], (0, num_padding))
+        )
 
-    Outcome = tuple[UInt8[Array, "in out"], Float[Array, ""], Float[Array, ""]]
+    Outcome = tuple[UInt8[Array, "in out"], Levels, Float[Array, ""], Float[Array, ""]]
 
     def sweep() -> Outcome:
         codes, damped_error, d = _sweep(swept, V, columns, grid, block_size)
@@ -142,37 +146,66 @@ def gptq(
         if order is not None:
             codes = jnp.zeros_like(codes).at[order].set(codes, unique_indices=True)
         weight_error = jnp.sum(d * d)
-        return codes, jnp.maximum(damped_error - damp * weight_error, 0.0) / 2, weight_error
+        layer_error = jnp.maximum(damped_error - damp * weight_error, 0.0) / 2
+        if not grid.has_steps:
+            return codes, levels, layer_error, weight_error
+        d = d[:num_in]
+        if order is not None:
+            d = jnp.zeros_like(d).at[order].set(d, unique_indices=True)
+        outputs = _outputs_overlap(W, H, d, layer_error)
+        weights = Overlap(jnp.sum(W * W), jnp.sum(W * d), weight_error)
+        gain = outputs.unbiased_gain
+        errors = outputs.error_at(gain) / 2, weights.error_at(gain)
+        return codes, grid.scaled(levels, gain), *errors
 
     def fall_back() -> Outcome:
-        codes = quantize_groups(grid, W, levels)
-        values = dequantize_groups(grid, codes, rows_of_levels(levels))
-        return codes, jnp.float32(0.0), jnp.sum(jnp.square(W - values))
+        codes = quantize_kernel(grid, W, levels)
+        values = dequantize_kernel(grid, codes, levels)
+        return codes, levels, jnp.float32(0.0), jnp.sum(jnp.square(W - values))
 
-    codes, layer_error, weight_error = lax.cond(fell_back, fall_back, sweep)
-    return GptqResult(codes, rows_of_levels(levels), fell_back, layer_error, weight_error)
+    codes, levels, layer_error, weight_error = lax.cond(fell_back, fall_back, sweep)
+    return GptqResult(codes, levels, fell_back, layer_error, weight_error)
+
+
+def _outputs_overlap(
+    W: Float[Array, "in out"],
+    H: Float[Array, "in in"],
+    d: Float[Array, "in out"],
+    layer_error: Float[Array, ""],
+) -> Overlap:
+    """Return the products of the outputs, those with W from some outputs.
+
+    Only the upper triangle of H is read.
+    """
+    some_W, some_d = W[:, :GAIN_OUTPUTS], d[:, :GAIN_OUTPUTS]
+    upper = jnp.triu(H, 1)
+    products = _matmul(upper, some_W) + _matmul(upper.T, some_W)
+    products = products + jnp.diagonal(H)[:, None] * some_W
+    share = W.shape[1] / some_W.shape[1]
+    own, cross = jnp.sum(products * some_W), jnp.sum(products * some_d)
+    return Overlap(share * own, share * cross, 2 * layer_error)
 
 
 class _Columns(NamedTuple):
-    """The levels of the columns of a sweep, a block or a panel.
+    """The numbers of the columns of a sweep, a block or a panel (`Grid.of_groups`).
 
     Attributes:
-      levels: `[out, 2]` of all columns, or `[groups, out, 2]`.
-      group: of each column; None where all have the same levels.
+      numbers: of all columns, or by group.
+      group: of each column; None where all have the same numbers.
     """
 
-    levels: Float[Array, "*groups out 2"]
+    numbers: Float[Array, "*groups rows numbers"]
     group: Int[Array, " columns"] | None
 
     def slice(self, first: int | Array, size: int) -> "_Columns":
         if self.group is None:
             return self
-        return _Columns(self.levels, lax.dynamic_slice(self.group, (first,), (size,)))
+        return _Columns(self.numbers, lax.dynamic_slice(self.group, (first,), (size,)))
 
-    def of(self, column: Array) -> Float[Array, "out 2"]:
+    def of(self, column: Array) -> Float[Array, "rows numbers"]:
         if self.group is None:
-            return self.levels
-        return lax.dynamic_index_in_dim(self.levels, self.group[column], keepdims=False)
+            return self.numbers
+        return lax.dynamic_index_in_dim(self.numbers, self.group[column], keepdims=False)
 
 
 def default_block_size(num_in: int) -> int:
@@ -327,12 +360,12 @@ def _sweep_panel(
         codes, d = carry
         row = lax.dynamic_slice(feedback, (j, 0), (1, size))
         w = lax.dynamic_slice(updated, (j, 0), (1, num_out)) + _matmul(row, d)
-        levels = columns.of(j)
-        code = grid.quantize(w, levels)
+        numbers = columns.of(j)
+        code = grid.quantize(w, numbers)
         original = lax.dynamic_slice(W, (j, 0), (1, num_out))
         # Not `.at[j].set`, which checks bounds and then copies the carry at every column.
         codes = lax.dynamic_update_slice(codes, code, (j, 0))
-        d = lax.dynamic_update_slice(d, original - grid.dequantize(code, levels), (j, 0))
+        d = lax.dynamic_update_slice(d, original - grid.dequantize(code, numbers), (j, 0))
         return codes, d
 
     carry = (jnp.zeros((size, num_out), jnp.uint8), jnp.zeros_like(W))

@@ -1,18 +1,22 @@
-"""Grids: which values a row of weights may take, and which of them a weight is rounded to.
+"""Grids: which values the weights of a kernel may take, and which of them a weight is rounded to.
 
-A grid owns three decisions and nothing else: the two stored numbers of an output row (`levels`),
-the code of a weight, and the value of a code. GPTQ, round-to-nearest and the codec see only the
-protocol `Grid`, so that another grid is one more small class in this file.
+A grid owns three decisions and nothing else: the numbers that are stored beside the codes of a
+kernel (`levels`), the code of a weight, and the value of a code. GPTQ, round-to-nearest and the
+codec see only the protocol `Grid`. Here are the grids of the paper, whose levels are two numbers of
+an output row; `lattice.py` has the one whose steps differ by input feature.
 
-`levels` are stored as bfloat16. Rounding therefore happens in `fit`, before any weight is
-quantized: what GPTQ optimises is what a decoder reconstructs, bit for bit.
+What is stored is rounded to its stored form in `fit_kernel`, before any weight is quantized: what
+GPTQ optimises is what a decoder reconstructs, bit for bit.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
+
+from qmoe_jax.quantization.groups import levels_of_groups, num_groups, rows_of_levels
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 # The largest finite bfloat16, so that rounding up never stores an infinity.
@@ -21,12 +25,18 @@ _MAX_BFLOAT16 = 3.3895313892515355e38
 _MIN_NORMAL = 1.1754943508222875e-38
 
 
+# What a grid stores beside the codes of a kernel, a pytree: float32 [rows, 2] for levels of rows,
+# rows being output features or their groups (`groups`); `lattice.Steps` for the lattice.
+Levels = Any
+
+
 @runtime_checkable
 class Grid(Protocol):
     """What GPTQ, round-to-nearest and the codec need of a grid.
 
-    Every grid represents zero exactly: `dequantize(quantize(0)) == 0` for any levels of `fit`.
-    Implementations are frozen dataclasses: hashable, so that jit takes them as static arguments.
+    Every grid represents zero exactly: `dequantize(quantize(0)) == 0` for any levels that are
+    fitted. Implementations are frozen dataclasses: hashable, so that jit takes them as static
+    arguments.
     """
 
     @property
@@ -39,28 +49,114 @@ class Grid(Protocol):
         """Codes are 0 to num_codes - 1."""
         ...
 
-    def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
-        """Fit the levels of each output row, float32 values that bfloat16 represents exactly."""
+    @property
+    def has_steps(self) -> bool:
+        """Whether levels are steps of the input features, known when the Hessian is factorised.
+
+        Such a grid is also made unbiased after a sweep, by `scaled`.
+        """
+        ...
+
+    def fit_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        factor_diagonal: Float[Array, " in"],
+        step: float | Float[Array, ""],
+        group_size: int | None,
+    ) -> Levels:
+        """Return what is stored beside the codes of a kernel.
+
+        Args:
+          kernel: finite, float32.
+          factor_diagonal: V_jj of each input feature (`gptq`); ones without a Hessian. Only for
+            grids that have steps, as the next.
+          step: how coarse, in units of the kernel's weights.
+          group_size: input features that share a pair of levels; None is all.
+
+        Raises:
+          ValueError: the grid has no groups, or the size does not divide the row.
+        """
+        ...
+
+    def of_groups(self, levels: Levels, num_out: int) -> Float[Array, "groups rows numbers"]:
+        """Return the numbers of each group of neighbouring input features, as the next two take it.
+
+        `rows` is 1 where all output features share them; groups are of one size.
+        """
         ...
 
     def quantize(
-        self, weights: Float[Array, "*rows out"], levels: Float[Array, "out 2"]
-    ) -> UInt8[Array, "*rows out"]:
+        self, weights: Float[Array, "*columns out"], numbers: Float[Array, "rows numbers"], /
+    ) -> UInt8[Array, "*columns out"]:
         """Return the code of each weight: of the nearest value, any of those that are equally near.
 
-        `host_gptq` finds it from `dequantize` alone.
+        `host_gptq` finds it from `dequantize` alone for grids without steps.
         """
         ...
 
     def dequantize(
-        self, codes: UInt8[Array, "*rows out"], levels: Float[Array, "out 2"]
-    ) -> Float[Array, "*rows out"]:
+        self, codes: UInt8[Array, "*columns out"], numbers: Float[Array, "rows numbers"], /
+    ) -> Float[Array, "*columns out"]:
         """Return the float32 value of each code."""
         ...
 
+    def scaled(self, levels: Levels, gain: Float[Array, ""]) -> Levels:
+        """Return levels whose values are `gain` times as large, for grids that have steps."""
+        ...
+
+
+def quantize_kernel(
+    grid: Grid, kernel: Float[Array, "in out"], levels: Levels
+) -> UInt8[Array, "in out"]:
+    """Return the nearest code of each weight."""
+    numbers = grid.of_groups(levels, kernel.shape[1])
+    grouped = kernel.reshape(numbers.shape[0], -1, kernel.shape[1])
+    return jax.vmap(grid.quantize)(grouped, numbers).reshape(kernel.shape)
+
+
+def dequantize_kernel(
+    grid: Grid, codes: UInt8[Array, "in out"], levels: Levels
+) -> Float[Array, "in out"]:
+    """Return the float32 value of each code of a kernel."""
+    numbers = grid.of_groups(levels, codes.shape[1])
+    grouped = codes.reshape(numbers.shape[0], -1, codes.shape[1])
+    return jax.vmap(grid.dequantize)(grouped, numbers).reshape(codes.shape)
+
+
+class _RowGrid:
+    """What the grids with two levels a row have in common; `fit` is their own."""
+
+    has_steps = False
+
+    def fit(self, kernel: Float[Array, "in out"]) -> Float[Array, "out 2"]:
+        """Fit the levels of each output row, float32 values that bfloat16 represents exactly."""
+        raise NotImplementedError
+
+    def fit_kernel(
+        self,
+        kernel: Float[Array, "in out"],
+        factor_diagonal: Float[Array, " in"],
+        step: float | Float[Array, ""],
+        group_size: int | None,
+    ) -> Float[Array, "rows 2"]:
+        """Fit every group of every row; neither the Hessian nor a step matters."""
+        del factor_diagonal, step
+        groups = num_groups(kernel.shape[0], group_size)
+        return rows_of_levels(jax.vmap(self.fit)(kernel.reshape(groups, -1, kernel.shape[1])))
+
+    def of_groups(
+        self, levels: Float[Array, "rows 2"], num_out: int
+    ) -> Float[Array, "groups out 2"]:
+        """Return the two levels of each output feature."""
+        return levels_of_groups(levels, num_out)
+
+    def scaled(self, levels: Float[Array, "rows 2"], gain: Float[Array, ""]) -> Levels:
+        """Refuse: these levels are fitted to extremes."""
+        raise TypeError("levels of rows are not scaled")
+
 
 @dataclasses.dataclass(frozen=True)
-class Ternary:
+class Ternary(_RowGrid):
     """Ternary `{low, 0, high}` with low and high at the row's extremes (QMoE, section 3).
 
     levels: `(low, high)`, low <= 0 <= high; a row of zeros has (-1, 1).
@@ -99,7 +195,7 @@ class Ternary:
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoBit:
+class TwoBit(_RowGrid):
     """Four evenly spaced values that contain zero (the asymmetric 2-bit grid of GPTQ).
 
     levels: `(scale, zero)`, scale > 0, zero in {0, 1, 2, 3} (a code, stored as a float).

@@ -5,11 +5,8 @@ The codec knows rows only, each with its two levels. A kernel `[in, out]` in gro
 the second. One group, the whole row, is the usual case.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
-
-from qmoe_jax.quantization.grids import Grid
 
 
 def num_groups(num_in: int, group_size: int | None) -> int:
@@ -37,17 +34,14 @@ def stored_shape(num_in: int, num_out: int, group_size: int | None) -> tuple[int
     return num_out * groups, num_in // groups
 
 
-def fit_groups(
-    grid: Grid, kernel: Float[Array, "in out"], group_size: int | None
-) -> Float[Array, "groups out 2"]:
-    """Return the levels of every group."""
-    groups = num_groups(kernel.shape[0], group_size)
-    return jax.vmap(grid.fit)(kernel.reshape(groups, -1, kernel.shape[1]))
-
-
 def rows_of_levels(levels: Float[Array, "groups out 2"]) -> Float[Array, "rows 2"]:
     """Reorder levels as the codec stores them: all groups of an output feature together."""
     return jnp.swapaxes(levels, 0, 1).reshape(-1, 2)
+
+
+def levels_of_groups(rows: Float[Array, "rows 2"], num_out: int) -> Float[Array, "groups out 2"]:
+    """Invert `rows_of_levels`."""
+    return jnp.swapaxes(rows.reshape(num_out, -1, 2), 0, 1)
 
 
 def rows_of_kernel(
@@ -64,20 +58,3 @@ def kernel_of_rows(
 ) -> Shaped[Array, "*experts in out"]:
     """Invert `rows_of_kernel`."""
     return jnp.swapaxes(rows.reshape(*rows.shape[:-2], -1, num_in), -1, -2)
-
-
-def quantize_groups(
-    grid: Grid, kernel: Float[Array, "in out"], levels: Float[Array, "groups out 2"]
-) -> Shaped[Array, "in out"]:
-    """Return the nearest code of each weight."""
-    grouped = kernel.reshape(levels.shape[0], -1, kernel.shape[1])
-    return jax.vmap(grid.quantize)(grouped, levels).reshape(kernel.shape)
-
-
-def dequantize_groups(
-    grid: Grid, codes: Shaped[Array, "in out"], levels: Float[Array, "rows 2"]
-) -> Float[Array, "in out"]:
-    """Return the float32 value of each code of a kernel; levels as the codec stores them."""
-    by_group = jnp.swapaxes(levels.reshape(codes.shape[1], -1, 2), 0, 1)
-    grouped = codes.reshape(by_group.shape[0], -1, codes.shape[1])
-    return jax.vmap(grid.dequantize)(grouped, by_group).reshape(codes.shape)

@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from qmoe_jax.host_threads import compiled, num_threads
+from qmoe_jax.quantization.gptq import GAIN_OUTPUTS
+from qmoe_jax.quantization.lattice import MAX_CODE
 
 # Columns between two matrix products. The compiled loop multiplies inside a panel, at half the
 # speed of BLAS; with fewer columns BLAS itself is slower. A multiple of 4: codes come by fours.
@@ -35,6 +37,9 @@ _TILE = 128
 # As in `gptq.py`.
 _MIN_DAMP = 1e-6
 
+# The steps of an expert's input features, from its number and its V_jj.
+StepRule = Callable[[int, Float32[np.ndarray, " in"]], Float32[np.ndarray, " in"]]
+
 
 class HostGptqResult(NamedTuple):
     """The quantized kernels of some experts; what was not swept is zero.
@@ -46,6 +51,9 @@ class HostGptqResult(NamedTuple):
       layer_error: trace(d^T H d) / 2 with the undamped H, float32.
       weight_error: the sum of d^2, float32.
       zero_share: share of weights whose value is 0, float32.
+      weight_cross: with steps, the sum of W d, float32; else 0, as the next two.
+      output_own: <W, W>_H, from the first outputs (`gptq.GAIN_OUTPUTS`).
+      output_cross: <W, d>_H of these.
     """
 
     codes: UInt8[np.ndarray, "experts out in"]
@@ -53,12 +61,15 @@ class HostGptqResult(NamedTuple):
     layer_error: Float32[np.ndarray, " experts"]
     weight_error: Float32[np.ndarray, " experts"]
     zero_share: Float32[np.ndarray, " experts"]
+    weight_cross: Float32[np.ndarray, " experts"]
+    output_own: Float32[np.ndarray, " experts"]
+    output_cross: Float32[np.ndarray, " experts"]
 
 
 def host_gptq(
     W: Float32[np.ndarray, "experts in out"],
     H: Float32[np.ndarray, "experts in in"],
-    values: Float32[np.ndarray, "experts groups codes out"],
+    values: Float32[np.ndarray, "experts groups codes out"] | StepRule,
     experts: Sequence[int] | Int[np.ndarray, " some"],
     *,
     damping: float = 0.1,
@@ -67,12 +78,14 @@ def host_gptq(
 ) -> HostGptqResult:
     """Quantize some experts of a batch, a thread for each; the result does not depend on how many.
 
-    A weight takes the code of the nearest value, the lowest of those that are equally near.
+    A weight takes the code of the nearest value, the lowest of those that are equally near; with
+    steps, that of the nearest multiple, the even one of two, as `lattice.Lattice` has it.
 
     Args:
       W: kernels.
       H: symmetric.
-      values: of each code in each output row, or in its groups of neighbouring input features.
+      values: of each code in each output row, or in its groups of neighbouring input features; or
+        how the steps of a lattice follow from the factor.
       experts: which to quantize.
       damping: share of the mean diagonal of H that is added to the diagonal.
       act_order: quantize columns by descending diagonal of H instead of from first to last.
@@ -87,13 +100,17 @@ def host_gptq(
         layer_error=np.zeros(num_experts, np.float32),
         weight_error=np.zeros(num_experts, np.float32),
         zero_share=np.zeros(num_experts, np.float32),
+        weight_cross=np.zeros(num_experts, np.float32),
+        output_own=np.zeros(num_experts, np.float32),
+        output_cross=np.zeros(num_experts, np.float32),
     )
     result.codes[np.setdiff1d(np.arange(num_experts), experts)] = 0
     scratch = threading.local()
 
     def quantize(expert):
+        own = functools.partial(values, int(expert)) if callable(values) else values[expert]
         swept = _quantize_expert(
-            W[expert], H[expert], values[expert], result.codes[expert], damping, act_order, scratch
+            W[expert], H[expert], own, result.codes[expert], damping, act_order, scratch
         )
         if swept is None:
             result.fell_back[expert] = True
@@ -114,15 +131,13 @@ def host_gptq(
 
 def workspace_bytes(num_in: int, num_out: int, threads: int) -> int:
     """Memory beside inputs and codes: a thread has factor (twice with act-order), errors, codes."""
-    floats = 2 * num_in**2 + num_in * min(num_out, _STRIP)
+    floats = 2 * num_in**2 + num_in * (min(num_out, _STRIP) + 2 * min(num_out, GAIN_OUTPUTS))
     return threads * (4 * floats + num_in * num_out)
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _quantize_expert(
-    W, H, values, codes, damping, act_order, scratch
-) -> tuple[float, float, float] | None:
-    """Fill the codes `[out, in]`; layer error, weight error and zero share, or None on failure."""
+def _quantize_expert(W, H, values, codes, damping, act_order, scratch) -> tuple[float, ...] | None:
+    """Fill the codes `[out, in]`; the other fields of `HostGptqResult`, or None on failure."""
     num_in, num_out = W.shape
     # Half of H is not read otherwise. The sum is the cheaper test, but may overflow.
     if not (np.isfinite(H.sum()) or np.isfinite(H).all()):
@@ -142,9 +157,21 @@ def _quantize_expert(
         return None
 
     features = np.ascontiguousarray(features, np.uintp)
-    groups = features // np.uintp(num_in // values.shape[0])
-    sweep_panel = _panel_kernel(values.shape[1])
-    totals = np.zeros(3)
+    has_steps = callable(values)
+    sample = None
+    if has_steps:
+        factor_diagonal = np.empty(num_in, np.float32)
+        factor_diagonal[features] = U.diagonal()
+        if not np.isfinite(factor_diagonal).all():
+            return None
+        values = values(factor_diagonal)
+        groups = features  # not used: the step of a column is found by its feature
+        sweep_panel = _panel_kernel(None)
+        sample = (0.0, 0.0)
+    else:
+        groups = features // np.uintp(num_in // values.shape[0])
+        sweep_panel = _panel_kernel(values.shape[1])
+    totals = np.zeros(4)
     # The loop writes four codes as one word, in the order of the sweep.
     row_words = -(-num_in // 4)
     in_place = not act_order and num_in % 4 == 0
@@ -161,19 +188,31 @@ def _quantize_expert(
             else:
                 d[start:stop] = 0
             sweep_panel(W, features, groups, U, d, start, stop, first, values, words, totals)
+        if has_steps and first == 0:
+            sample = _output_products(W, H, d, features)
     if not in_place:
         codes[:, features[::-1]] = words.view(np.uint8)[:, :num_in]
-    damped_error, weight_error, zeros = totals
+    damped_error, weight_error, zeros, weight_cross = totals
     # A weight that is not finite has such an error.
     if not np.isfinite(totals).all():
         return None
     layer_error = max(damped_error - float(damp) * weight_error, 0.0) / 2
-    return layer_error, weight_error, zeros / (num_in * num_out)
+    products = (0.0, 0.0) if sample is None else sample
+    return layer_error, weight_error, zeros / (num_in * num_out), weight_cross, *products
+
+
+def _output_products(W, H, d, features) -> tuple[float, float]:
+    """<W, W>_H and <W, d>_H as the first outputs have them; rows of d are columns of the sweep."""
+    some = np.ascontiguousarray(W[:, :GAIN_OUTPUTS])
+    share = W.shape[1] / some.shape[1]
+    products = H @ some
+    own, cross = np.vdot(products, some), np.vdot(products[features], d[:, :GAIN_OUTPUTS])
+    return share * float(own), share * float(cross)
 
 
 @functools.cache
-def _panel_kernel(num_codes: int) -> Callable[..., None]:
-    """Return the compiled column loop of one panel, for grids of so many codes.
+def _panel_kernel(num_codes: int | None) -> Callable[..., None]:
+    """Return the compiled column loop of one panel, for grids of so many codes; None for steps.
 
     What makes LLVM use vector registers: the number of codes and the size of a tile are constants
     of the program, a tile is copied to memory of its own, whose rows are a constant apart, and
@@ -181,10 +220,14 @@ def _panel_kernel(num_codes: int) -> Callable[..., None]:
     """
     unsigned: Any = np.uintp
     one, two, three, eight = unsigned(1), unsigned(2), unsigned(3), unsigned(8)
-    codes_of_grid, tile = unsigned(num_codes), unsigned(_TILE)
-    # Rows of the scratch memory: sums of e^2, of d^2, of zeros, then the values of the codes.
-    squares, distances, zeros, levels = (unsigned(row * _TILE) for row in range(4))
+    has_steps = num_codes is None
+    codes_of_grid, tile = unsigned(0 if num_codes is None else num_codes), unsigned(_TILE)
+    # Rows of the scratch memory: sums of e^2, d^2, zeros and W d, then the values of the codes.
+    squares, distances, zeros, crosses, levels = (unsigned(row * _TILE) for row in range(5))
     nothing = np.float32(0)
+    most = np.float32(MAX_CODE)
+    # Added and taken away again, it rounds what is below 2^22 to the nearest integer.
+    rounder = np.float32(1.5 * 2**23)
 
     def sweep_panel(W, features, groups, U, d, start, stop, first, values, words, totals):
         """Columns stop - 1 down to start of the outputs from `first` on. Runs under numba.
@@ -218,7 +261,11 @@ def _panel_kernel(num_codes: int) -> Callable[..., None]:
                 i = size - one - back
                 j = panel + i
                 row = j * num_in + panel
-                if groups[j] != group:
+                step = inverse = nothing
+                if has_steps:
+                    step = flat_values[features[j]]
+                    inverse = np.float32(1) / step
+                elif groups[j] != group:
                     group = groups[j]
                     for k in range(codes_of_grid):
                         at = (group * codes_of_grid + k) * num_out + first_out + left
@@ -255,22 +302,31 @@ def _panel_kernel(num_codes: int) -> Callable[..., None]:
                 for t in range(lanes):
                     w, e = flat_W[at + t], tile_d[own + t]
                     updated = w + e * feedback
-                    value = scratch[levels + t]
-                    distance = abs(updated - value)
-                    code = np.uint32(0)
-                    for k in range(one, codes_of_grid):
-                        other = scratch[levels + k * tile + t]
-                        away = abs(updated - other)
-                        is_nearer = away < distance
-                        distance = away if is_nearer else distance
-                        value = other if is_nearer else value
-                        code = np.uint32(k) if is_nearer else code
+                    if has_steps:
+                        multiple = min(max(updated * inverse, -most), most)
+                        multiple = (multiple + rounder) - rounder
+                        value = multiple * step
+                        twice = np.int32(multiple) << np.int32(1)
+                        code = np.uint32(-twice - np.int32(1) if twice < 0 else twice)
+                    else:
+                        value = scratch[levels + t]
+                        distance = abs(updated - value)
+                        code = np.uint32(0)
+                        for k in range(one, codes_of_grid):
+                            other = scratch[levels + k * tile + t]
+                            away = abs(updated - other)
+                            is_nearer = away < distance
+                            distance = away if is_nearer else distance
+                            value = other if is_nearer else value
+                            code = np.uint32(k) if is_nearer else code
                     error = w - value
                     tile_d[own + t] = error
                     e += scale * error
                     scratch[squares + t] += e * e
                     scratch[distances + t] += error * error
                     scratch[zeros + t] += np.float32(1) if value == 0 else nothing
+                    if has_steps:
+                        scratch[crosses + t] += w * error
                     tile_words[word + t] |= code << shift
             for i in range(size):
                 at = (panel + i) * width + left
@@ -285,6 +341,7 @@ def _panel_kernel(num_codes: int) -> Callable[..., None]:
             totals[0] += scratch[squares + t]
             totals[1] += scratch[distances + t]
             totals[2] += scratch[zeros + t]
+            totals[3] += scratch[crosses + t]
 
     return compiled(sweep_panel)
 

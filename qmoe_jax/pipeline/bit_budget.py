@@ -1,0 +1,99 @@
+"""The bits that a run may still spend, and the step that each kernel gets of them.
+
+A target is met in one pass over the model. What is left is spread over the weights that are left:
+with one step for all, evenly; with steps by kernel, in the ratio of those. The step at which a
+kernel takes its part is searched on a few experts when its first batch comes, and follows from the
+batch before for the others; what a batch took more or less than its part, the next ones make up
+for. The last batch of all has none behind it, and is searched on all of its experts. A process
+budgets for its own experts. All of it follows from what the journal holds, so a resumed run chooses
+the same steps.
+"""
+
+from collections.abc import Callable, Mapping
+
+from qmoe_jax.pipeline.run import Run
+from qmoe_jax.quantization.step_search import moved_step, step_for_bits, typical_bits
+
+# Not less is asked of any kernel: the side information alone may take as much.
+_LEAST_BITS = 0.02
+
+
+class BitBudget:
+    """Bits and weights that are left to one process.
+
+    Kernels are named as in `CompressionSettings.kernel_steps`: "encoder/layers_1/wi".
+    """
+
+    def __init__(
+        self, weights: Mapping[str, int], steps: Mapping[str, float], bits_per_weight: float
+    ):
+        """Begin with everything left.
+
+        Args:
+          weights: of each kernel, of this process's experts.
+          steps: of each kernel; only their ratios matter.
+          bits_per_weight: over all kernels.
+        """
+        self._weights = dict(weights)
+        self._steps = dict(steps)
+        self._target = bits_per_weight * sum(weights.values())
+        self._spent = 0  # whole bits: the sum does not depend on their order
+        self._found: dict[str, tuple[float, float]] = {}
+
+    def bits_for(self, kernel: str) -> float:
+        """Return the bits a weight that the next experts of a kernel should take."""
+        left = [(self._steps[name], count) for name, count in self._weights.items() if count]
+        low, high = 1e-4, 1e4
+        for _ in range(60):
+            middle = (low * high) ** 0.5
+            total = sum(count * typical_bits(middle * step) for step, count in left)
+            low, high = (middle, high) if total > self._target - self._spent else (low, middle)
+        return max(typical_bits(low * self._steps[kernel]), _LEAST_BITS)
+
+    def step_for(
+        self, kernel: str, num_weights: int, measure: Callable[[float, bool], float]
+    ) -> float:
+        """Choose the step for the next experts of a kernel.
+
+        Args:
+          kernel: its name.
+          num_weights: of these experts.
+          measure: bits a weight that they take at a step, from some of them or (True) from all.
+        """
+        wanted = self.bits_for(kernel)
+        start = moved_step(*self._found[kernel], wanted) if kernel in self._found else None
+        is_last = num_weights >= sum(self._weights.values())
+        if start is not None and not is_last:
+            return start
+        return step_for_bits(lambda step: measure(step, is_last), wanted, start=start)
+
+    def spend(self, kernel: str, num_weights: int, bits: int, step: float | None) -> None:
+        """Note what experts of a kernel have taken.
+
+        Args:
+          kernel: its name.
+          num_weights: of these experts.
+          bits: that they took.
+          step: that they had; None where no experts of the kernel follow.
+        """
+        self._weights[kernel] -= num_weights
+        self._spent += bits
+        if step is not None:
+            self._found[kernel] = step, max(bits / num_weights, _LEAST_BITS)
+
+
+def bit_budget(run: Run) -> BitBudget | None:
+    """Return the budget of this process's experts; None without a target."""
+    target = run.settings.target_bits_per_weight
+    if target is None:
+        return None
+    weights, steps = {}, {}
+    size = run.config.embed_dim * run.config.expert_mlp_dim * len(run.experts)
+    for stack, layer in run.config.sparse_layers:
+        settings = run.settings.for_layer(stack, layer)
+        if settings.method == "none" or not settings.quantization_grid.has_steps:
+            continue
+        for name in run.kernel_names:
+            kernel = f"{stack}/layers_{layer}/{name}"
+            weights[kernel], steps[kernel] = size, settings.step_of(name)
+    return BitBudget(weights, steps, target)
