@@ -11,6 +11,7 @@ the source that --peer names (`sub1_cuda_kernel.cu` of IST-DASLab/qmoe).
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,17 @@ def main() -> None:
         f"{results['device']}, copy {results['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"write {results['write_bytes_per_second'] / 1e9:.0f} GB/s"
     )
-    for shape in shapes:
-        bench_shape(gpu, shape, options, paper, results)
-        if options.json:  # whole or not at all, after each shape
+
+    def save() -> None:
+        """Whole or not at all, after each entry: a run may be ended at any moment."""
+        if options.json:
             write_json(options.json, results)
-    table = render(results)
-    print(table)
-    if options.json:
-        options.json.with_suffix(".md").write_text(table)
+            options.json.with_suffix(".md").write_text(render(results))
+
+    for shape in shapes:
+        bench_shape(gpu, shape, options, paper, results, save)
+    save()
+    print(render(results))
 
 
 def bench_shape(
@@ -88,12 +92,14 @@ def bench_shape(
     options: argparse.Namespace,
     paper: PaperKernel | None,
     results: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     cublas_seconds: dict[tuple[int, int], gpu_bench.Timing] = {}
     paper_seconds = None
     if paper and shape in paper.shapes:
         paper_seconds = time_paper(gpu, paper, gpu_bench.make_codes(gpu, "qmoe", *shape))
         results.setdefault("paper", []).append({"shape": list(shape), **paper_seconds})
+        save()
     for coding in options.codings:
         codes = gpu_bench.make_codes(gpu, coding, *shape)
         device = gpu.launcher.device
@@ -115,9 +121,12 @@ def bench_shape(
                 if paper_seconds:
                     entry["paper_seconds"] = paper_seconds["seconds"] * experts * tokens
                 results["products"].append(entry)
+                save()
+        cublas.close()
         implementation = get_coding(coding)
         if isinstance(implementation, TunstallCoding):
             bench_encoder(gpu, implementation, shape, results)
+            save()
 
 
 def token_sets(gpu: Gpu, codes: Codes, experts: int, tokens: int) -> list[Tokens]:
@@ -294,6 +303,22 @@ def time_paper(gpu: Gpu, paper: PaperKernel, codes: Codes) -> dict[str, float]:
             launches.append(lambda launch=launch, keep=ends: launch())
     timing = gpu.time(launches)
     return {"seconds": timing.seconds, "spread": timing.spread}
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """A line for each coding and number of experts: how much faster than cuBLAS, over the shapes."""
+    lines = ["times faster than cuBLAS's bfloat16: geometric mean over shapes (least to most)"]
+    groups: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for p in results["products"]:
+        by_tokens = groups.setdefault((p["coding"], p["experts"]), {})
+        by_tokens.setdefault(p["tokens"], []).append(p["cublas_seconds"] / p["seconds"])
+    for (coding, experts), by_tokens in groups.items():
+        parts = [
+            f"{tokens}: {np.exp(np.mean(np.log(r))):.2f} ({min(r):.2f}-{max(r):.2f})"
+            for tokens, r in by_tokens.items()
+        ]
+        lines.append(f"{coding}, {experts} experts, by tokens each: {'  '.join(parts)}")
+    return lines
 
 
 def render(results: dict[str, Any]) -> str:

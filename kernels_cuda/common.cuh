@@ -162,12 +162,6 @@ QMOE_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// A number as a type.
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
-
 // Geometry of a coded tensor, the same for all codings.
 struct Shape {
   int num_experts, out_features, in_features;

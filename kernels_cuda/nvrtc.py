@@ -64,6 +64,9 @@ def _library() -> ctypes.CDLL:
         raise FileNotFoundError(
             "NVRTC is not installed; install its wheel: pip install nvidia-cuda-nvrtc"
         )
+    # NVRTC opens its built-ins by name alone, and up to 13.0 does not look beside itself.
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
 
 

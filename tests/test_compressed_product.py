@@ -7,6 +7,10 @@ those that run on a GPU.
 import dataclasses
 import functools
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +279,54 @@ class TestMlp:
         ]
         assert launcher.calls == [("expand_tunstall", True)]
         np.testing.assert_array_equal(*results)
+
+
+_ON_TWO_DEVICES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np
+from cuda_emulation.launcher import EmulatedLauncher
+from test_compressed_product import make_experts
+from qmoe_jax.errors import CudaError
+from qmoe_jax.ops.cuda.launcher import use_launcher
+from qmoe_jax.ops.products import compressed_product
+first, second = jax.devices()
+experts = make_experts("tunstall", 2, 6, 8)
+index = jnp.asarray([1, 0, 1], jnp.int32)
+launcher = EmulatedLauncher()
+with use_launcher(launcher):
+    for device in (second, first):
+        x = jax.device_put(jnp.ones((3, 8), jnp.bfloat16), device)
+        y = compressed_product(
+            x, jax.device_put(index, device), experts, num_experts=2, out_features=6,
+            implementation="cuda")
+        assert y.devices() == {device}, y.devices()
+        assert launcher.devices == [device], launcher.devices
+        launcher.devices.clear()
+    from qmoe_jax.ops.cuda.launcher import KernelCall, run_kernel
+    call = KernelCall("expand.cu", "expand_tunstall", (1, 1), 32, 0, ())
+    here, there = (jax.device_put(jnp.ones(3), device) for device in (first, second))
+    try:
+        run_kernel(launcher, call, [here, there], jax.ShapeDtypeStruct((3,), jnp.float32))
+    except CudaError as error:
+        print(error)
+"""
+
+
+@needs_compiler
+def test_eager_launches_are_where_the_operands_are():
+    """On the second of two devices too; operands on both are refused."""
+    folder = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_TWO_DEVICES, folder],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lie on several devices" in done.stdout
+    assert "jax.device_put" in done.stdout
 
 
 class TestUnsupported:

@@ -242,6 +242,36 @@ def test_products_through_jax(rng, coding, dtype, tokens):
         assert (np.abs(np.asarray(inside, np.float64) - expected) <= bound).all()
 
 
+@pytest.mark.skipif(
+    "graph_min_graph_size=1" not in os.environ.get("XLA_FLAGS", ""),
+    reason="needs XLA_FLAGS=--xla_gpu_graph_min_graph_size=1",
+)
+def test_launches_are_replayed_in_a_graph(rng, monkeypatch):
+    """XLA's command buffers hold the launch: Python runs less often than the program."""
+    experts, weights = make_experts(rng, "tunstall", 2, 64, 72)
+    launcher, launched = current_launcher(), []
+    launch = launcher.launch
+    monkeypatch.setattr(
+        launcher, "launch", lambda *given: (launched.append(given[0].name), launch(*given))[1]
+    )
+    run = jax.jit(
+        functools.partial(
+            compressed_product,
+            experts=experts,
+            num_experts=2,
+            out_features=64,
+            implementation="cuda",
+        )
+    )
+    index = jnp.asarray([0, 1, 1], jnp.int32)
+    for _ in range(12):
+        x = jnp.asarray(rng.normal(size=(3, 72)), jnp.bfloat16)
+        expected = np.einsum("toi,ti->to", weights[[0, 1, 1]].astype(float), np.asarray(x, float))
+        np.testing.assert_allclose(np.asarray(run(x, index), float), expected, atol=0.1)
+    print(f"{len(launched)} launches by Python in 12 runs")
+    assert 0 < len(launched) < 12
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("tokens", [3, 300])
 def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens):
