@@ -34,7 +34,7 @@ from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
     KernelCall,
     StructArgument,
 )
-from qmoe_jax.ops.experts import find_row_block_starts  # noqa: E402
+from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
 """(out, in) of the QMoE paper's kernels."""
@@ -217,6 +217,8 @@ class Tokens(NamedTuple):
     experts: Any
     starts: Any
     y: Any
+    tiles: dict[int, tuple[Any, Any]]
+    """Experts and starts of tiles of tokens, by their size: `kernels.TokenTiles`."""
 
 
 def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -> Tokens:
@@ -228,7 +230,12 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     starts = np.searchsorted(ids, np.arange(spec.num_experts + 1)).astype(np.int32)
     y = np.full((count, spec.rows), 0x7FFF, np.uint16)
     order = np.arange(count, dtype=np.int32)
-    return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)))
+    tiles = {}
+    for size in kernels.MATMUL_TILES:
+        firsts = np.arange(0, each, size, dtype=np.int32)
+        found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
+        tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
+    return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)), tiles)
 
 
 def product_launches(
@@ -244,10 +251,35 @@ def product_launches(
         codes=codes.argument,
     )
     return [
-        gpu.run(call, [array.data.ptr for array in (*copy, *own)])
+        gpu.run(call, [array.data.ptr for array in (*copy, *own[:5])])
         for copy in codes.copies
         for own in tokens
     ]
+
+
+def matmul_launches(
+    gpu: Gpu, codes: Codes, tokens: Sequence[Tokens], size: int
+) -> list[Callable[[], None]]:
+    """The same by tensor cores, in tiles of `size` tokens."""
+    call = kernels.matmul_call(
+        codes.spec,
+        num_tokens=len(tokens[0].x),
+        num_tiles=len(tokens[0].tiles[size][0]),
+        tile_tokens=size,
+        is_float32=False,
+        codes=codes.argument,
+    )
+    launches = []
+    for copy in codes.copies:
+        for own in tokens:
+            arrays = (*copy, own.x, own.order, own.starts, *own.tiles[size], own.y)
+            launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
+    return launches
+
+
+def has_matmul(gpu: Gpu, spec: TensorSpec) -> bool:
+    """`kernels.has_matmul`, of a tensor whose rows are whole."""
+    return kernels.has_matmul(gpu.launcher, CodedExperts(spec, {}, spec.width))
 
 
 class Cublas:

@@ -46,10 +46,11 @@ PYTEST += ["-W", "default", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu"
 THROUGH_JAX = ["-k", "through_jax or mlp_in_a_loop or logits or graph"]
 ALL_IN_GRAPHS = {"XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1"}
 # The sanitizer slows kernels down a hundredfold, and JAX's own kernels too: those of CuPy alone.
-KERNELS_ONLY = ["-k", "test_damaged or test_encoder or (test_kernels and (33 or 769 or 1500))"]
+KERNELS_ONLY = "test_damaged or test_encoder or (test_kernels and (33 or 769 or 1500))"
+KERNELS_ONLY = ["-k", f"{KERNELS_ONLY} or (test_tensor_cores and (1040 or 768))"]
 # CuPy and XLA probe for what a driver may lack: such calls are no fault of a kernel.
 SANITIZER = ["--error-exitcode", "9", "--target-processes", "all", "--report-api-errors", "no"]
-OUR_KERNELS = ("fused_", "expand_", "encode_", "find_row_block_starts")
+OUR_KERNELS = ("fused_", "matmul_", "expand_", "encode_", "find_row_block_starts")
 TABLE_LINES = 60
 
 

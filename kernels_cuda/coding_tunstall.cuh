@@ -208,6 +208,101 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
   }
 }
 
+// A row of "tunstall" that is decoded in pieces; the same in all lanes of its group.
+struct TunstallCursor {
+  int at, end;  // bytes of the expert: the next codeword, and behind the row
+  u32 column;   // where it begins
+  u32 rank;     // of its first non-zero weight
+};
+
+// Weights as bytes: selectors for byte_select of a bfloat16 value from (low, high), or of zero.
+constexpr u32 SELECT_LOW = 0x54, SELECT_HIGH = 0x76;
+
+// Decodes columns [begin, begin + columns) of rows, one each LANES lanes, into bytes at shared address
+// `target`, which hold zeros; all lanes of the warp call it. The cursor then stands at the first
+// codeword that has weights behind these columns, and part of it may lie before them next time.
+template <int LANES>
+QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, TunstallCursor& cursor,
+                                 u32 target, int begin, int columns) {
+  const u32 select = gridDim.z;  // 1: see walk_tunstall
+  const int lane = threadIdx.x & (LANES - 1);
+  const u32 group = (threadIdx.x & 31) - lane;
+  const int limit4 = 4 * columns;
+  const auto load = [&](int at) { return expert.window(at >> 2, 8 * (at & 3)); };
+  // Columns are counted from `begin`, times 4; negative before it.
+  int column4 = 4 * (static_cast<int>(cursor.column) - begin);
+  bool busy = cursor.at < cursor.end && column4 < limit4;
+  u32 next = busy ? load(cursor.at + 4 * lane) : 0;
+  while (__any_sync(ALL_LANES, busy)) {
+    const u32 codewords = next;
+    next = busy ? load(cursor.at + 4 * (LANES + lane)) : 0;
+    Entry entries[4];
+    u32 sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
+      sum += entries[k].y;
+    }
+    const u32 through = inclusive_scan<LANES>(sum);
+    const u32 round = __shfl_sync(ALL_LANES, through, LANES - 1, LANES);
+    const u32 before = through - sum;
+    const int first4 = column4 + static_cast<int>(before & 0xffff);
+    const int first_bit = 8 * cursor.end - 32 - static_cast<int>(cursor.rank + (before >> 16));
+    const u32 signs = busy ? expert.window(first_bit >> 5, first_bit) : 0;
+
+    const auto visit = [&](bool present, u32 here4, u32 own_signs, int number) {
+      if (present && here4 < static_cast<u32>(limit4))
+        shared_store<u8>(target + here4 / 4,
+                         static_cast<u8>(own_signs & 0x80000000u >> number ? SELECT_HIGH : SELECT_LOW));
+    };
+    u32 number = 0, most = 0;
+    int here4 = first4, inside = 0;  // codewords that end within the columns
+    u32 inside_sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const u32 places = entries[k].x, from = static_cast<u32>(here4);
+      const u32 ones = busy && here4 < limit4 ? entries[k].y >> 16 : 0;
+      const u32 own = signs << number;
+      visit(ones > 0, __dp4a(places, select, from), own, 0);
+      visit(ones > 1, __dp4a(places, select << 8, from), own, 1);
+      visit(ones > 2, __dp4a(places, select << 16, from), own, 2);
+      here4 += entries[k].y & 0xffff;
+      number += ones;
+      most |= ones;
+      if (here4 <= limit4) {
+        ++inside;
+        inside_sum += entries[k].y;
+      }
+    }
+    if (most > 3) {  // the fourth and later: dictionaries 0 to 3, whose entries are found again
+      here4 = first4;
+      number = 0;
+#pragma unroll 1
+      for (u32 rest = codewords, k = 0; k < 4; ++k, rest >>= 8) {
+        const u64 bits = table_bits(expert.table, rest & 255);
+        u64 mask = bits >> 6;
+        const u32 ones = here4 < limit4 ? __popcll(mask) : 0;
+#pragma unroll 1
+        for (u32 j = 0; j < ones; ++j, ++number, mask &= mask - 1)
+          visit(j >= 3, static_cast<u32>(here4 + 4 * (__ffsll(mask) - 1)), signs << number, 0);
+        here4 += 4 * static_cast<int>(bits & 63);
+      }
+    }
+    // The first lane with a codeword that ends behind the columns has the next one to decode.
+    const u32 crossing = __ballot_sync(ALL_LANES, inside < 4) >> group & ((1u << LANES) - 1);
+    const int last = crossing ? __ffs(crossing) - 1 : LANES - 1;
+    const u32 passed = __shfl_sync(ALL_LANES, before + inside_sum, last, LANES);
+    const int count = __shfl_sync(ALL_LANES, 4 * lane + inside, last, LANES);
+    if (busy) {
+      cursor.at += count;
+      column4 += passed & 0xffff;
+      cursor.rank += passed >> 16;
+    }
+    busy = busy && !crossing && cursor.at < cursor.end && column4 < limit4;
+  }
+  cursor.column = static_cast<u32>(begin + column4 / 4);
+}
+
 // --- What the kernels ask of a coding ---
 
 // A tensor of all experts of a layer, coding "tunstall" or "tunstall_2bit": what every kernel takes
@@ -284,6 +379,34 @@ struct TunstallCoding {
       values[1] = second;
       values[2] = 0;
     }
+  }
+
+  // --- For matmul.cuh: rows in pieces, without escapes. ---
+
+  typedef TunstallCursor Cursor;
+
+  // The row's two values, as stored.
+  QMOE_DEVICE_MEMBER u32 row_factor(const Shape& shape, int expert, int row) const {
+    const u64 first = static_cast<u64>(expert) * shape.out_features;
+    return arrays.levels[first + min_of(row, shape.out_features - 1)];
+  }
+
+  // Two weights, bfloat16, of two bytes of a chunk.
+  static QMOE_DEVICE_MEMBER u32 weights(u32 factor, u32 bytes) {
+    return byte_select(0, factor, bytes);
+  }
+
+  // All lanes; rows of a warp lie within one block of 32.
+  QMOE_DEVICE_MEMBER Cursor start(const Shape& shape, int expert, int row) {
+    Cursor cursor = {0, 0, 0, 0};
+    places.find(arrays.row_lengths, arrays.row_length_bytes, arrays.row_block_starts, shape, expert,
+                shortest, 4 * codes.num_words, row, &cursor.at, &cursor.end);
+    return cursor;
+  }
+
+  QMOE_DEVICE_MEMBER void decode_until(Cursor& cursor, u32 target, int begin, int columns) const {
+    static_assert(!ESCAPES && PER_LANE == 4, "rows in pieces");
+    decode_tunstall<LANES>(codes, dictionary, cursor, target, begin, columns);
   }
 
   // Visits weights other than `base`; with RELATIVE, their differences from it.

@@ -113,10 +113,8 @@ class Cublas:
 
 
 class _Device:
-    attributes = {"L2CacheSize": 1 << 10, "MaxSharedMemoryPerBlockOptin": 232448}
-
     def __init__(self, number: int = 0):
-        pass
+        self.attributes = {"L2CacheSize": 1 << 10, "MaxSharedMemoryPerBlockOptin": 232448}
 
     def synchronize(self) -> None:
         _refuse_in_capture("synchronize")

@@ -13,7 +13,7 @@ from qmoe_jax.codec.cuda_interface import ArgumentStruct, is_pointer
 from qmoe_jax.ops.cuda import kernels
 from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
 
-PRODUCT_AND_OTHERS = (kernels.PRODUCT, kernels.EXPANSION, kernels.ENCODING)
+PRODUCT_AND_OTHERS = (kernels.PRODUCT, kernels.MATMUL, kernels.EXPANSION, kernels.ENCODING)
 
 
 def declared() -> dict[str, ArgumentStruct]:

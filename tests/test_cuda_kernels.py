@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -154,6 +155,111 @@ class TestDecoders:
         np.testing.assert_array_equal(dense[[1, 3]], 0)
         dense = launches.expand(get, coded, [2, -1], zero_skipped=False).view(np.uint16)
         assert (dense[1] == launches.POISON).all()
+
+
+def check_matmul(get, coded, seed=0, *, tokens=21, tiles=kernels.MATMUL_TILES, **options):
+    """Products by tensor cores of every size of tile, against float64."""
+    spec = coded.spec
+    weights = reference_weights(coded)
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, spec.width)).astype(BF16)
+    experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
+    for tile in tiles:
+        y = launches.matmul(get, coded, x, experts, tile=tile, **options)
+        assert_products(y, coded, weights, x, experts)
+    rounded = launches.matmul(get, coded, x, experts, tile=tiles[0], float32=False)
+    np.testing.assert_array_equal(rounded.view(np.uint16), y.astype(BF16).view(np.uint16))
+
+
+def matmul_codings():
+    return [name for name in coding_names() if (c := get_coding(name).cuda) and c.matmul_source]
+
+
+@pytest.mark.parametrize("coding", matmul_codings())
+class TestMatmul:
+    """By tensor cores: rows are decoded chunk by chunk."""
+
+    @pytest.mark.parametrize("width", [16, 48, 80, 1024, 1040, *slow(2080, 3072)])
+    def test_widths(self, get, coding, width):
+        """Chunks that end within a codeword, at its end, and at the row's; rows beyond the last."""
+        for out in (1, 65) if width < 100 else (9,):
+            coded = random_tensor(coding, (2, out, width), seed=width)
+            check_matmul(get, coded, seed=out, tiles=(8, 64))
+
+    @pytest.mark.parametrize("dictionary", [0, 4, 9, *slow(1, 2, 3, 5, 6, 7, 8)])
+    def test_each_dictionary(self, get, coding, dictionary):
+        coded = random_tensor(coding, (1, 4, 1200), ZERO_WEIGHTS[dictionary] / 1024, dictionary)
+        check_matmul(get, coded, tokens=5, tiles=(16, 32))
+
+    @pytest.mark.parametrize("symbol", [0, 1, 2])
+    def test_rows_of_one_symbol(self, get, coding, symbol):
+        codes = np.full((1, 5, 1168), symbol, np.uint8)
+        levels = np.tile(np.array([-0.5, 0.25], BF16), (1, 5, 1))
+        check_matmul(get, encode(codes, levels, coding), tokens=3, tiles=(8,))
+
+    def test_unlike_rows(self, get, coding):
+        """Rows of a warp that need unlike many codewords for a chunk; 16-bit row lengths."""
+        codes, levels = random_codes(coding, (1, 7, 2400), 1.0, seed=2)
+        dense, _ = random_codes(coding, (1, 7, 2400), 0.0, seed=3)
+        codes[:, ::2] = dense[:, ::2]
+        check_matmul(get, encode(codes, levels, coding), tiles=(8,))
+
+    @pytest.mark.parametrize("tile", kernels.MATMUL_TILES)
+    def test_counts_of_tokens(self, get, coding, tile):
+        coded = random_tensor(coding, (3, 6, 96), seed=tile)
+        weights = reference_weights(coded)
+        rng = np.random.default_rng(tile)
+        for count in (1, 8, 9, tile, tile + 1):
+            experts = rng.permutation([1] * count + [-1, 2, -1]).astype(np.int32)
+            x = rng.normal(size=(len(experts), 96)).astype(BF16)
+            y = launches.matmul(get, coded, x, experts, tile=tile)
+            assert_products(y, coded, weights, x, experts)
+
+    def test_tiles_of_tokens_equal_the_plain_ones(self, coding):
+        rng = np.random.default_rng(0)
+        for num_experts, num_tokens, size in ((1, 1, 8), (3, 40, 8), (5, 100, 16), (4, 7, 64)):
+            experts = rng.integers(-1, num_experts, num_tokens).astype(np.int32)
+            order = kernels.sort_tokens(jnp.asarray(experts), num_experts)
+            found = kernels.tile_tokens(order, num_experts, size)
+            expected = launches.tile_tokens(np.asarray(order.order), experts, num_experts, size)
+            used = np.asarray(found.experts) >= 0
+            for actual, plain in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(actual)[used], plain[:-2])
+            assert not used[used.sum() :].any()
+
+    def test_no_token_has_an_expert(self, get, coding):
+        y = launches.matmul(get, random_tensor(coding, (2, 70, 16)), np.ones((3, 16), BF16),
+                            np.full(3, -1))  # fmt: skip
+        np.testing.assert_array_equal(y, 0)
+
+    def test_damaged_codes_stay_in_bounds(self, get, coding):
+        """Any bytes; the sanitizers watch, and every output is some number."""
+        rng = np.random.default_rng(8)
+        for trial in range(6):
+            coded = random_tensor(coding, (2, 9, 1104), rng.choice([0.3, 0.85]), trial)
+            arrays = {name: array.copy() for name, array in coded.arrays.items()}
+            for name in set(arrays) - {"levels"}:
+                raw = arrays[name].reshape(-1).view(np.uint8)
+                raw[rng.random(raw.size) < 0.2] = rng.integers(0, 256)
+            damaged = type(coded)(coded.spec, arrays)
+            x = np.ones((3, 1104), BF16)
+            y = launches.matmul(get, damaged, x, np.array([0, 1, 1], np.int32), tile=8)
+            assert np.isfinite(y).all()
+
+    def test_tiles_out_of_range_touch_nothing(self, get, coding):
+        coded = random_tensor(coding, (2, 5, 32))
+        x, y = np.ones((3, 32), BF16), np.full((3, 5), np.nan, np.float32)
+        front = launches.coding_argument(get, coded)
+        order, starts = np.array([7, -3, 1], np.int32), np.array([0, 0, 99], np.int32)
+        tiles = (np.array([3, -1, 1, 1], np.int32), np.array([0, 0, -2, 7], np.int32))
+        values = (x, order, starts, *tiles, y, 2, 5, 32, 3, 1)
+        get(f"matmul_{coding}_t8")(
+            (1, 4),
+            (256,),
+            [front, launches.Struct(kernels.MATMUL, values)],
+            shared_mem=kernels.matmul_shared_bytes(coding),
+        )
+        assert np.isnan(y).all()
 
 
 class TestTokens:

@@ -93,6 +93,7 @@ class TunstallCoding:
             table=lambda: self.family.table,
             dictionary_bytes=8 * NUM_CODEWORDS,
             rows_per_warp=(1, 4),
+            matmul_source=None if self._has_escapes else f"matmul_{name}.cu",
         )
 
     @property

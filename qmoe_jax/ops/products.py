@@ -146,8 +146,11 @@ def _is_fused(
     for kernel in experts:
         kernels.check_coded(kernel)
         settings = kernels.settings_for(launcher, kernel)
-        most = min(settings.fused_tokens_per_expert * num_experts, settings.fused_tokens)
-        if x.shape[0] > most or not kernels.largest_tile(launcher, kernel):
+        has_matmul = kernels.has_matmul(launcher, kernel)
+        most = settings.matmul_most_per_expert if has_matmul else settings.fused_tokens_per_expert
+        if x.shape[0] > min(most * num_experts, settings.fused_tokens):
+            return False
+        if not kernels.largest_tile(launcher, kernel):
             return False
     return True
 

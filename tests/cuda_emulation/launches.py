@@ -98,6 +98,46 @@ def multiply(
     return y if float32 else y.view(ml_dtypes.bfloat16)
 
 
+def tile_tokens(order: Any, experts: np.ndarray, num_experts: int, size: int) -> tuple[Any, Any]:
+    """tile_experts and tile_starts of sorted tokens, plainly; two places without a tile behind."""
+    tiles = []
+    for expert in range(num_experts + 1):
+        own = np.flatnonzero(np.where(experts < 0, num_experts, experts)[order] == expert)
+        tiles += [(expert, own[first]) for first in range(0, len(own), size)]
+    tiles += [(-1, 0), (-1, 5)]
+    return tuple(np.array(part, np.int32) for part in zip(*tiles, strict=True))
+
+
+def matmul(
+    get: GetFunction,
+    coded: CodedTensor,
+    x: np.ndarray,
+    experts: np.ndarray,
+    *,
+    tile: int = 16,
+    float32: bool = True,
+    **options: Any,
+) -> np.ndarray:
+    """Runs a product by tensor cores: y [tokens, out] of x bfloat16 [tokens, in]."""
+    spec = coded.spec
+    order, _, starts = sort_tokens(experts, spec.num_experts)
+    tiles = tile_tokens(order, experts, spec.num_experts, tile)
+    shape = (len(x), spec.rows)
+    y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
+    values = (x, order, starts, *tiles, y, spec.num_experts, spec.rows, spec.width)
+    get(f"matmul_{spec.coding}_t{tile}")(
+        (-(-spec.rows // kernels.MATMUL_ROWS), len(tiles[0])),
+        (256,),
+        [
+            coding_argument(get, coded),
+            Struct(kernels.MATMUL, (*values, len(x), int(float32))),
+        ],
+        shared_mem=kernels.matmul_shared_bytes(spec.coding),
+        **options,
+    )
+    return y if float32 else y.view(ml_dtypes.bfloat16)
+
+
 def expand(
     get: GetFunction,
     coded: CodedTensor,

@@ -56,7 +56,10 @@ class LaunchSettings:
       few_tokens: see `few`.
       expand: expansion to dense kernels.
       fused_tokens_per_expert: with more tokens than that for each expert of the layer, on average,
-        experts are expanded and multiplied by XLA.
+        experts are expanded and multiplied by XLA; where there are no tensor cores for the product.
+      matmul_tokens_per_expert: with at least that many tokens for each expert, on average, a product
+        goes through tensor cores, where they are (`kernels.has_matmul`).
+      matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
     """
 
@@ -64,7 +67,9 @@ class LaunchSettings:
     many: Launch = Launch(256, 64, 4)
     few_tokens: int = 4
     expand: Launch = Launch(256, 16)
-    fused_tokens_per_expert: int = 64
+    fused_tokens_per_expert: int = 16
+    matmul_tokens_per_expert: int = 6
+    matmul_most_per_expert: int = 256
     fused_tokens: int = 8192
 
 
