@@ -11,9 +11,9 @@
 namespace qmoe {
 
 // What a codeword stands for, as kept in shared memory:
-// places: byte j is 4 * position of the non-zero weight number j, j = 0..3, so that one dp4a adds it
-//         to 4 * column;
-// sizes:  bits 0-15 4 * length in weights, bits 16-31 number of non-zero weights. Sums of them are
+// places: byte j is SCALE * position of the non-zero weight number j, j = 0..3, so that one dp4a adds it
+//         to SCALE * column, an address: SCALE is 4 where columns are floats, 1 where they are bytes;
+// sizes:  bits 0-15 SCALE * length in weights, bits 16-31 number of non-zero weights. Sums of them are
 //         sums of both: 128 codewords stay below 2^16.
 typedef Pair32 Entry;
 constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);
@@ -25,6 +25,7 @@ QMOE_DEVICE u64 table_bits(const u32* table, u32 codeword) {
 }
 
 // Fills the dictionary at a shared address. All threads of the block; a barrier must follow.
+template <u32 SCALE>
 QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
   for (u32 codeword = threadIdx.x; codeword < 256; codeword += blockDim.x) {
     const u64 bits = table_bits(table, codeword);
@@ -32,10 +33,10 @@ QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
     const u32 ones = __popcll(mask);
     u32 places = 0;
     for (int j = 0; j < 4 && mask != 0; ++j, mask &= mask - 1)
-      places |= static_cast<u32>(4 * (__ffsll(mask) - 1)) << 8 * j;
+      places |= SCALE * static_cast<u32>(__ffsll(mask) - 1) << 8 * j;
     const u32 length = static_cast<u32>(bits & 63);
     shared_store<Entry>(dictionary + codeword * sizeof(Entry),
-                        Entry{places, 4 * length | ones << 16});
+                        Entry{places, SCALE * length | ones << 16});
   }
 }
 
@@ -227,11 +228,10 @@ QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, T
   const u32 select = gridDim.z;  // 1: see walk_tunstall
   const int lane = threadIdx.x & (LANES - 1);
   const u32 group = (threadIdx.x & 31) - lane;
-  const int limit4 = 4 * columns;
   const auto load = [&](int at) { return expert.window(at >> 2, 8 * (at & 3)); };
-  // Columns are counted from `begin`, times 4; negative before it.
-  int column4 = 4 * (static_cast<int>(cursor.column) - begin);
-  bool busy = cursor.at < cursor.end && column4 < limit4;
+  // Columns are counted from `begin`, negative before it.
+  int column = static_cast<int>(cursor.column) - begin;
+  bool busy = cursor.at < cursor.end && column < columns;
   u32 next = busy ? load(cursor.at + 4 * lane) : 0;
   while (__any_sync(ALL_LANES, busy)) {
     const u32 codewords = next;
@@ -244,48 +244,48 @@ QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, T
       sum += entries[k].y;
     }
     const u32 through = inclusive_scan<LANES>(sum);
-    const u32 round = __shfl_sync(ALL_LANES, through, LANES - 1, LANES);
     const u32 before = through - sum;
-    const int first4 = column4 + static_cast<int>(before & 0xffff);
+    const int first = column + static_cast<int>(before & 0xffff);
     const int first_bit = 8 * cursor.end - 32 - static_cast<int>(cursor.rank + (before >> 16));
     const u32 signs = busy ? expert.window(first_bit >> 5, first_bit) : 0;
 
-    const auto visit = [&](bool present, u32 here4, u32 own_signs, int number) {
-      if (present && here4 < static_cast<u32>(limit4))
-        shared_store<u8>(target + here4 / 4,
-                         static_cast<u8>(own_signs & 0x80000000u >> number ? SELECT_HIGH : SELECT_LOW));
+    const auto visit = [&](bool present, u32 here, u32 own_signs, int number) {
+      if (present && here < static_cast<u32>(columns))
+        shared_store<u8>(target + here,
+                         static_cast<u8>(SELECT_LOW + (own_signs >> (31 - number) & 1) *
+                                                          (SELECT_HIGH - SELECT_LOW)));
     };
     u32 number = 0, most = 0;
-    int here4 = first4, inside = 0;  // codewords that end within the columns
+    int here = first, inside = 0;  // codewords that end within the columns
     u32 inside_sum = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const u32 places = entries[k].x, from = static_cast<u32>(here4);
-      const u32 ones = busy && here4 < limit4 ? entries[k].y >> 16 : 0;
+      const u32 places = entries[k].x, from = static_cast<u32>(here);
+      const u32 ones = busy && here < columns ? entries[k].y >> 16 : 0;
       const u32 own = signs << number;
       visit(ones > 0, __dp4a(places, select, from), own, 0);
       visit(ones > 1, __dp4a(places, select << 8, from), own, 1);
       visit(ones > 2, __dp4a(places, select << 16, from), own, 2);
-      here4 += entries[k].y & 0xffff;
+      here += entries[k].y & 0xffff;
       number += ones;
       most |= ones;
-      if (here4 <= limit4) {
+      if (here <= columns) {
         ++inside;
         inside_sum += entries[k].y;
       }
     }
     if (most > 3) {  // the fourth and later: dictionaries 0 to 3, whose entries are found again
-      here4 = first4;
+      here = first;
       number = 0;
 #pragma unroll 1
       for (u32 rest = codewords, k = 0; k < 4; ++k, rest >>= 8) {
         const u64 bits = table_bits(expert.table, rest & 255);
         u64 mask = bits >> 6;
-        const u32 ones = here4 < limit4 ? __popcll(mask) : 0;
+        const u32 ones = here < columns ? __popcll(mask) : 0;
 #pragma unroll 1
         for (u32 j = 0; j < ones; ++j, ++number, mask &= mask - 1)
-          visit(j >= 3, static_cast<u32>(here4 + 4 * (__ffsll(mask) - 1)), signs << number, 0);
-        here4 += 4 * static_cast<int>(bits & 63);
+          visit(j >= 3, static_cast<u32>(here + __ffsll(mask) - 1), signs << number, 0);
+        here += static_cast<int>(bits & 63);
       }
     }
     // The first lane with a codeword that ends behind the columns has the next one to decode.
@@ -295,12 +295,12 @@ QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, T
     const int count = __shfl_sync(ALL_LANES, 4 * lane + inside, last, LANES);
     if (busy) {
       cursor.at += count;
-      column4 += passed & 0xffff;
+      column += passed & 0xffff;
       cursor.rank += passed >> 16;
     }
-    busy = busy && !crossing && cursor.at < cursor.end && column4 < limit4;
+    busy = busy && !crossing && cursor.at < cursor.end && column < columns;
   }
-  cursor.column = static_cast<u32>(begin + column4 / 4);
+  cursor.column = static_cast<u32>(begin + column);
 }
 
 // --- What the kernels ask of a coding ---
@@ -322,7 +322,7 @@ struct TunstallArrays {
   int row_length_bytes;         // of an element of row_lengths: 1 or 2
 };
 
-template <int LANES_, int PER_LANE, bool ESCAPES>
+template <int LANES_, int PER_LANE, bool ESCAPES, u32 SCALE = 4>
 struct TunstallCoding {
   static constexpr int LANES = LANES_;
   static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;
@@ -352,7 +352,7 @@ struct TunstallCoding {
     keep_in_register(codes.words);
     shortest = row_bytes > 0 ? row_bytes : 0;
     dictionary = shared;
-    stage_dictionary(codes.table, shared);
+    stage_dictionary<SCALE>(codes.table, shared);
   }
 
   // Finds a row and its weights. All lanes.
@@ -405,13 +405,14 @@ struct TunstallCoding {
   }
 
   QMOE_DEVICE_MEMBER void decode_until(Cursor& cursor, u32 target, int begin, int columns) const {
-    static_assert(!ESCAPES && PER_LANE == 4, "rows in pieces");
+    static_assert(!ESCAPES && PER_LANE == 4 && SCALE == 1, "rows in pieces, a byte a column");
     decode_tunstall<LANES>(codes, dictionary, cursor, target, begin, columns);
   }
 
   // Visits weights other than `base`; with RELATIVE, their differences from it.
   template <bool RELATIVE, class Visitor>
   QMOE_DEVICE_MEMBER void walk(const Shape& shape, Visitor& visitor) const {
+    static_assert(SCALE == 4, "a float a column");
     const float offset = RELATIVE ? base : 0.0f;
     const float weights[3] = {ESCAPES && RELATIVE ? values[0] - offset : values[0],
                               ESCAPES && RELATIVE ? values[1] - offset : values[1],

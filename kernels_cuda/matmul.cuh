@@ -17,7 +17,8 @@
 namespace qmoe {
 
 constexpr int MATMUL_ROWS = 64;
-constexpr int MATMUL_THREADS = 256;
+constexpr int MATMUL_THREADS = 512;
+constexpr int MATMUL_WARPS = MATMUL_THREADS / 32;
 constexpr int CHUNK_COLUMNS = 1024;
 // Half the banks further, so that 16-byte loads of two rows at once lie in different ones.
 constexpr int CHUNK_STRIDE = CHUNK_COLUMNS + 64;
@@ -86,7 +87,11 @@ template <int TILES, class Coding>
 QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
   constexpr int TOKENS = 8 * TILES;
   constexpr int GROUPS = 32 / Coding::LANES;  // rows that a warp decodes at a time
-  constexpr int PASSES = MATMUL_ROWS / (MATMUL_THREADS / 32) / GROUPS;
+  constexpr int PASSES = MATMUL_ROWS / MATMUL_WARPS / GROUPS;
+  // Four warps have the rows, 16 each; the others have other tokens, or other columns.
+  constexpr int TOKEN_PARTS = TILES >= 4 ? 2 : 1;
+  constexpr int OWN_TILES = TILES / TOKEN_PARTS;
+  constexpr int COLUMN_PARTS = MATMUL_WARPS / 4 / TOKEN_PARTS;
   const Shape shape = {product.num_experts, product.out_features, product.in_features};
   const int row_begin = blockIdx.x * MATMUL_ROWS;
   const int rows = min_of(MATMUL_ROWS, shape.out_features - row_begin);
@@ -128,12 +133,21 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
     cursors[pass] = coding.start(shape, expert, row_begin + own_row + pass * GROUPS);
   __syncthreads();
 
-  // Then it multiplies 16 of the rows with all tokens: with the even blocks of 64 columns, or the odd.
+  // Then it multiplies 16 of the rows with some tokens: every COLUMN_PARTS-th block of 64 columns.
   const int g = lane_of_warp() / 4, q = lane_of_warp() % 4;
-  const int upper_row = 16 * (warp_of_block() % 4) + g, odd = warp_of_block() / 4;
+  const int upper_row = 16 * (warp_of_block() % 4) + g;
+  const int first_tile = OWN_TILES * (warp_of_block() / 4 % TOKEN_PARTS);
+  const int part = warp_of_block() / 4 / TOKEN_PARTS;
   const u32 upper_factor = shared_load<u32>(levels_at + 4 * upper_row);
   const u32 lower_factor = shared_load<u32>(levels_at + 4 * (upper_row + 8));
-  float sums[TILES][4] = {};
+  // What a token that is not there would get is not stored: any other may stand in for it.
+  const u16* own[OWN_TILES];
+#pragma unroll
+  for (int tile = 0; tile < OWN_TILES; ++tile) {
+    const int token = shared_load<int>(tokens_at + 4 * (8 * (first_tile + tile) + g));
+    own[tile] = product.x + static_cast<u64>(token < 0 ? 0 : token) * shape.in_features;
+  }
+  float sums[OWN_TILES][4] = {};
   for (int begin = 0; begin < shape.in_features; begin += CHUNK_COLUMNS) {
     const int columns = min_of(CHUNK_COLUMNS, shape.in_features - begin);
     for (u32 at = 16 * threadIdx.x; at < MATMUL_ROWS * CHUNK_STRIDE; at += 16 * MATMUL_THREADS)
@@ -146,63 +160,56 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
     __syncthreads();
     // Lane q of a group takes 16 columns that follow one another, of rows and of tokens alike: the
     // order of products makes no difference, and a load has 16 bytes.
-    for (int block = 64 * odd; block < columns; block += 128) {
+    for (int block = 64 * part; block < columns; block += 64 * COLUMN_PARTS) {
       const u32 upper_at = chunk_at + upper_row * CHUNK_STRIDE + block + 16 * q;
       const Quad32 upper = shared_load<Quad32>(upper_at);
       const Quad32 lower = shared_load<Quad32>(upper_at + 8 * CHUNK_STRIDE);
       const u32 uppers[4] = {upper.x, upper.y, upper.z, upper.w};
       const u32 lowers[4] = {lower.x, lower.y, lower.z, lower.w};
-      u32 a[4][4];
+      // Behind the last column there are zeros to multiply with.
+      const int column = begin + block + 16 * q < shape.in_features ? begin + block + 16 * q : 0;
+      Quad32 low[OWN_TILES], high[OWN_TILES];
+#pragma unroll
+      for (int tile = 0; tile < OWN_TILES; ++tile) {
+        const auto* const source = reinterpret_cast<const Quad32*>(own[tile] + column);
+        low[tile] = source[0];
+        high[tile] = source[1];
+      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        a[k][0] = Coding::weights(upper_factor, uppers[k]);
-        a[k][1] = Coding::weights(lower_factor, lowers[k]);
-        a[k][2] = Coding::weights(upper_factor, uppers[k] >> 16);
-        a[k][3] = Coding::weights(lower_factor, lowers[k] >> 16);
-      }
-      const int column = begin + block + 16 * q;
+        const u32 a0 = Coding::weights(upper_factor, uppers[k]);
+        const u32 a1 = Coding::weights(lower_factor, lowers[k]);
+        const u32 a2 = Coding::weights(upper_factor, uppers[k] >> 16);
+        const u32 a3 = Coding::weights(lower_factor, lowers[k] >> 16);
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        const int token = shared_load<int>(tokens_at + 4 * (8 * tile + g));
-        Quad32 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
-        if (token >= 0 && column < shape.in_features) {
-          const auto* const source = reinterpret_cast<const Quad32*>(
-              product.x + static_cast<u64>(token) * shape.in_features + column);
-          low = source[0];
-          high = source[1];
+        for (int tile = 0; tile < OWN_TILES; ++tile) {
+          const Quad32& four = k < 2 ? low[tile] : high[tile];
+          multiply_16x8x16(sums[tile], a0, a1, a2, a3, k % 2 ? four.z : four.x,
+                           k % 2 ? four.w : four.y);
         }
-        multiply_16x8x16(sums[tile], a[0][0], a[0][1], a[0][2], a[0][3], low.x, low.y);
-        multiply_16x8x16(sums[tile], a[1][0], a[1][1], a[1][2], a[1][3], low.z, low.w);
-        multiply_16x8x16(sums[tile], a[2][0], a[2][1], a[2][2], a[2][3], high.x, high.y);
-        multiply_16x8x16(sums[tile], a[3][0], a[3][1], a[3][2], a[3][3], high.z, high.w);
       }
     }
     __syncthreads();
   }
 
-  // Even and odd blocks together, token by token, over the chunk.
-  const auto sum_at = [&](int tile, int part) {
-    const int token = 8 * tile + 2 * q + (part & 1), row = upper_row + (part & 2 ? 8 : 0);
-    return chunk_at + 4 * (token * SUMS_STRIDE + row);
+  // Parts of the columns together, one after another, over the chunk: token by token.
+  const auto sum_at = [&](int tile, int place) {
+    const int token = 8 * (first_tile + tile) + 2 * q + (place & 1);
+    return chunk_at + 4 * (token * SUMS_STRIDE + upper_row + (place & 2 ? 8 : 0));
   };
-  if (odd) {
+  for (int turn = 0; turn < COLUMN_PARTS; ++turn) {
+    if (part == turn) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+      for (int tile = 0; tile < OWN_TILES; ++tile)
 #pragma unroll
-      for (int part = 0; part < 4; ++part)
-        shared_store<float>(sum_at(tile, part), sums[tile][part]);
+        for (int place = 0; place < 4; ++place) {
+          const u32 at = sum_at(tile, place);
+          const float before = turn == 0 ? 0.0f : shared_load<float>(at);
+          shared_store<float>(at, before + sums[tile][place]);
+        }
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (!odd) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const u32 at = sum_at(tile, part);
-        shared_store<float>(at, sums[tile][part] + shared_load<float>(at));
-      }
-  }
-  __syncthreads();
   for (int at = threadIdx.x; at < count * MATMUL_ROWS; at += MATMUL_THREADS) {
     const int row = at % MATMUL_ROWS, token = shared_load<int>(tokens_at + 4 * (at / MATMUL_ROWS));
     if (token >= 0 && row < rows)

@@ -6,9 +6,9 @@
 using namespace qmoe;
 
 #define MATMUL_KERNEL(name, tiles)                                                                \
-  extern "C" __global__ void __launch_bounds__(256, 2)                                            \
+  extern "C" __global__ void __launch_bounds__(512, 2)                                            \
       name(const TunstallArrays arrays, const MatmulArguments product) {                          \
-    matmul<tiles>(TunstallCoding<8, 4, false>(arrays), product);                                  \
+    matmul<tiles>(TunstallCoding<8, 4, false, 1>(arrays), product);                                  \
   }
 
 MATMUL_KERNEL(matmul_tunstall_t8, 1)

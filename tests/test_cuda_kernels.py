@@ -179,19 +179,19 @@ def matmul_codings():
 class TestMatmul:
     """By tensor cores: rows are decoded chunk by chunk."""
 
-    @pytest.mark.parametrize("width", [16, 48, 80, 1024, 1040, *slow(2080, 3072)])
+    @pytest.mark.parametrize("width", [16, 1040, *slow(48, 80, 1024, 2080, 3072)])
     def test_widths(self, get, coding, width):
         """Chunks that end within a codeword, at its end, and at the row's; rows beyond the last."""
         for out in (1, 65) if width < 100 else (9,):
             coded = random_tensor(coding, (2, out, width), seed=width)
             check_matmul(get, coded, seed=out, tiles=(8, 64))
 
-    @pytest.mark.parametrize("dictionary", [0, 4, 9, *slow(1, 2, 3, 5, 6, 7, 8)])
+    @pytest.mark.parametrize("dictionary", [0, 9, *slow(1, 2, 3, 4, 5, 6, 7, 8)])
     def test_each_dictionary(self, get, coding, dictionary):
         coded = random_tensor(coding, (1, 4, 1200), ZERO_WEIGHTS[dictionary] / 1024, dictionary)
         check_matmul(get, coded, tokens=5, tiles=(16, 32))
 
-    @pytest.mark.parametrize("symbol", [0, 1, 2])
+    @pytest.mark.parametrize("symbol", [1, *slow(0, 2)])
     def test_rows_of_one_symbol(self, get, coding, symbol):
         codes = np.full((1, 5, 1168), symbol, np.uint8)
         levels = np.tile(np.array([-0.5, 0.25], BF16), (1, 5, 1))
@@ -204,7 +204,7 @@ class TestMatmul:
         codes[:, ::2] = dense[:, ::2]
         check_matmul(get, encode(codes, levels, coding), tiles=(8,))
 
-    @pytest.mark.parametrize("tile", kernels.MATMUL_TILES)
+    @pytest.mark.parametrize("tile", [8, 64, *slow(16, 32)])
     def test_counts_of_tokens(self, get, coding, tile):
         coded = random_tensor(coding, (3, 6, 96), seed=tile)
         weights = reference_weights(coded)
@@ -235,7 +235,7 @@ class TestMatmul:
     def test_damaged_codes_stay_in_bounds(self, get, coding):
         """Any bytes; the sanitizers watch, and every output is some number."""
         rng = np.random.default_rng(8)
-        for trial in range(6):
+        for trial in range(3):
             coded = random_tensor(coding, (2, 9, 1104), rng.choice([0.3, 0.85]), trial)
             arrays = {name: array.copy() for name, array in coded.arrays.items()}
             for name in set(arrays) - {"levels"}:
@@ -255,7 +255,7 @@ class TestMatmul:
         values = (x, order, starts, *tiles, y, 2, 5, 32, 3, 1)
         get(f"matmul_{coding}_t8")(
             (1, 4),
-            (256,),
+            (512,),
             [front, launches.Struct(kernels.MATMUL, values)],
             shared_mem=kernels.matmul_shared_bytes(coding),
         )
@@ -454,6 +454,10 @@ class TestEveryBarrierIsNeeded:
             numbers = np.zeros(1, np.uint8)
             launches.encode_tunstall(get, codes, levels, numbers, "tunstall")
             return
+        if name == "matmul.cuh":
+            x, experts = np.ones((3, 1104), BF16), np.array([0, 0, -1], np.int32)
+            launches.matmul(get, random_tensor("tunstall", (1, 5, 1104)), x, experts, tile=8)
+            return
         coded = random_tensor("tunstall_2bit", (1, 12, 400), 0.8, zeros=[1.0, 1.5, -2.0])
         if name == "multiply.cuh":
             x = np.ones((2, 400), BF16)
@@ -469,11 +473,12 @@ class TestEveryBarrierIsNeeded:
         launches.expand(get, random_tensor("tunstall", (1, 2, 9000), 0.995), [0])
 
     def module(self, folder, name):
-        needed = "fused_tunstall_2bit.cu" if name == "multiply.cuh" else name
+        users = {"multiply.cuh": "fused_tunstall_2bit.cu", "matmul.cuh": "matmul_tunstall.cu"}
+        needed = users.get(name, name)
         sources = [needed] if needed == "encode.cu" else [needed, "encode.cu"]
         return emulator.EmulatedModule(emulator.build(folder, "checked", sources)).get_function
 
-    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "encode.cu"])
+    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "matmul.cuh", "encode.cu"])
     def test_intact_sources_pass(self, name):
         self.run_file(self.module(emulator.KERNEL_FOLDER, name), name)
 

@@ -127,7 +127,7 @@ def matmul(
     values = (x, order, starts, *tiles, y, spec.num_experts, spec.rows, spec.width)
     get(f"matmul_{spec.coding}_t{tile}")(
         (-(-spec.rows // kernels.MATMUL_ROWS), len(tiles[0])),
-        (256,),
+        (512,),
         [
             coding_argument(get, coded),
             Struct(kernels.MATMUL, (*values, len(x), int(float32))),

@@ -362,7 +362,7 @@ def matmul_call(
         source=interface.matmul_source,
         name=f"matmul_{spec.coding}_t{tile_tokens}",
         grid=(-(-spec.rows // MATMUL_ROWS), num_tiles),
-        threads=256,
+        threads=512,
         shared_bytes=matmul_shared_bytes(spec.coding),
         arguments=(codes, StructArgument.of(MATMUL, numbers, len(interface.array_names))),
     )

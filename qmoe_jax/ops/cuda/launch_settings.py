@@ -56,9 +56,9 @@ class LaunchSettings:
       few_tokens: see `few`.
       expand: expansion to dense kernels.
       fused_tokens_per_expert: with more tokens than that for each expert of the layer, on average,
-        experts are expanded and multiplied by XLA; where there are no tensor cores for the product.
-      matmul_tokens_per_expert: with at least that many tokens for each expert, on average, a product
-        goes through tensor cores, where they are (`kernels.has_matmul`).
+        experts are expanded and multiplied by XLA; where no tensor cores do the product.
+      matmul_tokens_per_expert: with at least that many tokens for each expert, on average, tensor
+        cores do the product, where they can (`kernels.has_matmul`).
       matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
     """

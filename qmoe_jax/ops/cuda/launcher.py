@@ -269,6 +269,8 @@ class CupyLauncher:
                 self._allowed[key] = max(call.shared_bytes, 48 << 10)
                 if call.shared_bytes > 48 << 10:
                     kernel.max_dynamic_shared_size_bytes = call.shared_bytes
+                    # All of it to blocks; the driver would leave room for one block less.
+                    kernel.preferred_shared_memory_carveout = 100
                 self._functions[key] = kernel.kernel
 
     def on_device(self, device: jax.Device) -> contextlib.AbstractContextManager[Any]:
