@@ -158,7 +158,7 @@ def time_product(
         ways["matmul"] = gpu_bench.matmul_launches(gpu, codes, own, size)
     if not ways:
         return None
-    # What a product takes, last, since its outputs are checked; the other way is measured beside it.
+    # What a product takes comes last, since its outputs are checked; the other way is only timed.
     through_matmul = "matmul" in ways and tokens >= settings.matmul_tokens_per_expert
     chosen = "matmul" if through_matmul or "fused" not in ways else "fused"
     timings = {}

@@ -249,6 +249,7 @@ def product_launches(
         tile_tokens=tile_tokens,
         is_float32=False,
         codes=codes.argument,
+        max_shared_bytes=gpu.launcher.device.max_shared_bytes,
     )
     return [
         gpu.run(call, [array.data.ptr for array in (*copy, *own[:5])])
@@ -268,6 +269,7 @@ def matmul_launches(
         tile_tokens=size,
         is_float32=False,
         codes=codes.argument,
+        max_shared_bytes=gpu.launcher.device.max_shared_bytes,
     )
     launches = []
     for copy in codes.copies:

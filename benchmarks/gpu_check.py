@@ -45,7 +45,7 @@ PYTEST = [sys.executable, "-m", "pytest", "--confcutdir", str(ROOT / "tests" / "
 PYTEST += ["-W", "default", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
 THROUGH_JAX = ["-k", "through_jax or mlp_in_a_loop or logits or graph"]
 ALL_IN_GRAPHS = {"XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1"}
-# The sanitizer slows kernels down a hundredfold, and JAX's own too: those tests that CuPy alone runs.
+# The sanitizer slows kernels down a hundredfold, JAX's too: only tests that CuPy alone runs.
 # racecheck has crashed on more than a few tests in one process: each of these has its own.
 SANITIZED = (
     "test_damaged",

@@ -16,7 +16,7 @@ namespace qmoe {
 // sizes:  bits 0-15 SCALE * length in weights, bits 16-31 number of non-zero weights. Sums of them are
 //         sums of both: 128 codewords stay below 2^16.
 typedef Pair32 Entry;
-constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);
+constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);  // of a copy
 constexpr int NUM_DICTIONARIES = 10;
 constexpr u32 FIRST_ESCAPE = 248;
 
@@ -24,9 +24,21 @@ QMOE_DEVICE u64 table_bits(const u32* table, u32 codeword) {
   return table[2 * codeword] | static_cast<u64>(table[2 * codeword + 1]) << 32;
 }
 
-// Fills the dictionary at a shared address. All threads of the block; a barrier must follow.
+// The dictionary in shared memory, in copies whose entries alternate: lanes with different copies
+// read different banks. With 16 no lane waits for another.
+struct Dictionary {
+  u32 address;  // of this lane's copy
+  u32 shift;    // from a codeword to its entry's place
+
+  QMOE_DEVICE_MEMBER Entry look_up(u32 codeword) const {
+    return shared_load<Entry>(address + (codeword << shift));
+  }
+};
+
+// Fills it at a shared address. All threads of the block; a barrier must follow. `copies` is a power
+// of two up to 16.
 template <u32 SCALE>
-QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
+QMOE_DEVICE Dictionary stage_dictionary(const u32* table, u32 shared, u32 copies) {
   for (u32 codeword = threadIdx.x; codeword < 256; codeword += blockDim.x) {
     const u64 bits = table_bits(table, codeword);
     u64 mask = bits >> 6;
@@ -35,9 +47,14 @@ QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
     for (int j = 0; j < 4 && mask != 0; ++j, mask &= mask - 1)
       places |= SCALE * static_cast<u32>(__ffsll(mask) - 1) << 8 * j;
     const u32 length = static_cast<u32>(bits & 63);
-    shared_store<Entry>(dictionary + codeword * sizeof(Entry),
-                        Entry{places, SCALE * length | ones << 16});
+    for (u32 copy = 0; copy < copies; ++copy)  // neighbours in different banks
+      shared_store<Entry>(
+          shared + (codeword * copies + (copy + codeword & copies - 1)) * sizeof(Entry),
+          Entry{places, SCALE * length | ones << 16});
   }
+  const u32 entry_bytes = copies * sizeof(Entry);
+  return {shared + (threadIdx.x & copies - 1) * static_cast<u32>(sizeof(Entry)),
+          static_cast<u32>(__ffs(entry_bytes) - 1)};
 }
 
 // The codes of one expert.
@@ -92,8 +109,8 @@ QMOE_DEVICE u32 pending_before(u32 pending, bool open, u32* carried) {
 // to be ignored, at times); its end_round(columns) by all lanes after each round, when all weights
 // before `columns` were visited.
 template <int LANES, int PER_LANE, bool ESCAPES, class Visitor>
-QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int begin, int end,
-                               u32 in_features, const float (&values)[3], Visitor& visitor) {
+QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, const Dictionary& dictionary, int begin,
+                               int end, u32 in_features, const float (&values)[3], Visitor& visitor) {
   // 1, which the compiler does not know: selectors of dp4a then stay in registers.
   const u32 select = gridDim.z;
   static_assert(PER_LANE == 4 || PER_LANE == 1, "a word or a byte");
@@ -119,7 +136,7 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
     u32 sum = 0;
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) {
-      entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
+      entries[k] = dictionary.look_up(codewords >> 8 * k & 255);
       sum += entries[k].y;
     }
     const u32 through = inclusive_scan<LANES>(sum);
@@ -223,8 +240,8 @@ constexpr u32 SELECT_LOW = 0x54, SELECT_HIGH = 0x76;
 // `target`, which hold zeros; all lanes of the warp call it. The cursor then stands at the first
 // codeword that has weights behind these columns, and part of it may lie before them next time.
 template <int LANES>
-QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, TunstallCursor& cursor,
-                                 u32 target, int begin, int columns) {
+QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, const Dictionary& dictionary,
+                                 TunstallCursor& cursor, u32 target, int begin, int columns) {
   const u32 select = gridDim.z;  // 1: see walk_tunstall
   const int lane = threadIdx.x & (LANES - 1);
   const u32 group = (threadIdx.x & 31) - lane;
@@ -240,7 +257,7 @@ QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, u32 dictionary, T
     u32 sum = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
+      entries[k] = dictionary.look_up(codewords >> 8 * k & 255);
       sum += entries[k].y;
     }
     const u32 through = inclusive_scan<LANES>(sum);
@@ -325,7 +342,7 @@ struct TunstallArrays {
 template <int LANES_, int PER_LANE, bool ESCAPES, u32 SCALE = 4>
 struct TunstallCoding {
   static constexpr int LANES = LANES_;
-  static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;
+  static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;  // of a copy
   // 2-bit codes: symbol 0 may have a weight, see base().
   static constexpr bool HAS_BASE = ESCAPES;
 
@@ -333,7 +350,7 @@ struct TunstallCoding {
 
   TunstallExpert codes;
   u32 shortest;
-  u32 dictionary;  // its address in shared memory
+  Dictionary dictionary;
   RowPlaces places;
   float values[3], base;
   int begin, end;
@@ -341,7 +358,7 @@ struct TunstallCoding {
   QMOE_DEVICE_MEMBER explicit TunstallCoding(const TunstallArrays& given) : arrays(given) {}
 
   // Everything that is the same for the block; fills the shared dictionary. A barrier must follow.
-  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared) {
+  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared, u32 copies) {
     const u32 first = min_of(static_cast<u32>(arrays.expert_offsets[expert]), arrays.num_words);
     const u32 last = min_of(static_cast<u32>(arrays.expert_offsets[expert + 1]), arrays.num_words);
     const u32 number = min_of(static_cast<u32>(arrays.dictionaries[expert]), NUM_DICTIONARIES - 1u);
@@ -351,8 +368,7 @@ struct TunstallCoding {
                            arrays.table + 512 * number};
     keep_in_register(codes.words);
     shortest = row_bytes > 0 ? row_bytes : 0;
-    dictionary = shared;
-    stage_dictionary<SCALE>(codes.table, shared);
+    dictionary = stage_dictionary<SCALE>(codes.table, shared, copies);
   }
 
   // Finds a row and its weights. All lanes.

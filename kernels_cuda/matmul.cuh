@@ -7,7 +7,7 @@
 // in x reaches all rows.
 //
 // Shared memory, by bytes:
-//   Coding::SHARED_BYTES   dictionary
+//   Coding::SHARED_BYTES * copies   dictionary
 //   64 * (1024 + 64)       a chunk: [row][column], what Coding::weights makes of a byte; then sums
 //   4 * 64                 what Coding::weights needs of each row
 //   4 * 64                 rows of the tokens in x and y
@@ -39,6 +39,7 @@ struct MatmulArguments {
   int out_features;           // at least 1: rows of an expert
   int in_features;            // weights in a row: a multiple of 16
   int num_tokens;             // at least 1
+  int dictionary_copies;      // 1, 2, 4, 8 or 16: in shared memory
   int y_is_float32;           // 0 or 1
 };
 
@@ -104,7 +105,7 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
   const int count = min_of(TOKENS, stop - first);
   if (count <= 0) return;
 
-  const u32 chunk_at = shared_begin() + Coding::SHARED_BYTES;
+  const u32 chunk_at = shared_begin() + Coding::SHARED_BYTES * product.dictionary_copies;
   const u32 levels_at = chunk_at + MATMUL_ROWS * CHUNK_STRIDE;
   const u32 tokens_at = levels_at + 4 * MATMUL_ROWS;
   if (threadIdx.x < TOKENS) {
@@ -121,7 +122,7 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
     }
     return;
   }
-  coding.open(shape, expert, shared_begin());
+  coding.open(shape, expert, shared_begin(), product.dictionary_copies);
   if (threadIdx.x < MATMUL_ROWS)
     shared_store<u32>(levels_at + 4 * threadIdx.x,
                       coding.row_factor(shape, expert, row_begin + static_cast<int>(threadIdx.x)));

@@ -5,7 +5,7 @@
 // all of them, in float32. No atomics: a row's sum has one fixed order.
 //
 // Shared memory, by bytes:
-//   Coding::SHARED_BYTES          dictionary
+//   Coding::SHARED_BYTES * copies dictionary
 //   (in + 64) * max(4, 2 tile)    tokens: [column][token] bfloat16; of a single token float32
 //   4 * 16 + 4 * (warps + 1) * 16 rows of the tokens in x and y; sums of the tokens
 #pragma once
@@ -29,6 +29,7 @@ struct ProductArguments {
   int tile_tokens;           // tokens of an expert that share a decode: 1 or 2 (kernels t2); 1, 2, 4,
                              // 8 or 16 (t16)
   int rows_per_block;        // at least 1
+  int dictionary_copies;     // 1, 2, 4, 8 or 16: in shared memory, where the coding has one there
   int y_is_float32;          // 0 or 1
 };
 
@@ -168,7 +169,7 @@ QMOE_DEVICE void stage_tokens(const u16* const (&own)[TOKENS], const ProductArgu
 template <class Coding, int TOKENS>
 QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const ProductArguments& product,
                                const Tile& tile) {
-  const u32 x_at = shared_begin() + Coding::SHARED_BYTES;
+  const u32 x_at = shared_begin() + Coding::SHARED_BYTES * product.dictionary_copies;
   const u32 rows_at = x_at + (shape.in_features + COLUMN_PADDING) *
                                (product.tile_tokens > 1 ? 2 * product.tile_tokens : 4);
   const u32 sums_at = rows_at + 4 * MAX_TILE_TOKENS;
@@ -257,7 +258,7 @@ QMOE_DEVICE void multiply(Coding coding, const ProductArguments& product) {
   const int count = min_of(min_of(product.tile_tokens, stop - place), MAX_TOKENS);
   if (count <= 0) return;
 
-  coding.open(shape, expert, shared_begin());
+  coding.open(shape, expert, shared_begin(), product.dictionary_copies);
   const Tile tile = {expert, place, count, row_begin, row_end};
   if (count == 1) {
     multiply_tile<Coding, 1>(coding, shape, product, tile);

@@ -114,6 +114,17 @@ class TestDecoders:
         assert coded.arrays["dictionaries"][0] == dictionary
         check_decoders(get, coded, tile_tokens=(2,), tokens=2)
 
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+    def test_copies_of_the_dictionary_make_no_difference(self, get, coding):
+        coded = random_tensor(coding, (1, 5, 300), seed=3)
+        x, experts = np.ones((1, 300), BF16), np.zeros(1, np.int32)
+        one, *others = (
+            launches.multiply(get, coded, x, experts, tile_tokens=1, copies=copies)
+            for copies in (1, 2, 8, 16)
+        )
+        for y in others:
+            np.testing.assert_array_equal(y, one)
+
     @pytest.mark.parametrize("zero", [0.0, 1.0, 2.0, 3.0, 1.5, -7.0])
     def test_2bit_zeros(self, get, zero):
         """Also zeros that are no code: then every weight counts."""
@@ -184,7 +195,9 @@ class TestMatmul:
         """Chunks that end within a codeword, at its end, and at the row's; rows beyond the last."""
         for out in (1, 65) if width < 100 else (9,):
             coded = random_tensor(coding, (2, out, width), seed=width)
-            check_matmul(get, coded, seed=out, tiles=(8, 64))
+            check_matmul(
+                get, coded, seed=out, tiles=(8, 64), tokens=9, copies=1 if out == 1 else 16
+            )
 
     @pytest.mark.parametrize("dictionary", [0, 9, *slow(1, 2, 3, 4, 5, 6, 7, 8)])
     def test_each_dictionary(self, get, coding, dictionary):
@@ -252,12 +265,12 @@ class TestMatmul:
         front = launches.coding_argument(get, coded)
         order, starts = np.array([7, -3, 1], np.int32), np.array([0, 0, 99], np.int32)
         tiles = (np.array([3, -1, 1, 1], np.int32), np.array([0, 0, -2, 7], np.int32))
-        values = (x, order, starts, *tiles, y, 2, 5, 32, 3, 1)
+        values = (x, order, starts, *tiles, y, 2, 5, 32, 3, 1, 1)
         get(f"matmul_{coding}_t8")(
             (1, 4),
             (512,),
             [front, launches.Struct(kernels.MATMUL, values)],
-            shared_mem=kernels.matmul_shared_bytes(coding),
+            shared_mem=kernels.matmul_shared_bytes(coding, 1),
         )
         assert np.isnan(y).all()
 
@@ -292,7 +305,7 @@ class TestTokens:
         front = launches.coding_argument(get, coded)
         order, experts = np.array([7, -3, 1], np.int32), np.array([1, 1, 1], np.int32)
         for starts in ([0, 0, 99], [0, -5, 3], [0, 2, 1]):
-            values = (x, order, experts, np.array(starts, np.int32), y, 2, 5, 20, 3, 2, 16, 1)
+            values = (x, order, experts, np.array(starts, np.int32), y, 2, 5, 20, 3, 2, 16, 1, 1)
             get(kernels.fused_name(coding, 2, 4))(
                 (3, 1),
                 (64,),

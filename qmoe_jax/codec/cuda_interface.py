@@ -62,7 +62,7 @@ class CudaInterface:
       sizes: what the other fields hold: of which array, and whether its entries or the bytes of an
         element.
       table: builds the dictionaries, uint32; None where codes need none.
-      dictionary_bytes: dynamic shared memory in which a block keeps its dictionary.
+      dictionary_bytes: dynamic shared memory in which a block keeps a copy of its dictionary.
       rows_per_warp: how many rows of codes a warp may take at a time in a product; where there is a
         choice, kernels have it in their names.
       matmul_source: file in `kernels_cuda/` of the products with many tokens, by tensor cores; None

@@ -78,6 +78,7 @@ def multiply(
     rows_per_warp: int = 4,
     rows_per_block: int = 16,
     threads: int = 64,
+    copies: int = 2,
     float32: bool = True,
     **options: Any,
 ) -> np.ndarray:
@@ -87,12 +88,14 @@ def multiply(
     shape = (len(x), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
     values = (x, order, token_experts, starts, y, spec.num_experts, spec.rows, spec.width)
-    values = (*values, len(x), tile_tokens, rows_per_block, int(float32))
+    values = (*values, len(x), tile_tokens, rows_per_block, copies, int(float32))
     get(kernels.fused_name(spec.coding, tile_tokens, rows_per_warp))(
         (len(x), -(-spec.rows // rows_per_block)),
         (threads,),
         [coding_argument(get, coded), Struct(kernels.PRODUCT, values)],
-        shared_mem=kernels.fused_shared_bytes(spec.coding, spec.width, tile_tokens, threads),
+        shared_mem=kernels.fused_shared_bytes(
+            spec.coding, spec.width, tile_tokens, threads, copies
+        ),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)
@@ -115,6 +118,7 @@ def matmul(
     experts: np.ndarray,
     *,
     tile: int = 16,
+    copies: int = 4,
     float32: bool = True,
     **options: Any,
 ) -> np.ndarray:
@@ -130,9 +134,9 @@ def matmul(
         (512,),
         [
             coding_argument(get, coded),
-            Struct(kernels.MATMUL, (*values, len(x), int(float32))),
+            Struct(kernels.MATMUL, (*values, len(x), copies, int(float32))),
         ],
-        shared_mem=kernels.matmul_shared_bytes(spec.coding),
+        shared_mem=kernels.matmul_shared_bytes(spec.coding, copies),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)

@@ -170,11 +170,11 @@ def test_kernels(get, rng, coding, experts, out, width):
     for tile in (1, 2, 4, 8, 16):
         for rows in (1, 4):
             for threads, rows_per_block in ((32, 3), (256, 64)):
-                options = {"threads": threads, "rows_per_block": rows_per_block}
-                if kernels.fused_shared_bytes(coding, width, tile, threads) > 48 << 10:
-                    limit = LAUNCHER.device.max_shared_bytes
-                    if kernels.fused_shared_bytes(coding, width, tile, threads) > limit:
-                        continue
+                copies = int(rng.choice([1, 2, 4, 8, 16]))
+                options = {"threads": threads, "rows_per_block": rows_per_block, "copies": copies}
+                needed = kernels.fused_shared_bytes(coding, width, tile, threads, copies)
+                if needed > LAUNCHER.device.max_shared_bytes:
+                    continue
                 y = launches.multiply(
                     get, coded, x, index, tile_tokens=tile, rows_per_warp=rows, **options
                 )
@@ -197,7 +197,7 @@ def test_tensor_cores(get, rng, coding, experts, out, width):
     x = rng.normal(size=(75, width)).astype(BF16)
     index = rng.integers(-1, experts, 75).astype(np.int32)
     for tile in kernels.MATMUL_TILES:
-        y = launches.matmul(get, coded, x, index, tile=tile)
+        y = launches.matmul(get, coded, x, index, tile=tile, copies=int(rng.choice([1, 16])))
         assert_products(y, coded, weights, x, index)
 
 

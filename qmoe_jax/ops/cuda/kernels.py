@@ -41,6 +41,7 @@ PRODUCT = ArgumentStruct(
         ("num_tokens", "int"),
         ("tile_tokens", "int"),
         ("rows_per_block", "int"),
+        ("dictionary_copies", "int"),
         ("y_is_float32", "int"),
     ),
 )
@@ -57,6 +58,7 @@ MATMUL = ArgumentStruct(
         ("out_features", "int"),
         ("in_features", "int"),
         ("num_tokens", "int"),
+        ("dictionary_copies", "int"),
         ("y_is_float32", "int"),
     ),
 )
@@ -89,6 +91,8 @@ ENCODING = ArgumentStruct(
 )
 """Of encoding, which only benchmarks and tests launch."""
 _COLUMN_PADDING = 64
+# Blocks that a multiprocessor should have room for; more lanes at work beat fewer that wait.
+_FUSED_BLOCKS, _MATMUL_BLOCKS = 4, 2
 _MAX_GRID_Y = 65535
 
 
@@ -150,13 +154,30 @@ def has_matmul(launcher: Launcher, experts: CodedExperts) -> bool:
         interface.matmul_source is not None
         and major >= 8  # bfloat16 in tensor cores
         and experts.spec.width % 16 == 0
-        and matmul_shared_bytes(experts.spec.coding) <= launcher.device.max_shared_bytes
+        and matmul_shared_bytes(experts.spec.coding, 1) <= launcher.device.max_shared_bytes
     )
 
 
-def matmul_shared_bytes(coding: str) -> int:
+def matmul_shared_bytes(coding: str, copies: int) -> int:
     """Dynamic shared memory of a product by tensor cores."""
-    return cuda_interface(coding).dictionary_bytes + MATMUL_ROWS * (1024 + 64) + 2 * 4 * 64
+    dictionary = copies * cuda_interface(coding).dictionary_bytes
+    return dictionary + MATMUL_ROWS * (1024 + 64) + 2 * 4 * 64
+
+
+def dictionary_copies(max_shared_bytes: int, others: int, coding: str, blocks: int) -> int:
+    """Return how many copies of its dictionary a block keeps, so that lanes do not wait.
+
+    As many as leave room for `blocks` blocks on a multiprocessor beside `others`, at least one.
+
+    Args:
+      max_shared_bytes: of a block on the device: about what a multiprocessor has.
+      others: shared memory of a block without dictionaries.
+      coding: whose dictionary.
+      blocks: at a time.
+    """
+    size = cuda_interface(coding).dictionary_bytes
+    fitting = [n for n in (16, 8, 4, 2) if (n * size + others + 1024) * blocks <= max_shared_bytes]
+    return max(fitting, default=1) if size else 1
 
 
 def check_coded(experts: CodedExperts) -> None:
@@ -198,10 +219,12 @@ def settings_for(launcher: Launcher, experts: CodedExperts) -> LaunchSettings:
     return launch_settings(device.name, device.compute_capability, experts.spec.coding)
 
 
-def fused_shared_bytes(coding: str, in_features: int, tile_tokens: int, threads: int) -> int:
+def fused_shared_bytes(
+    coding: str, in_features: int, tile_tokens: int, threads: int, copies: int = 1
+) -> int:
     """Dynamic shared memory of a product kernel."""
     staged = (in_features + _COLUMN_PADDING) * max(4, 2 * tile_tokens)
-    return cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
+    return copies * cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
 
 
 def largest_tile(launcher: Launcher, experts: CodedExperts) -> int:
@@ -259,6 +282,7 @@ def fused_product(
             tile_tokens=size,
             is_float32=result.dtype == jnp.float32,
             codes=coding_argument(spec, experts.arrays),
+            max_shared_bytes=launcher.device.max_shared_bytes,
         )
         inputs = [*_coding_inputs(experts), x, tokens.order, tokens.starts, *tiles]
         return run_kernel(launcher, call, inputs, result)
@@ -284,6 +308,7 @@ def fused_product(
         tile_tokens=min(tile, most),
         is_float32=result.dtype == jnp.float32,
         codes=coding_argument(spec, experts.arrays),
+        max_shared_bytes=launcher.device.max_shared_bytes,
     )
     return run_kernel(launcher, call, [*inputs, x, *tokens], result)
 
@@ -296,6 +321,7 @@ def fused_call(
     tile_tokens: int,
     is_float32: bool,
     codes: StructArgument,
+    max_shared_bytes: int,
 ) -> KernelCall:
     """Return a product's launch. Inputs: the coding's arrays, x, a `TokenOrder`; then y.
 
@@ -306,8 +332,11 @@ def fused_call(
       tile_tokens: one of TILES.
       is_float32: whether y is float32, not bfloat16.
       codes: of `coding_argument`.
+      max_shared_bytes: of a block on the device.
     """
     interface = cuda_interface(spec.coding)
+    others = fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads, 0)
+    copies = dictionary_copies(max_shared_bytes, others, spec.coding, _FUSED_BLOCKS)
     rows_per_block = max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
     numbers = {
         "num_experts": spec.num_experts,
@@ -316,6 +345,7 @@ def fused_call(
         "num_tokens": num_tokens,
         "tile_tokens": tile_tokens,
         "rows_per_block": rows_per_block,
+        "dictionary_copies": copies,
         "y_is_float32": int(is_float32),
     }
     return KernelCall(
@@ -323,7 +353,9 @@ def fused_call(
         name=fused_name(spec.coding, tile_tokens, launch.rows_per_warp),
         grid=(num_tokens, -(-spec.rows // rows_per_block)),
         threads=launch.threads,
-        shared_bytes=fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads),
+        shared_bytes=fused_shared_bytes(
+            spec.coding, spec.width, tile_tokens, launch.threads, copies
+        ),
         arguments=(codes, StructArgument.of(PRODUCT, numbers, len(interface.array_names))),
     )
 
@@ -336,6 +368,7 @@ def matmul_call(
     tile_tokens: int,
     is_float32: bool,
     codes: StructArgument,
+    max_shared_bytes: int,
 ) -> KernelCall:
     """Return a launch of a product by tensor cores.
 
@@ -348,14 +381,18 @@ def matmul_call(
       tile_tokens: one of MATMUL_TILES.
       is_float32: whether y is float32, not bfloat16.
       codes: of `coding_argument`.
+      max_shared_bytes: of a block on the device.
     """
     interface = cuda_interface(spec.coding)
+    others = matmul_shared_bytes(spec.coding, 0)
+    copies = dictionary_copies(max_shared_bytes, others, spec.coding, _MATMUL_BLOCKS)
     assert interface.matmul_source is not None
     numbers = {
         "num_experts": spec.num_experts,
         "out_features": spec.rows,
         "in_features": spec.width,
         "num_tokens": num_tokens,
+        "dictionary_copies": copies,
         "y_is_float32": int(is_float32),
     }
     return KernelCall(
@@ -363,7 +400,7 @@ def matmul_call(
         name=f"matmul_{spec.coding}_t{tile_tokens}",
         grid=(-(-spec.rows // MATMUL_ROWS), num_tiles),
         threads=512,
-        shared_bytes=matmul_shared_bytes(spec.coding),
+        shared_bytes=matmul_shared_bytes(spec.coding, copies),
         arguments=(codes, StructArgument.of(MATMUL, numbers, len(interface.array_names))),
     )
 
