@@ -7,6 +7,7 @@ half of the replays.
 """
 
 import ctypes
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ import ml_dtypes  # noqa: E402
 
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
-from qmoe_jax.codec.tensor import TensorSpec  # noqa: E402
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec  # noqa: E402
 from qmoe_jax.ops.cuda import kernels  # noqa: E402
 from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
 from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
@@ -184,10 +185,11 @@ def random_codes(coding: str, shape: tuple[int, int, int], seed: int = 0) -> tup
     return codes, levels.astype(ml_dtypes.bfloat16)
 
 
-def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
-    """Random codes of NUM_EXPERTS experts; copies until they are several times the L2 cache."""
-    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
-    times = NUM_EXPERTS // UNIQUE_EXPERTS
+def repeat_experts(
+    coded: CodedTensor, num_experts: int
+) -> tuple[TensorSpec, dict[str, np.ndarray]]:
+    """A tensor whose experts are those of `coded`, again and again."""
+    times = num_experts // coded.spec.num_experts
     arrays = {
         name: np.concatenate([array] * times)
         for name, array in coded.arrays.items()
@@ -196,7 +198,13 @@ def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
     if "expert_offsets" in coded.arrays:
         sizes = np.tile(np.diff(coded.arrays["expert_offsets"]), times)
         arrays["expert_offsets"] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    spec = TensorSpec(coding, NUM_EXPERTS, out, width, coded.spec.max_row_codewords)
+    return dataclasses.replace(coded.spec, num_experts=num_experts), arrays
+
+
+def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
+    """Random codes of NUM_EXPERTS experts; copies until they are several times the L2 cache."""
+    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
+    spec, arrays = repeat_experts(coded, NUM_EXPERTS)
     stored_bytes = sum(array.nbytes for array in arrays.values())
     starts = find_row_block_starts(spec, arrays)
     if starts is not None:
