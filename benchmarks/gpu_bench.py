@@ -139,15 +139,15 @@ class Gpu:
     def facts(self) -> dict[str, Any]:
         """The device, the software, and the commit."""
         runtime = self.cupy.cuda.runtime
-        commit = os.environ.get("QMOE_COMMIT", "unknown")
-        if shutil.which("git"):
+        commit = os.environ.get("QMOE_COMMIT", "")  # where the tree has come without its history
+        if not commit and shutil.which("git"):
             git = subprocess.run(
                 ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
                 capture_output=True,
                 text=True,
                 check=False,
             )
-            commit = git.stdout.strip() or commit
+            commit = git.stdout.strip()
         return {
             "device": self.launcher.device.name,
             "compute_capability": self.launcher.device.compute_capability,
@@ -155,7 +155,7 @@ class Gpu:
             "driver": runtime.driverGetVersion(),
             "cuda": runtime.runtimeGetVersion(),
             "cupy": self.cupy.__version__,
-            "commit": commit,
+            "commit": commit or "unknown",
         }
 
 

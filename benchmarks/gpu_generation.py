@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_generation.py --json benchmarks/results/gpu_generation.json
 
-A synthetic model of random weights whose sparse layers are those of the public base-128 (768 x 3072,
+A synthetic model of random weights with the sparse layers of the public base-128 (768 x 3072,
 128 experts, every other layer), `--layers` of each stack. Greedy, no row ends early. Both run in
 bfloat16 through the same module: experts dense in XLA's loop over those that tokens reach, or codes
 by the CUDA kernels. The rate is the median of `--repeats` runs, without compilation, encoder

@@ -13,6 +13,7 @@ import pytest
 from cuda_emulation.launcher import EmulatedLauncher
 
 from qmoe_jax.ops.cuda import launch_settings
+from qmoe_jax.ops.cuda.launcher import use_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -20,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
 import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_generation  # noqa: E402
 import tune_kernels  # noqa: E402
 
 
@@ -84,9 +86,26 @@ class TestOnAFakeGpu:
         found = launch_settings.launch_settings("emulated", "9.0", "tunstall")
         assert found.few.threads == found.many.threads == found.expand.threads == 32
 
+    def test_generation(self, cublas, monkeypatch, tmp_path):
+        """Dense and from codes; the model is small."""
+        full = gpu_generation.SwitchConfig
+        small = {"embed_dim": 64, "mlp_dim": 96, "expert_mlp_dim": 96, "num_heads": 2}
+        monkeypatch.setattr(gpu_generation, "SwitchConfig", lambda **k: full(**{**k, **small}))
+        target = tmp_path / "generation.json"
+        options = ["--layers", "2", "--experts", "4", "--batches", "2", "--length", "2"]
+        arguments = ["gpu_generation", "--json", str(target), *options, "--repeats", "1"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with use_launcher(EmulatedLauncher()):
+            gpu_generation.main()
+        results = json.loads(target.read_text())
+        assert results["bytes"]["codes"] < results["bytes"]["dense"]
+        assert [r["batch"] for r in results["rates"]] == [2]
+        assert all(r["dense"] > 0 and r["codes"] > 0 for r in results["rates"])
+
     def test_without_git(self, cublas, monkeypatch):
         gpu = gpu_bench.Gpu(FakeLauncher())
         monkeypatch.setenv("PATH", "")
+        assert gpu.facts()["commit"] == "unknown"
         monkeypatch.setenv("QMOE_COMMIT", "abc")
         assert gpu.facts()["commit"] == "abc"
 

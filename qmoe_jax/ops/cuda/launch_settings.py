@@ -48,7 +48,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchSettings:
-    """What a coding's launches are like on a device. The defaults are estimates.
+    """What a coding's launches are like on a device. The defaults are those tuned for an H200.
 
     Attributes:
       few: products of at most `few_tokens` tokens: few blocks, so little work for each.
@@ -64,12 +64,12 @@ class LaunchSettings:
     """
 
     few: Launch = Launch(256, 8, 1)
-    many: Launch = Launch(256, 64, 4)
-    few_tokens: int = 4
-    expand: Launch = Launch(256, 16)
+    many: Launch = Launch(256, 128, 4)
+    few_tokens: int = 16
+    expand: Launch = Launch(128, 8)
     fused_tokens_per_expert: int = 16
-    matmul_tokens_per_expert: int = 6
-    matmul_most_per_expert: int = 256
+    matmul_tokens_per_expert: int = 16
+    matmul_most_per_expert: int = 64
     fused_tokens: int = 8192
 
 
