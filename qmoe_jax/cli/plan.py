@@ -27,8 +27,10 @@ from typing import Any
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
+from qmoe_jax.checkpoints.storage import kvstore_spec
 from qmoe_jax.cli.flags import CommandParser
-from qmoe_jax.errors import TokensError
+from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.outputs import check_writable, is_json_object, output_file
 from qmoe_jax.paths import local_path
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.memory import Resources
@@ -108,6 +110,9 @@ def _resources(arguments: argparse.Namespace) -> Resources:
         memory = round(1e9 * arguments.device_gb)
     local = not arguments.output.startswith("gs://")
     buffer_dir = arguments.buffer_dir
+    for name in ("output", "buffer_dir"):
+        if getattr(arguments, name) is not None:
+            _check_folder(getattr(arguments, name), f"--{name}", storage=name == "output")
     output_free, buffer_free, same_disk = None, None, True
     if arguments.disk_gb is not None:
         output_free = round(1e9 * arguments.disk_gb)
@@ -133,9 +138,24 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     )
 
 
+def _check_folder(path: str, name: str, *, storage: bool) -> None:
+    """Refuse where the run could not write: it would be planned for nothing.
+
+    Raises:
+      CheckpointError: no folder, or none that can be made.
+    """
+    if storage and path.startswith("gs://"):
+        kvstore_spec(path)
+        return
+    folder = local_path(path, name)
+    check_writable(folder, name)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{name} is {folder}, a file; give a folder")
+
+
 def _existing(path: str) -> Path:
     """Return the folder itself, or the nearest that exists above it."""
-    folder = Path(path).expanduser().absolute()
+    folder = local_path(path, "the folder").absolute()
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -297,6 +317,10 @@ def _add_resources(group: Any) -> None:
     )
 
 
+def _is_plan(file: Path) -> bool:
+    return is_json_object(file, ("model", "zero_shares", "sizes"))
+
+
 IF_INTERRUPTED = "nothing was written, run it again"
 
 
@@ -308,8 +332,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.device not in devices():
         raise ValueError(f"device is {arguments.device!r}; choose one of {', '.join(devices())}")
-    plan = plan_from_arguments(arguments)
+    file = None
     if arguments.json is not None:
-        write_json(local_path(arguments.json, "--json"), plan.to_json())
+        file = output_file(arguments.json, "the plan", _is_plan)
+    plan = plan_from_arguments(arguments)
+    if file is not None:
+        write_json(file, plan.to_json())
     print(format_plan(plan))
     return 1 if plan.problems else 0
