@@ -366,6 +366,27 @@ def shard_map_of_variables(module, variables, batch):
     return jax.jit(mapped)(twice(variables), *batch)[1]
 
 
+def shard_map_of_experts(module, variables, batch):
+    """Each device has experts of its own, and all else in common."""
+    is_own = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: kernels_of(path))
+    own = is_own(variables)
+    doubled = jax.tree.map(lambda x, o: jnp.stack([x, x]) if o else x, variables, own)
+    specs = jax.tree.map(lambda o: SPLIT if o else EVERYWHERE, own)
+
+    def logits(variables, *batch):
+        held = jax.tree.map(lambda x, o: x[0] if o else x, variables, own)
+        return call(module)(held, *batch)[None]
+
+    mapped = jax.shard_map(
+        logits, mesh=two_devices(), in_specs=(specs, *3 * (EVERYWHERE,)), out_specs=SPLIT
+    )
+    return jax.jit(mapped)(doubled, *batch)[1]
+
+
+def kernels_of(path):
+    return "'expert'" in jax.tree_util.keystr(path)
+
+
 def shard_map_of_one_axis(module, variables, batch):
     """The other axis of the mesh is left to XLA."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "other"))
@@ -412,6 +433,7 @@ FOUR_DEVICES = {
     "shard_map of remat": Row(shard_map(remat_inside), 2),
     "vmap of shard_map": Row(vmap_of_shard_map, BATCH),
     "shard_map of variables": Row(shard_map_of_variables),
+    "shard_map of experts": Row(shard_map_of_experts),
     "shard_map of one axis": Row(shard_map_of_one_axis, 2),
     "pmap": Row(pmap, 2),
     "sharded inputs": Row(sharded_inputs),
