@@ -129,6 +129,8 @@ def grouped_apply(
 
         return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
 
-    outputs = varying_zeros((num_tokens + block, out_features), x.dtype, x, expert_index, *fetched_from)
+    outputs = varying_zeros(
+        (num_tokens + block, out_features), x.dtype, x, expert_index, *fetched_from
+    )
     outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
     return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
