@@ -225,6 +225,18 @@ def check_writable(path: Path, what: str, error: type[ValueError] = CheckpointEr
         raise error(f"cannot write {what} {path} ({refusal.strerror}); choose another") from refusal
 
 
+def check_is_no_input(folder: Path, what: str, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a folder for results or work that is an input itself.
+
+    Raises:
+      CheckpointError: such a folder.
+    """
+    for given in inputs:
+        path = os.path.expanduser(os.fspath(given))
+        if folder.exists() and os.path.exists(path) and os.path.samefile(folder, path):
+            raise CheckpointError(f"{what} is {folder}, an input; choose another folder")
+
+
 def check_no_input(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:

@@ -61,7 +61,8 @@ def onto(*inputs):
     return {f"onto {path}": path for path in inputs}
 
 
-OWN = onto("model", "model/checkpoint_500100", "link", "link/checkpoint_500100")
+INPUT = ("model/checkpoint_500100", "link/checkpoint_500100")
+OWN = onto("model", "link", *INPUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ PATHS = [
     gin("compress", "output", WRITE_FOLDER | OWN, MODEL, "OUTPUT={}", TOKENS),
     gin("compress", "output", WRITE_FOLDER | OWN, MODEL, "OUTPUT={}", TOKENS, "OVERWRITE=True"),
     gin("compress", "buffer_dir", WRITE_INTO, *COMPRESS, "BUFFER_DIR={}"),
-    gin("compress", "work_dir", WRITE_FOLDER | OWN, *COMPRESS, "WORK_DIR={}"),
+    gin("compress", "work_dir", WRITE_INTO | onto(*INPUT), *COMPRESS, "WORK_DIR={}"),
     gin("compress", "log", WRITE_FILE | onto("tokens.npz"), *COMPRESS, "LOG={}"),
     gin("evaluate", "checkpoint", READ_FOLDER, "CHECKPOINT={}", TOKENS),
     gin("evaluate", "checkpoint", READ_FOLDER, "CHECKPOINT=[('a', {})]", TOKENS),

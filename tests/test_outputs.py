@@ -293,7 +293,7 @@ class TestEvaluate:
         model = golden_copy("base", "t5x_float32_inference")
         before = tree(tmp_path)
         for named, output in (({"a": model}, model), ({model.name: model}, model.parent)):
-            with pytest.raises(CheckpointError, match="a checkpoint; choose|is, or holds, the in"):
+            with pytest.raises(CheckpointError, match="an input; choose|is, or holds, the in"):
                 qmoe_jax.evaluate(named, CALIBRATION[:8], output=output, tensorboard=False)
         assert tree(tmp_path) == before
 

@@ -26,7 +26,13 @@ from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
-from qmoe_jax.outputs import check_no_input, check_writable, is_json_object, output_file
+from qmoe_jax.outputs import (
+    check_is_no_input,
+    check_no_input,
+    check_writable,
+    is_json_object,
+    output_file,
+)
 from qmoe_jax.paths import local_path
 from qmoe_jax.run_folder import RunFolder
 
@@ -187,10 +193,7 @@ def check_output(output: PathLike, checkpoints: Mapping[str, PathLike]) -> Path:
     check_writable(folder, "output")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output is {folder}, a file; give a folder")
-    for given in checkpoints.values():
-        path = os.path.expanduser(os.fspath(given))
-        if folder.exists() and os.path.exists(path) and os.path.samefile(folder, path):
-            raise CheckpointError(f"output is {folder}, a checkpoint; choose another folder")
+    check_is_no_input(folder, "output", checkpoints.values())
     for name in checkpoints:
         check_no_input(folder / name, checkpoints.values())
     output_file(folder / _METRICS, "metrics", _is_metrics)

@@ -22,7 +22,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
-from qmoe_jax.outputs import check_writable
+from qmoe_jax.outputs import check_is_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
@@ -110,6 +110,7 @@ def compress(
     inputs = _paths(checkpoint, tokens, validation_tokens)
     buffers, work_folder = _folder(buffer_dir, "buffer_dir"), _folder(work_dir, "work_dir")
     if work_folder is not None:
+        check_is_no_input(work_folder, "work_dir", inputs)
         check_journal_folder(work_folder)
     devices, processes = Devices.local(num_devices), Processes()
     source, config = _open(checkpoint, chosen, devices)

@@ -28,13 +28,11 @@ _RUN = "run.json"
 _LAYER = ".layer.json"
 _BATCH = ".npz"
 _LOCK = "lock"
-_OWN = re.compile(
-    r"lock|process_\d+|\..*\.partial|\w+_layer_\d+(\.layer\.json|_experts_\d+_\d+\.npz)"
-)
+_OWN = re.compile(r"\w+_layer_\d+(\.layer\.json|_experts_\d+_\d+\.npz)")
 
 
 def check_journal_folder(folder: Path) -> None:
-    """Refuse a user's folder that holds other files: a journal deletes its own there in the end.
+    """Refuse a user's folder with files that a journal would take for its own, and delete.
 
     Args:
       folder: need not be there; one of several processes has its journal in a folder below it.
@@ -45,7 +43,9 @@ def check_journal_folder(folder: Path) -> None:
     is_run = is_json_object(folder / _RUN, ("checkpoint", "settings", "versions"))
 
     def is_own(name: str) -> bool:
-        return is_run if name == _RUN else _OWN.fullmatch(name) is not None
+        if name == _RUN:
+            return is_run
+        return not name.endswith((_BATCH, _LAYER)) or _OWN.fullmatch(name) is not None
 
     check_own_folder(folder, is_own)
 
