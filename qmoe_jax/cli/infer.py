@@ -149,7 +149,8 @@ def infer(
             activation_dtype=activation_dtype,
             expert_capacity_factor=expert_capacity_factor,
         )
-        answer_file = AnswerFile(output, identity)
+        read = [checkpoint, vocabulary, *([] if prompts_file in (None, "-") else [prompts_file])]
+        answer_file = AnswerFile(output, identity, read)
     try:
         module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
         if dequantize:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.errors import TokensError
+from qmoe_jax.outputs import output_file
 from qmoe_jax.paths import local_path
 
 # Fields of a JSON line that may hold its prompt, the first one found.
@@ -79,21 +80,29 @@ class AnswerFile:
       finished: the lines of finished batches, by batch number and then by prompt.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Any):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run: Any,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ):
         """Open the file for a run.
 
         Args:
-          path: a local file; an older one is replaced at the end.
+          path: a local file; an older one of answers is replaced at the end.
           run: whatever decides the answers, as JSON.
+          inputs: what the run reads; never replaced.
 
         Raises:
-          TokensError: the file cannot be written.
+          TokensError: the file cannot be written, or another is there.
         """
-        self._path = local_path(path, "the file of answers", TokensError)
-        self._partial = self._path.with_name(self._path.name + ".partial")
+        what = "a file of answers"
+        self._path = output_file(path, what, _is_answers, inputs=inputs, error=TokensError)
+        partial = self._path.with_name(self._path.name + ".partial")
+        self._partial = output_file(partial, "unfinished answers", _is_partial, error=TokensError)
         text = json.dumps(run, sort_keys=True)
         header = {"run": hashlib.sha256(text.encode()).hexdigest()}
-        if self._path.is_dir() or not self._path.parent.is_dir():
+        if not self._path.parent.is_dir():
             raise TokensError(
                 f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
                 "exists"
@@ -129,6 +138,24 @@ class AnswerFile:
         with open_atomically(path) as file:
             for line in lines:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def _is_answers(file: Path) -> bool:
+    return _first_line(file).keys() >= {"inputs", "decodes"}
+
+
+def _is_partial(file: Path) -> bool:
+    return _first_line(file).keys() == {"run"}
+
+
+def _first_line(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file begins with; an empty one where it does not."""
+    try:
+        with open(file, "rb") as lines:
+            record = json.loads(lines.readline())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def compressed_product(
         num_experts=num_experts,
         out_features=out_features,
         fetch=fetch,
+        fetched_from=experts.leaves,
         run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
     )
 
@@ -114,6 +115,7 @@ def expert_mlp(
         num_experts=num_experts,
         fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
         fetch_wo=kernel_fetch(wo, x.dtype, implementation),
+        fetched_from=[array for kernel in (*wi, wo) for array in kernel.leaves],
         activation=activation,
     )
 
