@@ -158,7 +158,7 @@ class TestProduct:
 
         x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
         np.testing.assert_allclose(loop("cuda")(x), loop("xla")(x), atol=1e-6)
-        assert launcher.calls == [("fused_tunstall_t16_rows4", True)] * 4
+        assert launcher.calls == [("fused_tunstall_t16_rows1", True)] * 4
 
     def test_no_tokens_and_no_experts_for_any(self, launcher):
         experts = make_experts("tunstall", 2, 3, 8)
@@ -187,7 +187,7 @@ class TestProduct:
         expected = np.einsum("toi,ti->to", weights, np.asarray(x, np.float64))
         assert_close(product(experts, "cuda")(x, index), expected, experts, x)
         name = {1: "fused_tunstall_t2_rows1", 2: "fused_tunstall_t2_rows1"}.get(tokens)
-        name = name or {5: "fused_tunstall_t16_rows4", 64: "matmul_tunstall_t64"}[tokens]
+        name = name or {5: "fused_tunstall_t16_rows1", 64: "matmul_tunstall_t64"}[tokens]
         assert launcher.calls == [(name, False)]
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,8 +197,8 @@ class TestProduct:
         rng = np.random.default_rng(5)
         for width, has_kernels in ((32, coding == "tunstall"), (33, False)):
             experts = make_experts(coding, 3, 70, width, seed=5)
-            x = jnp.asarray(rng.normal(size=(40, width)), dtype)
-            index = jnp.asarray(rng.integers(-1, 3, 40), jnp.int32)
+            x = jnp.asarray(rng.normal(size=(48, width)), dtype)
+            index = jnp.asarray(rng.integers(-1, 3, 48), jnp.int32)
             weights = np.concatenate([reference_weights(experts), np.zeros((1, 70, width))])
             expected = np.einsum("toi,ti->to", weights[index], np.asarray(x, np.float64))
             launcher.calls.clear()
