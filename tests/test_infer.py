@@ -6,12 +6,14 @@ import shutil
 
 import golden_data
 import pytest
+from canary import tree
 
 import qmoe_jax
 from qmoe_jax.__main__ import main
 from qmoe_jax.cli import infer
 from qmoe_jax.errors import TokensError
 from qmoe_jax.generation import prompt_files
+from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.text import Vocabulary, encode_prompts, fill_blanks
 
 pytest.importorskip("gin")
@@ -145,6 +147,15 @@ class TestAnswers:
         }
         assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 2}).finished == {}
 
+    def test_answers_of_another_model_are_not_kept(self, tmp_path):
+        """The checkpoint that was put in the place of another, in files of the same names."""
+        path = shutil.copytree(CHECKPOINT, tmp_path / "model")
+        before = prompt_files.run_identity(path, GenerationSettings())
+        assert prompt_files.run_identity(path, GenerationSettings()) == before
+        array = max((p for p in path.rglob("*") if p.is_file()), key=os.path.getsize)
+        array.write_bytes(array.read_bytes()[::-1])  # in a folder of its own, below the top
+        assert prompt_files.run_identity(path, GenerationSettings()) != before
+
 
 class TestBadInput:
     """Each is one line on stderr that names the value, and exit code 2."""
@@ -166,6 +177,33 @@ class TestBadInput:
         self.refused(command("--gin.PROMPTS_FILE='empty.txt'"), "holds no prompt")
         self.refused(command("--gin.OUTPUT='no/folder.jsonl'", "a"), "no/folder.jsonl")
         assert {path.name for path in tmp_path.iterdir()} == {"empty.txt"}
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("out.jsonl", "a poem\n"),
+            ("out.jsonl", '{"inputs": "a <extra_id_0>"}\n'),  # prompts
+            ("out.jsonl", '{"inputs": "a", "decodes": []}\nadded by hand'),
+            ("out.jsonl", '{"a": 1}'),
+            ("out.jsonl.partial", "a poem\n"),
+            ("out.jsonl.partial", '{"run": "x"}\n{"bottle'),
+        ],
+    )
+    def test_what_is_no_output_of_ours_is_kept(self, command, tmp_path, name, content):
+        (tmp_path / name).write_text(content)
+        refused = command("--gin.OUTPUT='out.jsonl'", "a <extra_id_0>")
+        self.refused(refused, f"{tmp_path / name}".rpartition("/")[2], "stays as it is")
+        assert tree(tmp_path) == {name: content.encode()}
+
+    @pytest.mark.parametrize("output", ["prompts.jsonl", "./prompts.jsonl", "link"])
+    def test_the_prompts_are_no_output(self, command, tmp_path, output):
+        content = '{"inputs": "a <extra_id_0>", "decodes": []}\n'  # as answers are, and yet
+        (tmp_path / "prompts.jsonl").write_text(content)
+        (tmp_path / "link").symlink_to("prompts.jsonl")
+        before = tree(tmp_path)
+        prompts = "--gin.PROMPTS_FILE='prompts.jsonl'"
+        self.refused(command(prompts, f"--gin.OUTPUT='{output}'"), "the input prompts.jsonl")
+        assert tree(tmp_path) == before
 
     def test_prompts(self, command):
         self.refused(command(), "PROMPTS")

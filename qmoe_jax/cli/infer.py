@@ -149,7 +149,10 @@ def infer(
             activation_dtype=activation_dtype,
             expert_capacity_factor=expert_capacity_factor,
         )
-        answer_file = AnswerFile(output, identity)
+        inputs = [
+            path for path in (checkpoint, vocabulary, prompts_file) if path not in (None, "-")
+        ]
+        answer_file = AnswerFile(output, identity, inputs=inputs)
     try:
         module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
         if dequantize:

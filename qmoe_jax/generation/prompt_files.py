@@ -1,21 +1,25 @@
 """Prompts from files, and answers to a file that a stopped run goes on with."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qmoe_jax.atomic_file import open_atomically
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
+from qmoe_jax.outputs import check_no_input
 from qmoe_jax.paths import local_path
 
 # Fields of a JSON line that may hold its prompt, the first one found.
 _FIELDS = ("inputs", "text")
+# How a line of `AnswerFile`'s partial file begins.
+_BATCH = '{"batch": '
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -73,21 +77,29 @@ class AnswerFile:
     """Answers as JSON lines, in the order of the prompts, written as a whole at the end.
 
     Until then finished batches are kept in `<path>.partial`. A run with the same `run` goes on from
-    there; any other begins anew.
+    there; any other begins anew. Nothing is replaced but answers, and batches of answers.
 
     Attributes:
       finished: the lines of finished batches, by batch number and then by prompt.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Any):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run: Any,
+        *,
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ):
         """Open the file for a run.
 
         Args:
-          path: a local file; an older one is replaced at the end.
+          path: a local file; older answers are replaced at the end.
           run: whatever decides the answers, as JSON.
+          inputs: files and folders that the run reads.
 
         Raises:
-          TokensError: the file cannot be written.
+          CheckpointError: the file is, or holds, an input.
+          TokensError: the file cannot be written, or holds something else than answers.
         """
         self._path = local_path(path, "the file of answers", TokensError)
         self._partial = self._path.with_name(self._path.name + ".partial")
@@ -98,6 +110,10 @@ class AnswerFile:
                 f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
                 "exists"
             )
+        for file in (self._path, self._partial):
+            check_no_input(file, inputs)
+        _check_replaceable(self._path, _is_answer, "answers alone")
+        _check_replaceable(self._partial, _is_kept, "the unfinished answers of a run")
         self.finished: dict[int, dict[int, Any]] = _read_partial(self._partial, header)
         try:
             # Written anew: a killed run may have left half a line.
@@ -131,6 +147,38 @@ class AnswerFile:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
+def _is_answer(line: str) -> bool:
+    record = json.loads(line)
+    return isinstance(record, dict) and {"inputs", "decodes"} <= record.keys()
+
+
+def _is_kept(line: str) -> bool:
+    if not line.endswith("\n"):
+        return line[: len(_BATCH)] == _BATCH[: len(line)]  # the run was killed while it wrote
+    record = json.loads(line)
+    return isinstance(record, dict) and record.keys() in ({"run"}, {"batch", "lines"})
+
+
+def _check_replaceable(path: Path, is_own: Callable[[str], bool], what: str) -> None:
+    """Refuse a file with a line that is none of ours.
+
+    Raises:
+      TokensError: such a file, or it cannot be read.
+    """
+    if not path.exists():
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            own = all(map(is_own, file))
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise TokensError(
+            f"{path} does not hold {what}; it stays as it is. Choose another output, or remove it "
+            "yourself"
+        )
+
+
 def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:
     number, lines = item
     return {"batch": number, "lines": list(lines.items())}
@@ -155,15 +203,18 @@ def _read_partial(path: Path, header: dict[str, str]) -> dict[int, dict[int, Any
 
 
 def run_identity(checkpoint: str | os.PathLike[str], settings: Any, **more: Any) -> dict[str, Any]:
-    """Return what decides a run's answers: checkpoint (and when it was written) and settings."""
-    path = os.fspath(checkpoint)
-    written = None
-    if "://" not in path:
-        with contextlib.suppress(OSError):
-            written = max(os.stat(file).st_mtime_ns for file in (path, *Path(path).glob("*")))
+    """Return what decides a run's answers: the checkpoint, by its content, and settings.
+
+    Raises:
+      CheckpointError: no readable checkpoint.
+    """
+    if is_compressed_checkpoint(checkpoint):
+        content = open_compressed_checkpoint(checkpoint).fingerprint()
+    else:
+        content = open_t5x_checkpoint(checkpoint, cache_bytes=0).fingerprint()
     return {
-        "checkpoint": path,
-        "written": written,
+        "checkpoint": os.fspath(checkpoint),
+        "content": content,
         "settings": dataclasses.asdict(settings),
         **more,
     }
