@@ -1,5 +1,6 @@
 """The command `infer`: prompts in, answers out, and what bad input gets."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,14 +8,18 @@ import shutil
 import golden_data
 import pytest
 from canary import tree
+from command import refusal
+from factories import CALIBRATION
 
 import qmoe_jax
 from qmoe_jax.__main__ import main
+from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.cli import infer
 from qmoe_jax.errors import TokensError
 from qmoe_jax.generation import prompt_files
 from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.text import Vocabulary, encode_prompts, fill_blanks
+from qmoe_jax.models.load import load_switch
 
 pytest.importorskip("gin")
 pytest.importorskip("sentencepiece")
@@ -140,21 +145,53 @@ class TestAnswers:
         assert not (tmp_path / "out.jsonl.partial").exists()
 
     def test_other_settings_begin_anew(self, tmp_path):
-        first = prompt_files.AnswerFile(tmp_path / "out", {"seed": 1})
-        first.add(0, {0: {"inputs": "a"}})
-        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 1}).finished == {
-            0: {0: {"inputs": "a"}}
-        }
-        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 2}).finished == {}
+        def begun(run):
+            file = prompt_files.AnswerFile(tmp_path / "out")
+            file.begin(run)
+            return file
+
+        begun({"seed": 1}).add(0, {0: {"inputs": "a"}})
+        assert begun({"seed": 1}).finished == {0: {0: {"inputs": "a"}}}
+        assert begun({"seed": 2}).finished == {}
 
     def test_answers_of_another_model_are_not_kept(self, tmp_path):
         """The checkpoint that was put in the place of another, in files of the same names."""
         path = shutil.copytree(CHECKPOINT, tmp_path / "model")
-        before = prompt_files.run_identity(path, GenerationSettings())
-        assert prompt_files.run_identity(path, GenerationSettings()) == before
+        module = load_switch(CHECKPOINT)[0]
+
+        def identity(module=module):
+            return prompt_files.run_identity(path, module, GenerationSettings(), [[5, 1]])
+
+        before = identity()
+        assert identity() == before
+        routed = dataclasses.replace(module.config, eval_capacity_factor=2.0)
+        assert identity(dataclasses.replace(module, config=routed)) != before
         array = max((p for p in path.rglob("*") if p.is_file()), key=os.path.getsize)
         array.write_bytes(array.read_bytes()[::-1])  # in a folder of its own, below the top
-        assert prompt_files.run_identity(path, GenerationSettings()) != before
+        assert identity() != before
+
+
+class TestImplementation:
+    def test_auto_is_cuda_where_there_is_a_gpu(self, command, compressed, launcher, monkeypatch):
+        loaded = []
+        monkeypatch.setattr(infer, "_fill", lambda module, *_: loaded.append(module) or [])
+        for given in ((), ("--gin.IMPLEMENTATION='xla'",), ("--gin.IMPLEMENTATION='cuda'",)):
+            assert command(PROMPTS[0], *given, checkpoint=compressed)[0] == 0
+        assert [module.implementation for module in loaded] == ["cuda", "xla", "cuda"]
+
+    @pytest.mark.parametrize(("value", "part"), [("gpu", "one of auto, xla"), ("cuda", "'cpu'")])
+    @pytest.mark.parametrize("name", ["infer", "evaluate", "demo"])
+    def test_every_command_that_runs_a_model_has_it(self, name, value, part, capsys, tmp_path):
+        tokens = tmp_path / "tokens.npz"
+        write_tokens(tokens, CALIBRATION.tokens, CALIBRATION.metadata)
+        arguments = {
+            "infer": ["a", f"--gin.VOCABULARY='{VOCABULARY}'"],
+            "evaluate": [f"--gin.TOKENS='{tokens}'"],
+            "demo": [f"--output={tmp_path}", f"--implementation={value}"],
+        }[name]
+        if name != "demo":
+            arguments += [f"--gin.CHECKPOINT='{CHECKPOINT}'", f"--gin.IMPLEMENTATION='{value}'"]
+        assert part in refusal(capsys, name, *arguments)
 
 
 class TestBadInput:

@@ -141,22 +141,14 @@ def infer(
         settings = dataclasses.replace(settings, batch_size=1)
     answer_file = None
     if output is not None:
-        identity = run_identity(
-            checkpoint,
-            settings,
-            ids=ids,
-            dequantize=dequantize,
-            activation_dtype=activation_dtype,
-            expert_capacity_factor=expert_capacity_factor,
-        )
-        inputs = [
-            path for path in (checkpoint, vocabulary, prompts_file) if path not in (None, "-")
-        ]
-        answer_file = AnswerFile(output, identity, inputs=inputs)
+        given = (checkpoint, vocabulary, prompts_file)
+        answer_file = AnswerFile(output, [path for path in given if path not in (None, "-")])
+    module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
+    if dequantize:
+        module, variables = dequantized(module, variables, activation_dtype)
     try:
-        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
-        if dequantize:
-            module, variables = dequantized(module, variables, activation_dtype)
+        if answer_file is not None:
+            answer_file.begin(run_identity(checkpoint, module, settings, ids))
         fill = _stream if stream else _fill
         answers = fill(module, variables, words, prompts, ids, settings, answer_file)
         if answer_file is not None:

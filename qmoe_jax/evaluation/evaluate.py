@@ -142,6 +142,7 @@ def evaluate(
                 determining = {
                     "checkpoint": identities[name],
                     "config": module.config.to_json(),
+                    "implementation": module.implementation,
                     "tokens": description,
                     "settings": settings | {"batches_per_shard": batches_per_shard},
                     "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},

@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from qmoe_jax.atomic_file import open_atomically
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
+from qmoe_jax.generation.settings import GenerationSettings
+from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.outputs import check_no_input
 from qmoe_jax.paths import local_path
 
@@ -83,18 +87,11 @@ class AnswerFile:
       finished: the lines of finished batches, by batch number and then by prompt.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        run: Any,
-        *,
-        inputs: Iterable[str | os.PathLike[str]] = (),
-    ):
-        """Open the file for a run.
+    def __init__(self, path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()):
+        """Claim a path; nothing is written yet.
 
         Args:
           path: a local file; older answers are replaced at the end.
-          run: whatever decides the answers, as JSON.
           inputs: files and folders that the run reads.
 
         Raises:
@@ -103,24 +100,36 @@ class AnswerFile:
         """
         self._path = local_path(path, "the file of answers", TokensError)
         self._partial = self._path.with_name(self._path.name + ".partial")
-        text = json.dumps(run, sort_keys=True)
-        header = {"run": hashlib.sha256(text.encode()).hexdigest()}
-        if self._path.is_dir() or not self._path.parent.is_dir():
+        self.finished: dict[int, dict[int, Any]] = {}
+        folder = self._path.parent
+        if self._path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise TokensError(
                 f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
-                "exists"
+                "exists and that you may write to"
             )
         for file in (self._path, self._partial):
             check_no_input(file, inputs)
         _check_replaceable(self._path, _is_answer, "answers alone")
         _check_replaceable(self._partial, _is_kept, "the unfinished answers of a run")
-        self.finished: dict[int, dict[int, Any]] = _read_partial(self._partial, header)
+
+    def begin(self, run: Any) -> None:
+        """Begin a run, or go on with it.
+
+        Args:
+          run: whatever decides the answers, as JSON.
+
+        Raises:
+          TokensError: the file cannot be written.
+        """
+        text = json.dumps(run, sort_keys=True)
+        header = {"run": hashlib.sha256(text.encode()).hexdigest()}
+        self.finished = _read_partial(self._partial, header)
         try:
             # Written anew: a killed run may have left half a line.
             self._write(self._partial, [header, *map(_batch_line, self.finished.items())])
         except OSError as error:
             raise TokensError(
-                f"cannot write answers to {os.fspath(path)!r}: {error.strerror}"
+                f"cannot write answers to {os.fspath(self._path)!r}: {error.strerror}"
             ) from error
 
     def add(self, number: int, lines: dict[int, Any]) -> None:
@@ -202,8 +211,13 @@ def _read_partial(path: Path, header: dict[str, str]) -> dict[int, dict[int, Any
     return finished
 
 
-def run_identity(checkpoint: str | os.PathLike[str], settings: Any, **more: Any) -> dict[str, Any]:
-    """Return what decides a run's answers: the checkpoint, by its content, and settings.
+def run_identity(
+    checkpoint: str | os.PathLike[str],
+    module: SwitchTransformer,
+    settings: GenerationSettings,
+    ids: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Return what decides a run's answers, as JSON: the checkpoint's content, the rest as it is.
 
     Raises:
       CheckpointError: no readable checkpoint.
@@ -213,8 +227,11 @@ def run_identity(checkpoint: str | os.PathLike[str], settings: Any, **more: Any)
     else:
         content = open_t5x_checkpoint(checkpoint, cache_bytes=0).fingerprint()
     return {
-        "checkpoint": os.fspath(checkpoint),
-        "content": content,
+        "checkpoint": [os.fspath(checkpoint), content],
+        "config": module.config.to_json(),
+        "dtype": jnp.dtype(module.dtype).name,
+        "coded": len(module.coded),  # 0 where the codes were expanded
+        "implementation": module.implementation,
         "settings": dataclasses.asdict(settings),
-        **more,
+        "ids": ids,
     }

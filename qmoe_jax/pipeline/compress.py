@@ -21,6 +21,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import check_choice
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
@@ -51,6 +52,7 @@ def compress(
     log: PathLike | None = None,
     num_devices: int | None = 1,
     separate_evaluation: bool = False,
+    implementation: str = "auto",
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -80,6 +82,7 @@ def compress(
       num_devices: devices of each process to spread experts and samples over; all where None.
         `expert_batch` experts go to each.
       separate_evaluation: load the output again and evaluate it on the validation tokens.
+      implementation: of that evaluation's products with codes, as in `load_switch`.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
       **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
@@ -104,6 +107,7 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    check_choice(implementation)
     run_log = RunLog(log)
     work_folder = None if work_dir is None else local_path(work_dir, "work_dir")
     buffers = None if buffer_dir is None else local_path(buffer_dir, "buffer_dir")
@@ -151,7 +155,9 @@ def compress(
         if work_dir is not None:
             journal.clear()
     if separate_evaluation and validation is not None and processes.is_primary:
-        report.separate_validation = _evaluate_output(output, validation, chosen, bar)
+        report.separate_validation = _evaluate_output(
+            output, validation, chosen, implementation, bar
+        )
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
     if processes.is_primary:
@@ -202,9 +208,15 @@ def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
 
 
 def _evaluate_output(
-    output: PathLike, tokens: TokenFile, settings: CompressionSettings, bar: Any
+    output: PathLike,
+    tokens: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    bar: Any,
 ) -> LossReport:
-    module, variables = load_switch(output, settings.activation_dtype)
+    module, variables = load_switch(
+        output, settings.activation_dtype, implementation=implementation
+    )
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
     with bar(batches, desc="separate evaluation", unit="batch") as shown:
         return evaluate_loss(module, variables, shown)
