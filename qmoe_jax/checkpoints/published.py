@@ -121,7 +121,7 @@ def import_published(
 def _read_config(folder: pathlib.Path) -> SwitchConfig:
     file = folder / "config.json"
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} does not exist: give the folder of a published QMoE model, which holds "

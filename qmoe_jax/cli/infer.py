@@ -56,6 +56,7 @@ _FLAGS_WITH_VALUE = ("--gin_file", "--gin_bindings", "--gin_search_paths")
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     options, prompts = split_prompts(argv)
+    prompts = [_as_utf8(prompt) for prompt in prompts]
     if prompts:
         options = [*options, f"--gin.PROMPTS={prompts!r}"]
     flags.run(
@@ -79,6 +80,20 @@ def split_prompts(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         is_value = bool(flags) and i > 0 and argv[i - 1] in _FLAGS_WITH_VALUE
         (flags if is_value or argument.startswith("-") else prompts).append(argument)
     return flags, prompts
+
+
+def _as_utf8(argument: str) -> str:
+    """Return an argument as it was typed, where the locale is not that of the terminal.
+
+    Raises:
+      ValueError: its bytes are no UTF-8.
+    """
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError as error:
+        raise ValueError(
+            f"the prompt {argument!a} is not UTF-8; write it to a UTF-8 file and pass PROMPTS_FILE"
+        ) from error
 
 
 def infer(

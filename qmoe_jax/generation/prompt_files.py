@@ -38,7 +38,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     name = os.fspath(path)
     try:
         if name == "-":
-            content = sys.stdin.read()
+            content = _read_stdin()
         else:
             content = local_path(name, "the file of prompts", TokensError).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,6 +64,12 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     if not prompts:
         raise TokensError(f"{name!r} holds no prompt; write one a line")
     return prompts
+
+
+def _read_stdin() -> str:
+    """Read all of stdin as UTF-8, whatever the locale is."""
+    binary = getattr(sys.stdin, "buffer", None)  # a text stream in its place may have none
+    return sys.stdin.read() if binary is None else binary.read().decode("utf-8-sig")
 
 
 def _json_prompt(line: str) -> str | None:
