@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from qmoe_jax.calibration import documents, span_corruption, tokens
 from qmoe_jax.errors import TokensError
+from qmoe_jax.progress import progress as show_progress
 
 PROTOCOLS = ("t5x", "paper")
 
@@ -227,7 +227,10 @@ def tokenize_task(
     targets: list[np.ndarray] = []
     try:
         examples = dataset.as_numpy_iterator()
-        for example in tqdm(examples, "tokenising", num_examples, disable=not progress):
+        shown = show_progress(
+            examples, title="tokenising", unit="examples", total=num_examples, shown=progress
+        )
+        for example in shown:
             inputs.append(example["inputs"])
             targets.append(example["targets"])
     except tf.errors.OpError as error:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.cli import flags
@@ -26,6 +25,7 @@ from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.text import Filled, Vocabulary, fill_blanks, filled
 from qmoe_jax.models.load import dequantized, load_switch
 from qmoe_jax.pipeline.run_log import peak_host_bytes
+from qmoe_jax.progress import progress
 
 _DESCRIPTION = """\
 Fill the blanks of texts with a Switch Transformer, native or compressed.
@@ -191,8 +191,8 @@ def _fill(
         for i, line in lines.items():
             answers[i] = from_line(line)
     speed = Speed()
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", file=sys.stderr) as bar:
-        bar.update(sum(len(lines) for lines in finished.values()))
+    left = len(prompts) - sum(len(lines) for lines in finished.values())
+    with progress(title="generate", unit="prompts", total=left) as bar:
         for batch in generate_batches(
             module,
             variables,

@@ -6,10 +6,10 @@ import functools
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
@@ -33,6 +33,8 @@ from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
+from qmoe_jax.progress import Progress
+from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -125,7 +127,7 @@ def compress(
         )
     described = _describe(calibration)
     facts = _determining_facts(source, config, chosen, described, devices, processes)
-    bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
+    show = functools.partial(show_progress, shown=progress and processes.is_primary)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
             output,
@@ -140,7 +142,7 @@ def compress(
             work = os.path.join(work, f"process_{processes.index}")
         journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
         processes.barrier("output claimed")
-        run = Run(source, config, chosen, writer, journal, devices, processes, bar)
+        run = Run(source, config, chosen, writer, journal, devices, processes, show)
         schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
         reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
@@ -156,7 +158,7 @@ def compress(
             journal.clear()
     if separate_evaluation and validation is not None and processes.is_primary:
         report.separate_validation = _evaluate_output(
-            output, validation, chosen, implementation, bar
+            output, validation, chosen, implementation, show
         )
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
@@ -212,14 +214,14 @@ def _evaluate_output(
     tokens: TokenFile,
     settings: CompressionSettings,
     implementation: str,
-    bar: Any,
+    show: Callable[..., Progress],
 ) -> LossReport:
     module, variables = load_switch(
         output, settings.activation_dtype, implementation=implementation
     )
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
-    with bar(batches, desc="separate evaluation", unit="batch") as shown:
-        return evaluate_loss(module, variables, shown)
+    shown = show(batches, title="separate evaluation", unit="batches")
+    return evaluate_loss(module, variables, shown)
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:
