@@ -10,6 +10,8 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from qmoe_jax.calibration import text_packages
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
 
 # For each split a path, a glob, a folder, or several of these.
@@ -64,7 +66,7 @@ def text_files(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a file that cannot be unpacked or is not UTF-8.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         try:
@@ -83,7 +85,7 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         done = 0
@@ -128,12 +130,13 @@ def _fault(error: Exception) -> str:
 
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
     """Return the files of each split, sorted within each pattern or folder."""
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     found: dict[str, list[str]] = {}
     for split, patterns in files.items():
         found[split] = []
         for given in [patterns] if isinstance(patterns, str) else patterns:
+            check_reachable(given)
             pattern = os.path.expanduser(given)
             if tf.io.gfile.isdir(pattern):
                 matches = sorted(

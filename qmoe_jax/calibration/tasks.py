@@ -5,7 +5,6 @@ two settings never share one. Nothing is registered, and neither TensorFlow nor 
 with this module.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.calibration import documents, span_corruption, tokens
+from qmoe_jax.calibration import documents, span_corruption, text_packages, tokens
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
 from qmoe_jax.progress import progress as show_progress
 
@@ -43,9 +43,8 @@ def load_vocabulary(path: str) -> Vocabulary:
     Raises:
       TokensError: no such file, or no sentencepiece model.
     """
-    import seqio
-    import tensorflow as tf
-
+    check_reachable(path)
+    seqio, tf = text_packages.seqio(), text_packages.tensorflow()
     try:
         path = os.path.expanduser(path)
         vocabulary = seqio.SentencePieceVocabulary(path)
@@ -83,9 +82,9 @@ def c4_task(
       TokensError: unknown protocol, bad vocabulary, or no such prepared dataset: C4 takes days to
         generate, so that is never begun here.
     """
-    import seqio
-    import tensorflow_datasets as tfds
-
+    if data_dir is not None:
+        check_reachable(data_dir)
+    seqio, tfds = text_packages.seqio(), text_packages.tensorflow_datasets()
     name = f"c4/{config}:{version}"
     try:
         prepared = bool(tfds.builder(name, data_dir=data_dir).info.splits)
@@ -206,11 +205,8 @@ def tokenize_task(
       TokensError: no such split, unreadable documents, or fewer examples than asked for.
       ValueError: lengths that the corruption cannot keep.
     """
-    import tensorflow as tf
-
-    with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow before
-        # TensorFlow reserves a whole GPU when it first looks at it; here it only reads text.
-        tf.config.set_visible_devices([], "GPU")
+    tf = text_packages.tensorflow()
+    text_packages.hide_gpus()
     if num_examples is not None and num_examples < 1:
         raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
     if split not in task.splits:
@@ -268,8 +264,7 @@ def _task(
     drop_short: bool = False,
 ) -> Task:
     """Return the task of these settings, registered at the first call."""
-    import seqio
-
+    seqio = text_packages.seqio()
     if protocol not in PROTOCOLS:
         raise TokensError(f"protocol is {protocol!r}; it must be one of {PROTOCOLS}.")
     if drop_short and protocol != "t5x":
@@ -309,8 +304,7 @@ def _task(
 
 def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
     """Return a seqio source of {"text"} from one Python generator function per split."""
-    import seqio
-    import tensorflow as tf
+    seqio, tf = text_packages.seqio(), text_packages.tensorflow()
 
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed
