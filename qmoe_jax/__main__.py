@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import qmoe_jax
+from qmoe_jax.cli import compilation_cache
 from qmoe_jax.errors import one_line
 
 COMMANDS = {
@@ -94,6 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     module = None
+    compilation_cache.enable()
     try:
         module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
         return module.main(arguments)
@@ -137,6 +139,10 @@ def _help() -> str:
             *lines,
             "",
             "qmoe-jax COMMAND --help says more; qmoe-jax --version which version this is.",
+            "",
+            "Compiled programs are kept for the next command, up to 1 GiB in ~/.cache/qmoe_jax or",
+            "$XDG_CACHE_HOME/qmoe_jax. JAX's own variables rule: JAX_COMPILATION_CACHE_DIR=FOLDER",
+            "chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.",
         ]
     )
 
