@@ -13,12 +13,12 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.cli import flags
 from qmoe_jax.formatting import format_memory
 from qmoe_jax.generation import text
+from qmoe_jax.generation.compile_time import CompileTime
 from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
 from qmoe_jax.generation.prompts import (
     Answer,
     check_prompt_lengths,
     generate_batches,
-    padded_length,
     stream_prompt,
 )
 from qmoe_jax.generation.settings import GenerationSettings
@@ -43,6 +43,8 @@ examples:
 Required: CHECKPOINT, VOCABULARY, and prompts.
 How to generate: METHOD 'greedy', 'beam' (BEAM_SIZE, ALPHA) or 'sample' (TEMPERATURE, TOP_K, TOP_P,
   SEED), NUM_DECODES, MAX_DECODE_LENGTH, MAX_INPUT_LENGTH, BATCH_SIZE.
+An answer ends when its blanks are filled; with GenerationSettings.stop_when_filled=False, with
+  'beam' and where several are ranked, at the end of the sequence.
 OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was.
 STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
 DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
@@ -199,6 +201,7 @@ def _fill(
             ids,
             settings,
             eos_id=vocabulary.eos_id,
+            sentinels=vocabulary.sentinel_ids,
             skip=frozenset(finished),
         ):
             for i, best_first in zip(batch.indices, batch.answers, strict=True):
@@ -206,7 +209,7 @@ def _fill(
             if answer_file is not None:
                 answer_file.add(batch.number, {i: to_line(answers[i]) for i in batch.indices})
             count = sum(len(answer.tokens) for best in batch.answers for answer in best)
-            speed.add(count, batch.seconds, batch.compiled)
+            speed.add(count, batch.seconds, batch.compile_seconds)
             bar.update(len(batch.indices))
     for best_first in answers:
         print_answers(best_first, scores=settings.num_decodes > 1)
@@ -228,7 +231,6 @@ def _stream(
     answers = []
     finished = {} if answer_file is None else dict(answer_file.finished)
     speed = Speed()
-    lengths = set()
     for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True)):
         if number in finished:
             answers.append(from_line(finished[number][number]))
@@ -238,15 +240,22 @@ def _stream(
         start = time.perf_counter()
         tokens: list[int] = []
         printed = ""
-        for token in stream_prompt(
-            module, variables, prompt_ids, settings, number=number, eos_id=vocabulary.eos_id
-        ):
-            tokens.append(token)
-            text = vocabulary.decode(tokens)
-            # A later piece may change what the earlier ones read like; then print no further.
-            if text.startswith(printed):
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
+        with CompileTime() as compiling:
+            for token in stream_prompt(
+                module,
+                variables,
+                prompt_ids,
+                settings,
+                number=number,
+                eos_id=vocabulary.eos_id,
+                sentinels=vocabulary.sentinel_ids,
+            ):
+                tokens.append(token)
+                text = vocabulary.decode(tokens)
+                # A later piece may change what the earlier ones read like; then print no further.
+                if text.startswith(printed):
+                    print(text[len(printed) :], end="", flush=True)
+                    printed = text
         seconds = time.perf_counter() - start
         answer = filled(prompt, Answer(tuple(tokens), float("nan")), vocabulary)
         if printed != answer.generated:
@@ -255,9 +264,7 @@ def _stream(
         answers.append([answer])
         if answer_file is not None:
             answer_file.add(number, {number: to_line([answer])})
-        length = padded_length(len(prompt_ids), settings.max_input_length)
-        speed.add(len(tokens), seconds, length not in lengths)
-        lengths.add(length)
+        speed.add(len(tokens), seconds - compiling.seconds, compiling.seconds)
     print(speed.summary(), file=sys.stderr)
     return answers
 
@@ -314,30 +321,25 @@ def marked(answer: Filled) -> str:
 
 
 class Speed:
-    """Tokens and seconds, those of batches that may include compilation apart."""
+    """Tokens and seconds; those of compilation apart."""
 
     def __init__(self) -> None:
-        self._tokens, self._seconds = 0, 0.0
-        self._warm_tokens, self._warm_seconds = 0, 0.0
+        self._tokens, self._seconds, self._compile_seconds = 0, 0.0, 0.0
 
-    def add(self, tokens: int, seconds: float, compiled: bool) -> None:
-        """Count a batch; `compiled` if its seconds may include compilation."""
+    def add(self, tokens: int, seconds: float, compile_seconds: float) -> None:
+        """Count a batch; `seconds` are without compilation."""
         self._tokens += tokens
         self._seconds += seconds
-        if not compiled:
-            self._warm_tokens += tokens
-            self._warm_seconds += seconds
+        self._compile_seconds += compile_seconds
 
     def summary(self) -> str:
         """Speed and memory in one line."""
         if not self._tokens:
             return f"nothing was left to generate; {memory()}"
-        rate = self._tokens / self._seconds
-        line = (
-            f"{self._tokens} tokens in {self._seconds:.1f} s with compilation, {rate:.1f} tokens/s"
-        )
-        if self._warm_tokens:
-            line += f" ({self._warm_tokens / self._warm_seconds:.1f} without)"
+        line = f"{self._tokens} tokens in {self._seconds:.1f} s, "
+        line += f"{self._tokens / max(self._seconds, 1e-9):.1f} tokens/s"
+        if self._compile_seconds >= 0.05:
+            line += f", besides {self._compile_seconds:.1f} s of compilation"
         return f"{line}; {memory()}"
 
 
