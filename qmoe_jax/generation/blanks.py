@@ -5,6 +5,7 @@ comes after those of all blanks, and T5's models, which were trained to close th
 more sentinel or eos, seldom stop at once.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
@@ -41,7 +42,7 @@ def fill(blanks: Blanks, token: Int[Array, "rows"]) -> tuple[Blanks, Bool[Array,
     """Take a generated token of each row; return what is left, and which rows are filled by it."""
     matches = token[:, None] == blanks.sentinels
     filled = blanks.any & ~jnp.any(blanks.open, axis=1) & jnp.any(matches, axis=1)
-    return blanks.replace(open=blanks.open & ~matches), filled
+    return dataclasses.replace(blanks, open=blanks.open & ~matches), filled
 
 
 def until_filled(

@@ -40,10 +40,11 @@ class CompileTime:
 def _listen() -> None:
     """Begin to listen, once a process: JAX takes listeners and does not give them back."""
 
-    def record(event: str, seconds: float, **_: Any) -> None:
+    def record(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del kwargs
         if event.startswith(_EVENTS):
             end = time.perf_counter()
             for count in CompileTime._open:
-                count._spans.append((end - seconds, end))
+                count._spans.append((end - duration_secs, end))
 
     jax.monitoring.register_event_duration_secs_listener(record)
