@@ -91,8 +91,12 @@ def _as_utf8(argument: str) -> str:
       ValueError: its bytes are no UTF-8.
     """
     try:
-        return os.fsencode(argument).decode()
-    except UnicodeError as error:
+        typed = os.fsencode(argument)
+    except UnicodeEncodeError:
+        return argument  # of a program, which has no locale to mistake
+    try:
+        return typed.decode()
+    except UnicodeDecodeError as error:
         raise ValueError(
             f"the prompt {argument!a} is not UTF-8; write it to a UTF-8 file and pass PROMPTS_FILE"
         ) from error
