@@ -66,8 +66,9 @@ def open_folder(path: str | os.PathLike[str], cache_bytes: int = 0) -> "Folder":
     Raises:
       CheckpointError: another URL scheme, or storage that cannot be reached.
     """
+    spec = kvstore_spec(path)
     check_reachable(path)
-    return Folder(kvstore_spec(path), make_context(cache_bytes))
+    return Folder(spec, make_context(cache_bytes))
 
 
 def check_reachable(path: str | os.PathLike[str]) -> None:
