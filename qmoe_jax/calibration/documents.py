@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from qmoe_jax.calibration import text_packages
 from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import expanded
 
 # For each split a path, a glob, a folder, or several of these.
 Files = Mapping[str, str | Sequence[str]]
@@ -50,7 +51,7 @@ def local_stamps(patterns: Iterable[str]) -> list[str]:
         if "://" in pattern:
             stamps.append(pattern)
             continue
-        pattern = os.path.expanduser(pattern)
+        pattern = expanded(pattern, "files", TokensError)
         found = glob.glob(pattern)
         if os.path.isdir(pattern):
             found = [os.path.join(f, name) for f, _, names in os.walk(pattern) for name in names]
@@ -128,6 +129,20 @@ def _fault(error: Exception) -> str:
     return str(error)
 
 
+def _matches(pattern: str, endings: tuple[str, ...]) -> list[str]:
+    """Return the files of a folder that end so, or those that a path or glob names; sorted."""
+    tf = text_packages.tensorflow()
+
+    if not tf.io.gfile.isdir(pattern):
+        return sorted(tf.io.gfile.glob(pattern))
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in tf.io.gfile.walk(pattern)
+        for name in names
+        if name.endswith(endings)
+    )
+
+
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
     """Return the files of each split, sorted within each pattern or folder."""
     tf = text_packages.tensorflow()
@@ -137,16 +152,11 @@ def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str
         found[split] = []
         for given in [patterns] if isinstance(patterns, str) else patterns:
             check_reachable(given)
-            pattern = os.path.expanduser(given)
-            if tf.io.gfile.isdir(pattern):
-                matches = sorted(
-                    os.path.join(folder, name)
-                    for folder, _, names in tf.io.gfile.walk(pattern)
-                    for name in names
-                    if name.endswith(endings)
-                )
-            else:
-                matches = sorted(tf.io.gfile.glob(pattern))
+            pattern = expanded(given, "files", TokensError)
+            try:
+                matches = _matches(pattern, endings)
+            except tf.errors.OpError as error:
+                raise TokensError(f"files {pattern!r} cannot be listed: {error.message}") from error
             if not matches:
                 raise TokensError(
                     f"No file matches {pattern!r} for split {split!r}; give the path of {needed}."

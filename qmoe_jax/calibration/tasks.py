@@ -8,15 +8,15 @@ with this module.
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qmoe_jax.calibration import documents, span_corruption, text_packages, tokens
+from qmoe_jax.calibration import documents, prepared_c4, span_corruption, text_packages, tokens
 from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import expanded
 from qmoe_jax.progress import progress as show_progress
 
 PROTOCOLS = ("t5x", "paper")
@@ -45,8 +45,8 @@ def load_vocabulary(path: str) -> Vocabulary:
     """
     check_reachable(path)
     seqio, tf = text_packages.seqio(), text_packages.tensorflow()
+    path = expanded(path, "the vocabulary", TokensError)
     try:
-        path = os.path.expanduser(path)
         vocabulary = seqio.SentencePieceVocabulary(path)
         vocabulary.load_model()
     except (tf.errors.OpError, OSError) as error:
@@ -65,7 +65,7 @@ def c4_task(
     vocabulary_path: str,
     *,
     data_dir: str | None = None,
-    version: str = "3.0.1",
+    version: str | None = None,
     config: str = "en",
     protocol: str = "t5x",
 ) -> Task:
@@ -74,7 +74,7 @@ def c4_task(
     Args:
       vocabulary_path: see `load_vocabulary`.
       data_dir: the TFDS folder that has `c4/<config>/<version>`; None is TFDS's default.
-      version: version of the dataset.
+      version: version of the dataset; the newest that is prepared where None.
       config: `en` or another configuration of C4.
       protocol: `t5x` or `paper`, see `span_corruption`.
 
@@ -85,7 +85,9 @@ def c4_task(
     if data_dir is not None:
         check_reachable(data_dir)
     seqio, tfds = text_packages.seqio(), text_packages.tensorflow_datasets()
+    version = prepared_c4.choose_version(version, data_dir, config)
     name = f"c4/{config}:{version}"
+    data_dir = prepared_c4.tfds_folder(data_dir)
     try:
         prepared = bool(tfds.builder(name, data_dir=data_dir).info.splits)
         cause = "no split is there"
@@ -93,8 +95,8 @@ def c4_task(
         prepared, cause = False, " ".join(str(error).split())[:200]
     if not prepared:
         raise TokensError(
-            f"TFDS has no prepared {name} under {data_dir or 'its default folder'} ({cause}); "
-            f"give the folder that holds c4/{config}/{version}, or use the released JSON lines."
+            f"TFDS cannot read the prepared {name} under {data_dir} ({cause}); prepare it again, "
+            "or use the released JSON lines."
         )
     source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=data_dir, read_only=True)
     settings = {"source": "c4_tfds", "name": name, "data_dir": data_dir}

@@ -327,10 +327,13 @@ def export_published(
 def _check_exportable(source: CompressedCheckpoint) -> None:
     config = source.config
     if other := sorted({spec.coding for spec in source.specs.values()} - {_CODING}):
+        ternary = codings.codings_of_grid(codings.get_coding(_CODING).grid)
+        remedy = f"convert it first, qmoe-jax convert coding {_CODING} {source.url} OUTPUT"
+        if not set(other) <= set(ternary):
+            remedy = f"compress the model again with grid='ternary', expert_coding={_CODING!r}"
         raise CheckpointError(
             f"the experts of {source.url} have the coding {' and '.join(other)}, but the published "
-            f"layout holds codewords of {_CODING!r} only: compress the model again with "
-            f"expert_coding={_CODING!r}"
+            f"layout holds codewords of {_CODING!r} only: {remedy}"
         )
     shapes = parameter_shapes(config)
     kernels = {name for name in shapes if names.is_expert_kernel(name)}

@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from qmoe_jax.captured_stderr import captured_stderr
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.paths import expanded
 
 _REACHED_WITHIN = 10.0
 # How TensorStore's errors begin where no server has answered.
@@ -29,18 +30,16 @@ def kvstore_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
         allowed.
 
     Raises:
-      CheckpointError: another URL scheme, or a gs:// URL without bucket.
+      CheckpointError: an empty path, another URL scheme, or a gs:// URL without bucket.
     """
-    text = os.fspath(path)
+    text = expanded(path, "the folder of the checkpoint")
     scheme, separator, rest = text.partition("://")
     if not separator:
-        scheme, rest = "file", os.path.expanduser(text)
+        scheme, rest = "file", text
     if scheme == "file":
         return {"driver": "file", "path": os.path.abspath(rest).rstrip("/") + "/"}
     if scheme == "gs":
         bucket, _, prefix = rest.partition("/")
-        if not bucket:
-            raise CheckpointError(f"{text!r} names no bucket: expected gs://bucket/folder")
         prefix = prefix.strip("/")
         return {"driver": "gcs", "bucket": bucket, "path": prefix + "/" if prefix else ""}
     raise CheckpointError(
@@ -145,6 +144,11 @@ class Folder:
     def child(self, name: str) -> "Folder":
         """Return the folder `name` inside this one, whether it exists or not."""
         return dataclasses.replace(self, spec=self.spec | {"path": f"{self.spec['path']}{name}/"})
+
+    def parent(self) -> "Folder":
+        """Return the folder that holds this one."""
+        above = self.spec["path"].rstrip("/").rpartition("/")
+        return dataclasses.replace(self, spec=self.spec | {"path": above[0] + above[1]})
 
     def read(self, key: str) -> bytes | None:
         """Content of a file, or None where there is no such file.

@@ -39,6 +39,10 @@ class Coding(Protocol):
         """Encode uint8 [experts, rows, width] codes, already checked by `encode.encode`."""
         ...
 
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the stored bytes of an expert, its levels and lengths too, whatever its codes."""
+        ...
+
     def validate(self, coded: CodedTensor) -> None:
         """Raise CodecError unless the arrays are a valid tensor by FORMAT.md."""
         ...

@@ -17,7 +17,7 @@ from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
 from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.models.switch import SwitchTransformer
-from qmoe_jax.outputs import check_no_input
+from qmoe_jax.outputs import output_file
 from qmoe_jax.paths import local_path
 
 # Fields of a JSON line that may hold its prompt, the first one found.
@@ -98,25 +98,26 @@ class AnswerFile:
 
         Args:
           path: a local file; older answers are replaced at the end.
-          inputs: files and folders that the run reads.
+          inputs: what the run reads; never replaced.
 
         Raises:
-          CheckpointError: the file is, or holds, an input.
           TokensError: the file cannot be written, or holds something else than answers.
         """
-        self._path = local_path(path, "the file of answers", TokensError)
-        self._partial = self._path.with_name(self._path.name + ".partial")
+        what = "a file of answers"
+        self._path = output_file(path, what, _all(_is_answer), inputs=inputs, error=TokensError)
+        self._partial = output_file(
+            self._path.with_name(self._path.name + ".partial"),
+            "unfinished answers",
+            _all(_is_kept),
+            inputs=inputs,
+            error=TokensError,
+        )
         self.finished: dict[int, dict[int, Any]] = {}
-        folder = self._path.parent
-        if self._path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        if not self._path.parent.is_dir():
             raise TokensError(
                 f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
-                "exists and that you may write to"
+                "exists"
             )
-        for file in (self._path, self._partial):
-            check_no_input(file, inputs)
-        _check_replaceable(self._path, _is_answer, "answers alone")
-        _check_replaceable(self._partial, _is_kept, "the unfinished answers of a run")
 
     def begin(self, run: Any) -> None:
         """Begin a run, or go on with it.
@@ -174,24 +175,17 @@ def _is_kept(line: str) -> bool:
     return isinstance(record, dict) and record.keys() in ({"run"}, {"batch", "lines"})
 
 
-def _check_replaceable(path: Path, is_own: Callable[[str], bool], what: str) -> None:
-    """Refuse a file with a line that is none of ours.
+def _all(is_own: Callable[[str], bool]) -> Callable[[Path], bool]:
+    """Return whether all lines of a file are ours, as a question about files."""
 
-    Raises:
-      TokensError: such a file, or it cannot be read.
-    """
-    if not path.exists():
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            own = all(map(is_own, file))
-    except (OSError, ValueError):
-        own = False
-    if not own:
-        raise TokensError(
-            f"{path} does not hold {what}; it stays as it is. Choose another output, or remove it "
-            "yourself"
-        )
+    def asked(file: Path) -> bool:
+        try:
+            with open(file, encoding="utf-8") as lines:
+                return all(map(is_own, lines))
+        except (OSError, ValueError):
+            return False
+
+    return asked
 
 
 def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qmoe_jax.generation.step import (
     model_step,
 )
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.varying import varying_as, varying_zeros
 
 # T5X's minus infinity for masked logits and scores.
 NEG_INF = -1.0e7
@@ -98,7 +99,7 @@ def _largest_threshold(
         weight = jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1)
         return jnp.where(weight >= min_weight, candidate, threshold)
 
-    return lax.fori_loop(0, 32, try_bit, jnp.zeros(keys.shape[:1], jnp.uint32))
+    return lax.fori_loop(0, 32, try_bit, varying_zeros(keys.shape[:1], jnp.uint32, keys))
 
 
 def sample_token(
@@ -135,7 +136,7 @@ def sample_token(
     def most_probable() -> tuple[Array, Array]:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if rescale_log_probs:
-            return token, jnp.zeros(token.shape, jnp.float32)
+            return token, varying_zeros(token.shape, jnp.float32, token)
         return token, _log_prob(logits, token)
 
     return lax.cond(temperature > MIN_TEMPERATURE, sample, most_probable)
@@ -152,15 +153,14 @@ def start_sampling(
     cache: Cache, rows: int, key: Array, blanks: Blanks | None = None
 ) -> SamplingState:
     """Return the state before the first step: 0 is also the begin-of-sequence."""
-    return SamplingState(
-        position=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((rows, 1), jnp.int32),
-        ended=jnp.zeros((rows,), bool),
-        log_prob=jnp.zeros((rows,), jnp.float32),
-        key=key,
-        cache=cache,
-        blanks=blanks,
+    of_rows = (
+        jnp.zeros((rows, 1), jnp.int32),
+        jnp.zeros((rows,), bool),
+        jnp.zeros((rows,), jnp.float32),
     )
+    tokens, ended, log_prob = varying_as(of_rows, cache)
+    blanks = varying_as(blanks, cache)
+    return SamplingState(jnp.zeros((), jnp.int32), tokens, ended, log_prob, key, cache, blanks)
 
 
 def advance(
@@ -233,10 +233,8 @@ def temperature_sample(
         new = advance(step, state, max_decode_length=max_decode_length, eos_id=eos_id, **sampling)
         return new, lax.dynamic_update_slice(generated, new.tokens, (0, state.position))
 
-    start = (
-        start_sampling(cache, rows, key, blanks),
-        jnp.zeros((rows, max_decode_length), jnp.int32),
-    )
+    generated = varying_as(jnp.zeros((rows, max_decode_length), jnp.int32), cache)
+    start = start_sampling(cache, rows, key, blanks), generated
     state, generated = lax.while_loop(running, body, start)
     return generated, state.log_prob
 

@@ -58,7 +58,7 @@ class Vocabulary:
         file = local_path(path, "the vocabulary", TokensError)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(file))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise TokensError(
                 f"cannot read a sentencepiece model from {os.fspath(path)!r} ({error}); give the "
                 "sentencepiece.model that the checkpoint was trained with (copy gs:// files first)"

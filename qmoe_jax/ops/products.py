@@ -70,6 +70,7 @@ def compressed_product(
         num_experts=num_experts,
         out_features=out_features,
         fetch=fetch,
+        fetched_from=experts.leaves,
         run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
     )
 
@@ -116,6 +117,7 @@ def expert_mlp(
         num_experts=num_experts,
         fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
         fetch_wo=kernel_fetch(wo, x.dtype, implementation),
+        fetched_from=[array for kernel in (*wi, wo) for array in kernel.leaves],
         activation=activation,
     )
 
@@ -163,8 +165,11 @@ def _is_fused(
     for kernel in experts:
         kernels.check_coded(kernel)
         settings = kernels.settings_for(launcher, kernel)
-        most = min(settings.fused_tokens_per_expert * num_experts, settings.fused_tokens)
-        if x.shape[0] > most or not kernels.largest_tile(launcher, kernel):
+        has_matmul = kernels.has_matmul(launcher, kernel)
+        most = settings.matmul_most_per_expert if has_matmul else settings.fused_tokens_per_expert
+        if x.shape[0] > min(most * num_experts, settings.fused_tokens):
+            return False
+        if not kernels.largest_tile(launcher, kernel):
             return False
     return True
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,14 +19,15 @@ from qmoe_jax.checkpoints.manifest import FORMAT_VERSION
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.errors import TokensError
+from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.ops.products import check_choice
+from qmoe_jax.outputs import check_is_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
-from qmoe_jax.pipeline.journal import Journal
+from qmoe_jax.pipeline.journal import Journal, check_journal_folder
 from qmoe_jax.pipeline.kernel_reader import KernelReader, cache_bytes
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
@@ -111,8 +113,11 @@ def compress(
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
     check_choice(implementation)
     run_log = RunLog(log)
-    work_folder = None if work_dir is None else local_path(work_dir, "work_dir")
-    buffers = None if buffer_dir is None else local_path(buffer_dir, "buffer_dir")
+    inputs = _paths(checkpoint, tokens, validation_tokens)
+    buffers, work_folder = _folder(buffer_dir, "buffer_dir"), _folder(work_dir, "work_dir")
+    if work_folder is not None:
+        check_is_no_input(work_folder, "work_dir", inputs)
+        check_journal_folder(work_folder)
     devices, processes = Devices.local(num_devices), Processes()
     source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
@@ -132,7 +137,7 @@ def compress(
         writer = CompressedCheckpointWriter(
             output,
             overwrite=overwrite,
-            inputs=_paths(checkpoint, tokens, validation_tokens),
+            inputs=inputs,
             is_primary=processes.is_primary,
         )
         work = writer.work_folder if work_folder is None else os.fspath(work_folder)
@@ -201,6 +206,17 @@ def _schedule(run: Run, *, tell: bool) -> tuple[LayerSchedule, ...]:
 
 def _paths(*given: PathLike | TokenFile | None) -> list[PathLike]:
     return [path for path in given if isinstance(path, str | os.PathLike)]
+
+
+def _folder(path: PathLike | None, what: str) -> Path | None:
+    """Return a folder that the run may write to, before it does; None is none."""
+    if path is None:
+        return None
+    folder = local_path(path, what)
+    check_writable(folder, what)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{what} is {folder}, a file; give a folder")
+    return folder
 
 
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
