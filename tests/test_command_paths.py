@@ -169,8 +169,9 @@ PATHS = [
 
 # Arguments that are texts and no paths; everything else must have a row.
 NO_PATHS = {
-    "compress": {"changes"},
+    "compress": {"changes", "implementation"},
     "convert": {"to"},
+    "demo": {"implementation"},
     "evaluate": {"task", "split", "activation_dtype", "task_module", "cache"},
     "infer": {"prompts", "activation_dtype"},
     "plan": {"device"},

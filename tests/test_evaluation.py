@@ -176,7 +176,7 @@ def test_sigkill(demo_file, tmp_path):
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     resumed = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert first.stat().st_mtime_ns == written
-    arguments[5] = "--gin.OUTPUT='whole'"
+    arguments[6] = "--gin.OUTPUT='whole'"
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     whole = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert without_times(resumed) == without_times(whole)

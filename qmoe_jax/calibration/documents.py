@@ -10,6 +10,8 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from qmoe_jax.calibration import text_packages
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
 from qmoe_jax.paths import expanded
 
@@ -65,7 +67,7 @@ def text_files(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a file that cannot be unpacked or is not UTF-8.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         try:
@@ -84,7 +86,7 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         done = 0
@@ -129,7 +131,7 @@ def _fault(error: Exception) -> str:
 
 def _matches(pattern: str, endings: tuple[str, ...]) -> list[str]:
     """Return the files of a folder that end so, or those that a path or glob names; sorted."""
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     if not tf.io.gfile.isdir(pattern):
         return sorted(tf.io.gfile.glob(pattern))
@@ -143,12 +145,13 @@ def _matches(pattern: str, endings: tuple[str, ...]) -> list[str]:
 
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
     """Return the files of each split, sorted within each pattern or folder."""
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     found: dict[str, list[str]] = {}
     for split, patterns in files.items():
         found[split] = []
         for given in [patterns] if isinstance(patterns, str) else patterns:
+            check_reachable(given)
             pattern = expanded(given, "files", TokensError)
             try:
                 matches = _matches(pattern, endings)

@@ -3,6 +3,8 @@
 import os
 import re
 
+from qmoe_jax.calibration import text_packages
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
 from qmoe_jax.paths import expanded
 
@@ -30,8 +32,8 @@ def prepared_versions(data_dir: str | None, config: str = "en") -> list[str]:
     Raises:
       TokensError: the folder cannot be listed.
     """
-    import tensorflow as tf
-
+    check_reachable(tfds_folder(data_dir))
+    tf = text_packages.tensorflow()
     folder = os.path.join(tfds_folder(data_dir), "c4", config)
     try:
         names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qmoe_jax.calibration import text_packages
 from qmoe_jax.calibration.documents import local_stamps
 from qmoe_jax.calibration.prepared_c4 import tfds_folder
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens, write_tokens
@@ -178,8 +179,7 @@ def _registered_task(name: str, task_module: str | None) -> Any:
     if task_module is None and "seqio" not in sys.modules:
         raise TokensError(f"There is no task {name!r}; {known}.")
     _need_seqio(name)
-    import seqio
-
+    seqio = text_packages.seqio()
     if task_module is not None:
         try:
             importlib.import_module(task_module)
@@ -192,7 +192,7 @@ def _registered_task(name: str, task_module: str | None) -> Any:
 
 def _need_seqio(name: str) -> None:
     try:
-        import seqio  # noqa: F401
+        text_packages.seqio()
     except ImportError as error:
         raise TokensError(
             f"Task {name} needs seqio ({error}): pip install 'qmoe-jax[data]'. Or make a token "

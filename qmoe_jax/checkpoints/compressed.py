@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, check_manifest
-from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
+from qmoe_jax.checkpoints.storage import Folder, open_folder
 from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
@@ -97,7 +97,7 @@ def is_compressed_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 def _find_manifest(path: str | os.PathLike[str]) -> tuple[Folder, bytes | None]:
     """Return the folder of a compressed checkpoint, and its manifest; None where there is none."""
-    folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+    folder = open_folder(path)
     content = folder.read("manifest.json")
     if content is not None or not _may_have_steps(folder):
         return folder, content

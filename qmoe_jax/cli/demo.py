@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         num_examples=arguments.num_examples,
         num_validation_examples=arguments.num_validation_examples,
         seed=arguments.seed,
+        implementation=arguments.implementation,
     )
     folder = local_path(arguments.output, "--output")
     print("\n" + report.table(document))
@@ -73,4 +74,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="validation examples (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the examples (%(default)s)")
+    parser.add_argument(
+        "--implementation",
+        default="auto",
+        help="of products with codes: xla, cuda (the CUDA kernels; needs an NVIDIA GPU and CuPy), "
+        "or auto: cuda where it can be and xla elsewhere (%(default)s)",
+    )
     return parser

@@ -350,7 +350,9 @@ def _about(gin_file: str) -> str:
     path = resources.gin_file(gin_file)
     if not path.is_file():
         return ""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text("utf-8").splitlines()
+    )
     text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
     return f"\n{gin_file}:\n" + textwrap.indent(text, "  ") + "\n"
 

@@ -22,6 +22,7 @@ from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.generation.text import Filled, Vocabulary, check_vocabulary, fill_prompts
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import check_choice
 from qmoe_jax.outputs import check_writable, output_file
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.compress import compress
@@ -61,6 +62,7 @@ def run_demo(
     num_examples: int = 1280,
     num_validation_examples: int = 1600,
     seed: int = 0,
+    implementation: str = "auto",
 ) -> dict[str, Any]:
     """Compress a checkpoint in every way of `VARIANTS`, and compare.
 
@@ -71,6 +73,7 @@ def run_demo(
       num_examples: calibration examples.
       num_validation_examples: validation examples.
       seed: of the examples.
+      implementation: of products with codes, as in `load_switch`.
 
     Returns:
       `demo.report.document`, which is also written to `report.json` and `report.html`.
@@ -80,6 +83,7 @@ def run_demo(
       TokensError: the vocabulary cannot be used, or there is too little text.
     """
     started = time.monotonic()
+    check_choice(implementation)
     folder = _claim(output)
     words = Vocabulary(vocabulary)
     check_vocabulary(words, read_config(checkpoint).num_embeddings)
@@ -87,16 +91,18 @@ def run_demo(
     calibration = _tokens(vocabulary, folder, "train", num_examples, seed)
     validation = _tokens(vocabulary, folder, "validation", num_validation_examples, seed)
 
-    def measure(label: str, path: PathLike) -> tuple[LossReport, list[Filled], float]:
+    def measure(
+        label: str, path: PathLike, implementation: str
+    ) -> tuple[LossReport, list[Filled], float]:
         """Load a checkpoint, evaluate it and let it fill the prompts."""
         started = time.monotonic()
-        module, variables = load_switch(path)
+        module, variables = load_switch(path, implementation=implementation)
         batches = [batch.arrays() for batch in validation.batches(32)]
         loss = evaluate_loss(module, variables, batches, progress=f"evaluate {label}")
         filled = fill_prompts(module, variables, words, PROMPTS, max_decode_length=24)
         return loss, filled, time.monotonic() - started
 
-    baseline, filled, seconds = measure("uncompressed", checkpoint)
+    baseline, filled, seconds = measure("uncompressed", checkpoint, "xla")
     rows = [demo_report.baseline_row(baseline, filled, seconds)]
     for variant in VARIANTS:
         path = folder / variant.folder
@@ -104,7 +110,7 @@ def run_demo(
         for warning in report.warnings():
             print(f"warning: {warning}", file=sys.stderr)
         # From disk, through the codes: what a user of the compressed checkpoint gets.
-        loss, filled, _ = measure(variant.name, path)
+        loss, filled, _ = measure(variant.name, path, implementation)
         rows.append(demo_report.variant_row(variant.name, report, loss, baseline, filled))
     document = demo_report.document(
         rows,

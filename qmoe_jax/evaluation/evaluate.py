@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.atomic_file import write_atomically
@@ -34,6 +33,7 @@ from qmoe_jax.outputs import (
     output_file,
 )
 from qmoe_jax.paths import local_path
+from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.run_folder import RunFolder
 
 PathLike = str | os.PathLike[str]
@@ -150,6 +150,7 @@ def evaluate(
                 determining = {
                     "checkpoint": identities[name],
                     "config": module.config.to_json(),
+                    "implementation": module.implementation,
                     "tokens": description,
                     "settings": settings | {"batches_per_shard": batches_per_shard},
                     "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
@@ -251,14 +252,13 @@ def _run(
     progress: bool,
 ) -> Arrays:
     total = sum(batch.num_target_tokens for batch in batches)
-    with tqdm(
-        total=total, desc=name, unit=" target tokens", unit_scale=True, disable=not progress
-    ) as bar:
+    shown = show_progress(
+        title=name, unit="target tokens", total=total, scaled=True, shown=progress
+    )
+    with shown as bar:
 
         def on_batch(batch: TokenBatch, computed: bool) -> None:
-            if not (computed or bar.disable):
-                bar.initial += batch.num_target_tokens  # so that the rate counts what is computed
-            bar.update(batch.num_target_tokens)
+            (bar.update if computed else bar.skip)(batch.num_target_tokens)
 
         return evaluate_shards(
             batches,

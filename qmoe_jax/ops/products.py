@@ -26,6 +26,8 @@ from qmoe_jax.ops.experts import CodedExperts, Experts
 from qmoe_jax.ops.grouped_mlp import KernelFetch, dot_precision, grouped_apply, grouped_mlp
 
 IMPLEMENTATIONS = ("xla", "cuda")
+# What a user may choose; "auto" becomes one of the others when a model is loaded.
+CHOICES = ("auto", *IMPLEMENTATIONS)
 
 
 def compressed_product(
@@ -126,6 +128,21 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
         )
+
+
+def check_choice(implementation: str) -> None:
+    """Refuse what no model can be loaded with, before anything is read.
+
+    Raises:
+      ValueError: a name that is none of `CHOICES`.
+      CudaError: "cuda" without a GPU or CuPy.
+    """
+    if implementation not in CHOICES:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {', '.join(CHOICES)}"
+        )
+    if implementation == "cuda":
+        current_launcher()
 
 
 def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> KernelFetch:

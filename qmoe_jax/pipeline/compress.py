@@ -6,11 +6,11 @@ import functools
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
@@ -22,6 +22,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import check_choice
 from qmoe_jax.outputs import check_is_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
@@ -34,6 +35,8 @@ from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
+from qmoe_jax.progress import Progress
+from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -53,6 +56,7 @@ def compress(
     log: PathLike | None = None,
     num_devices: int | None = 1,
     separate_evaluation: bool = False,
+    implementation: str = "auto",
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -82,6 +86,7 @@ def compress(
       num_devices: devices of each process to spread experts and samples over; all where None.
         `expert_batch` experts go to each.
       separate_evaluation: load the output again and evaluate it on the validation tokens.
+      implementation: of that evaluation's products with codes, as in `load_switch`.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
       **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
@@ -106,6 +111,7 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    check_choice(implementation)
     run_log = RunLog(log)
     inputs = _paths(checkpoint, tokens, validation_tokens)
     buffers, work_folder = _folder(buffer_dir, "buffer_dir"), _folder(work_dir, "work_dir")
@@ -126,7 +132,7 @@ def compress(
         )
     described = _describe(calibration)
     facts = _determining_facts(source, config, chosen, described, devices, processes)
-    bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
+    show = functools.partial(show_progress, shown=progress and processes.is_primary)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
             output,
@@ -141,7 +147,7 @@ def compress(
             work = os.path.join(work, f"process_{processes.index}")
         journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
         processes.barrier("output claimed")
-        run = Run(source, config, chosen, writer, journal, devices, processes, bar)
+        run = Run(source, config, chosen, writer, journal, devices, processes, show)
         schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
         reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
@@ -156,7 +162,9 @@ def compress(
         if work_dir is not None:
             journal.clear()
     if separate_evaluation and validation is not None and processes.is_primary:
-        report.separate_validation = _evaluate_output(output, validation, chosen, bar)
+        report.separate_validation = _evaluate_output(
+            output, validation, chosen, implementation, show
+        )
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
     if processes.is_primary:
@@ -218,12 +226,18 @@ def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
 
 
 def _evaluate_output(
-    output: PathLike, tokens: TokenFile, settings: CompressionSettings, bar: Any
+    output: PathLike,
+    tokens: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    show: Callable[..., Progress],
 ) -> LossReport:
-    module, variables = load_switch(output, settings.activation_dtype)
+    module, variables = load_switch(
+        output, settings.activation_dtype, implementation=implementation
+    )
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
-    with bar(batches, desc="separate evaluation", unit="batch") as shown:
-        return evaluate_loss(module, variables, shown)
+    shown = show(batches, title="separate evaluation", unit="batches")
+    return evaluate_loss(module, variables, shown)
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:
