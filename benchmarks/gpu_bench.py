@@ -243,7 +243,8 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
         firsts = np.arange(0, each, size, dtype=np.int32)
         found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
         tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
-    return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)), tiles)
+    x, order, ids, starts, y = (gpu.upload(array) for array in (x, order, ids, starts, y))
+    return Tokens(x, order, ids, starts, y, tiles)
 
 
 def product_launches(
