@@ -48,7 +48,8 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchSettings:
-    """What a coding's launches are like on a device. The defaults are those tuned for an H200.
+    """What a coding's launches are like on a device. The defaults are those tuned for an H200
+    with "tunstall", but for `few_tokens`, `fused_tokens`: estimates.
 
     Attributes:
       few: products of at most `few_tokens` tokens: few blocks, so little work for each.
