@@ -11,6 +11,7 @@ the source that --peer names (`sub1_cuda_kernel.cu` of IST-DASLab/qmoe).
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,17 @@ def main() -> None:
         f"{results['device']}, copy {results['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"write {results['write_bytes_per_second'] / 1e9:.0f} GB/s"
     )
-    for shape in shapes:
-        bench_shape(gpu, shape, options, paper, results)
-        if options.json:  # whole or not at all, after each shape
+
+    def save() -> None:
+        """Whole or not at all, after each entry: a run may be ended at any moment."""
+        if options.json:
             write_json(options.json, results)
-    table = render(results)
-    print(table)
-    if options.json:
-        options.json.with_suffix(".md").write_text(table)
+            options.json.with_suffix(".md").write_text(render(results))
+
+    for shape in shapes:
+        bench_shape(gpu, shape, options, paper, results, save)
+    save()
+    print(render(results))
 
 
 def bench_shape(
@@ -88,12 +92,14 @@ def bench_shape(
     options: argparse.Namespace,
     paper: PaperKernel | None,
     results: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     cublas_seconds: dict[tuple[int, int], gpu_bench.Timing] = {}
     paper_seconds = None
     if paper and shape in paper.shapes:
         paper_seconds = time_paper(gpu, paper, gpu_bench.make_codes(gpu, "qmoe", *shape))
         results.setdefault("paper", []).append({"shape": list(shape), **paper_seconds})
+        save()
     for coding in options.codings:
         codes = gpu_bench.make_codes(gpu, coding, *shape)
         device = gpu.launcher.device
@@ -115,9 +121,12 @@ def bench_shape(
                 if paper_seconds:
                     entry["paper_seconds"] = paper_seconds["seconds"] * experts * tokens
                 results["products"].append(entry)
+                save()
+        cublas.close()
         implementation = get_coding(coding)
         if isinstance(implementation, TunstallCoding):
             bench_encoder(gpu, implementation, shape, results)
+            save()
 
 
 def token_sets(gpu: Gpu, codes: Codes, experts: int, tokens: int) -> list[Tokens]:
@@ -140,12 +149,24 @@ def time_product(
         for tile in kernels.TILES
         if kernels.fused_shared_bytes(spec.coding, spec.width, tile, launch.threads) <= limit
     ]
-    if not fitting:
+    ways: dict[str, list[Callable[[], None]]] = {}
+    if fitting:
+        tile = min([t for t in fitting if t >= tokens], default=fitting[-1])
+        ways["fused"] = gpu_bench.product_launches(gpu, codes, own, launch, tile)
+    if gpu_bench.has_matmul(gpu, spec):
+        size = min([t for t in kernels.MATMUL_TILES if t >= tokens], default=64)
+        ways["matmul"] = gpu_bench.matmul_launches(gpu, codes, own, size)
+    if not ways:
         return None
-    tile = min([t for t in fitting if t >= tokens], default=fitting[-1])
-    for tokens_of_a_launch in own:  # what cuBLAS has left there must not pass for a product
-        tokens_of_a_launch.y.fill(0x7FFF)
-    timing = gpu.time(gpu_bench.product_launches(gpu, codes, own, launch, tile))
+    # What a product takes comes last, since its outputs are checked; the other way is only timed.
+    through_matmul = "matmul" in ways and tokens >= settings.matmul_tokens_per_expert
+    chosen = "matmul" if through_matmul or "fused" not in ways else "fused"
+    timings = {}
+    for way in sorted(ways, key=lambda way: way == chosen):
+        for tokens_of_a_launch in own:  # what others have left there must not pass for a product
+            tokens_of_a_launch.y.fill(0x7FFF)
+        timings[way] = gpu.time(ways[way])
+    timing = timings[chosen]
     moved = codes.stored_bytes * experts / NUM_EXPERTS
     moved += 2 * count * (spec.width + spec.rows)
     return {
@@ -153,9 +174,10 @@ def time_product(
         "coding": spec.coding,
         "experts": experts,
         "tokens": tokens,
-        "tile_tokens": tile,
+        "way": chosen,
         "seconds": timing.seconds,
         "spread": timing.spread,
+        "other_seconds": {way: t.seconds for way, t in timings.items() if way != chosen},
         "roofline": moved / results["copy_bytes_per_second"] / timing.seconds,
     }
 
@@ -296,6 +318,22 @@ def time_paper(gpu: Gpu, paper: PaperKernel, codes: Codes) -> dict[str, float]:
     return {"seconds": timing.seconds, "spread": timing.spread}
 
 
+def summary(results: dict[str, Any]) -> list[str]:
+    """A line for each coding and number of experts: how much faster than cuBLAS."""
+    lines = ["times faster than cuBLAS's bfloat16: geometric mean over shapes (least to most)"]
+    groups: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for p in results["products"]:
+        by_tokens = groups.setdefault((p["coding"], p["experts"]), {})
+        by_tokens.setdefault(p["tokens"], []).append(p["cublas_seconds"] / p["seconds"])
+    for (coding, experts), by_tokens in groups.items():
+        parts = [
+            f"{tokens}: {np.exp(np.mean(np.log(r))):.2f} ({min(r):.2f}-{max(r):.2f})"
+            for tokens, r in by_tokens.items()
+        ]
+        lines.append(f"{coding}, {experts} experts, by tokens each: {'  '.join(parts)}")
+    return lines
+
+
 def render(results: dict[str, Any]) -> str:
     """The tables, as Markdown."""
     lines = [
@@ -305,15 +343,15 @@ def render(results: dict[str, Any]) -> str:
         f"write {results['write_bytes_per_second'] / 1e9:.0f} GB/s; CuPy {results['cupy']}. "
         "Cold weights, medians of graph replays, bfloat16 in and out.",
         "",
-        "| shape | coding | experts | tokens each | microseconds | +- | cuBLAS | faster | "
+        "| shape | coding | experts | tokens each | by | microseconds | +- | cuBLAS | faster | "
         "paper's | faster | roofline | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in results["products"]:
         paper = p.get("paper_seconds")
         lines.append(
             f"| {p['shape'][0]}x{p['shape'][1]} | {p['coding']} | {p['experts']} | {p['tokens']} | "
-            f"{p['seconds'] * 1e6:.1f} | {p['spread'] * 1e6:.1f} | "
+            f"{p['way']} | {p['seconds'] * 1e6:.1f} | {p['spread'] * 1e6:.1f} | "
             f"{p['cublas_seconds'] * 1e6:.1f} | {p['cublas_seconds'] / p['seconds']:.2f}x | "
             + (f"{paper * 1e6:.1f} | {paper / p['seconds']:.2f}x | " if paper else "- | - | ")
             + f"{p['roofline']:.0%} | {p['error']:.0e} |"

@@ -6,7 +6,10 @@ median over replays of a replay's time by its number of launches; the spread is 
 half of the replays.
 """
 
+import ctypes
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +26,7 @@ import ml_dtypes  # noqa: E402
 
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
-from qmoe_jax.codec.tensor import TensorSpec  # noqa: E402
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec  # noqa: E402
 from qmoe_jax.ops.cuda import kernels  # noqa: E402
 from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
 from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
@@ -32,13 +35,14 @@ from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
     KernelCall,
     StructArgument,
 )
-from qmoe_jax.ops.experts import find_row_block_starts  # noqa: E402
+from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts  # noqa: E402
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
 """(out, in) of the QMoE paper's kernels."""
 NUM_EXPERTS = 64
 UNIQUE_EXPERTS = 4
 """Experts that are encoded; the others are copies of them elsewhere in memory."""
+MIN_COLD_BYTES = 64 << 20
 CODINGS = tuple(name for name in coding_names() if get_coding(name).cuda)
 
 
@@ -73,7 +77,7 @@ class Gpu:
         self.replays = replays
         attributes = self.cupy.cuda.Device().attributes
         self.l2_bytes = int(attributes["L2CacheSize"])
-        self.cold_bytes = max(4 * self.l2_bytes, 64 << 20)
+        self.cold_bytes = max(4 * self.l2_bytes, MIN_COLD_BYTES)
 
     def upload(self, array: np.ndarray) -> Any:
         """An array on the device; bfloat16 as uint16."""
@@ -135,12 +139,15 @@ class Gpu:
     def facts(self) -> dict[str, Any]:
         """The device, the software, and the commit."""
         runtime = self.cupy.cuda.runtime
-        git = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        commit = os.environ.get("QMOE_COMMIT", "")  # where the tree has come without its history
+        if not commit and shutil.which("git"):
+            git = subprocess.run(
+                ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            commit = git.stdout.strip()
         return {
             "device": self.launcher.device.name,
             "compute_capability": self.launcher.device.compute_capability,
@@ -148,7 +155,7 @@ class Gpu:
             "driver": runtime.driverGetVersion(),
             "cuda": runtime.runtimeGetVersion(),
             "cupy": self.cupy.__version__,
-            "commit": git.stdout.strip() or os.environ.get("QMOE_COMMIT", "unknown"),
+            "commit": commit or "unknown",
         }
 
 
@@ -178,10 +185,11 @@ def random_codes(coding: str, shape: tuple[int, int, int], seed: int = 0) -> tup
     return codes, levels.astype(ml_dtypes.bfloat16)
 
 
-def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
-    """Random codes of NUM_EXPERTS experts; copies until they are several times the L2 cache."""
-    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
-    times = NUM_EXPERTS // UNIQUE_EXPERTS
+def repeat_experts(
+    coded: CodedTensor, num_experts: int
+) -> tuple[TensorSpec, dict[str, np.ndarray]]:
+    """A tensor whose experts are those of `coded`, again and again."""
+    times = num_experts // coded.spec.num_experts
     arrays = {
         name: np.concatenate([array] * times)
         for name, array in coded.arrays.items()
@@ -190,7 +198,13 @@ def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
     if "expert_offsets" in coded.arrays:
         sizes = np.tile(np.diff(coded.arrays["expert_offsets"]), times)
         arrays["expert_offsets"] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    spec = TensorSpec(coding, NUM_EXPERTS, out, width, coded.spec.max_row_codewords)
+    return dataclasses.replace(coded.spec, num_experts=num_experts), arrays
+
+
+def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
+    """Random codes of NUM_EXPERTS experts; copies until they are several times the L2 cache."""
+    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
+    spec, arrays = repeat_experts(coded, NUM_EXPERTS)
     stored_bytes = sum(array.nbytes for array in arrays.values())
     starts = find_row_block_starts(spec, arrays)
     if starts is not None:
@@ -211,6 +225,8 @@ class Tokens(NamedTuple):
     experts: Any
     starts: Any
     y: Any
+    tiles: dict[int, tuple[Any, Any]]
+    """Experts and starts of tiles of tokens, by their size: `kernels.TokenTiles`."""
 
 
 def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -> Tokens:
@@ -222,7 +238,13 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     starts = np.searchsorted(ids, np.arange(spec.num_experts + 1)).astype(np.int32)
     y = np.full((count, spec.rows), 0x7FFF, np.uint16)
     order = np.arange(count, dtype=np.int32)
-    return Tokens(*(gpu.upload(array) for array in (x, order, ids, starts, y)))
+    tiles = {}
+    for size in kernels.MATMUL_TILES:
+        firsts = np.arange(0, each, size, dtype=np.int32)
+        found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
+        tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
+    x, order, ids, starts, y = (gpu.upload(array) for array in (x, order, ids, starts, y))
+    return Tokens(x, order, ids, starts, y, tiles)
 
 
 def product_launches(
@@ -236,45 +258,113 @@ def product_launches(
         tile_tokens=tile_tokens,
         is_float32=False,
         codes=codes.argument,
+        max_shared_bytes=gpu.launcher.device.max_shared_bytes,
     )
     return [
-        gpu.run(call, [array.data.ptr for array in (*copy, *own)])
+        gpu.run(call, [array.data.ptr for array in (*copy, *own[:5])])
         for copy in codes.copies
         for own in tokens
     ]
 
 
+def matmul_launches(
+    gpu: Gpu, codes: Codes, tokens: Sequence[Tokens], size: int
+) -> list[Callable[[], None]]:
+    """The same by tensor cores, in tiles of `size` tokens."""
+    call = kernels.matmul_call(
+        codes.spec,
+        num_tokens=len(tokens[0].x),
+        num_tiles=len(tokens[0].tiles[size][0]),
+        tile_tokens=size,
+        is_float32=False,
+        codes=codes.argument,
+        max_shared_bytes=gpu.launcher.device.max_shared_bytes,
+    )
+    launches = []
+    for copy in codes.copies:
+        for own in tokens:
+            arrays = (*copy, own.x, own.order, own.starts, *own.tiles[size], own.y)
+            launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
+    return launches
+
+
+def has_matmul(gpu: Gpu, spec: TensorSpec) -> bool:
+    """`kernels.has_matmul`, of a tensor whose rows are whole."""
+    return kernels.has_matmul(gpu.launcher, CodedExperts(spec, {}, spec.width))
+
+
 class Cublas:
-    """Dense bfloat16 kernels of NUM_EXPERTS experts, [out, in], multiplied by cuBLAS."""
+    """Dense bfloat16 kernels of NUM_EXPERTS experts, [out, in], multiplied by cuBLAS.
 
-    def __init__(self, gpu: Gpu, dense: Any):
-        from cupy.cuda import device
-        from cupy_backends.cuda.libs import cublas
+    Called by its C interface: CuPy's own refuses a stream that is being captured.
+    """
 
-        self._gpu, self._cublas, self.dense = gpu, cublas, dense
-        self._handle = device.get_cublas_handle()
-        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    def __init__(self, gpu: Gpu, dense: Any, library: Any = None):
+        self.dense = dense
+        self._library = library or _load_cublas()
+        self._handle = ctypes.c_void_p()
+        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+        self._check("cublasCreate_v2", ctypes.byref(self._handle))
+        self._check("cublasSetStream_v2", self._handle, ctypes.c_void_p(gpu.stream.ptr))
+        # Its own would be allocated when it is first wanted, which may be inside a capture.
+        self._workspace = gpu.cupy.empty(_CUBLAS_WORKSPACE, np.uint8)
+        self._check(
+            "cublasSetWorkspace_v2",
+            self._handle,
+            ctypes.c_void_p(self._workspace.data.ptr),
+            ctypes.c_size_t(_CUBLAS_WORKSPACE),
+        )
+
+    def close(self) -> None:
+        """Give the handle back; the stream must be idle."""
+        self._check("cublasDestroy_v2", self._handle)
 
     def one(self, expert: int, x: Any, y: Any) -> None:
         """y [n, out] of one expert: cublasGemmEx, bfloat16 with float32 sums."""
         _, out, width = self.dense.shape
         at = self.dense.data.ptr + 2 * out * width * expert
-        self._cublas.gemmEx(
-            self._handle, 1, 0, out, len(x), width, self._one.ctypes.data,
-            at, 14, width, x.data.ptr, 14, width, self._zero.ctypes.data,
-            y.data.ptr, 14, out, self._cublas.CUBLAS_COMPUTE_32F, -1,
+        self._check(
+            "cublasGemmEx", self._handle, 1, 0, out, len(x), width, ctypes.byref(self._one),
+            ctypes.c_void_p(at), _BFLOAT16, width,
+            ctypes.c_void_p(x.data.ptr), _BFLOAT16, width, ctypes.byref(self._zero),
+            ctypes.c_void_p(y.data.ptr), _BFLOAT16, out, _COMPUTE_32F, -1,
         )  # fmt: skip
 
     def all(self, x: Any, y: Any) -> None:
         """y of all experts, as many tokens each: cublasGemmStridedBatchedEx."""
         experts, out, width = self.dense.shape
         each = len(x) // experts
-        self._cublas.gemmStridedBatchedEx(
-            self._handle, 1, 0, out, each, width, self._one.ctypes.data,
-            self.dense.data.ptr, 14, width, out * width, x.data.ptr, 14, width, each * width,
-            self._zero.ctypes.data, y.data.ptr, 14, out, each * out, experts,
-            self._cublas.CUBLAS_COMPUTE_32F, -1,
+        stride = ctypes.c_longlong
+        self._check(
+            "cublasGemmStridedBatchedEx", self._handle, 1, 0, out, each, width,
+            ctypes.byref(self._one),
+            ctypes.c_void_p(self.dense.data.ptr), _BFLOAT16, width, stride(out * width),
+            ctypes.c_void_p(x.data.ptr), _BFLOAT16, width, stride(each * width),
+            ctypes.byref(self._zero),
+            ctypes.c_void_p(y.data.ptr), _BFLOAT16, out, stride(each * out),
+            experts, _COMPUTE_32F, -1,
         )  # fmt: skip
+
+    def _check(self, name: str, *arguments: Any) -> None:
+        if status := getattr(self._library, name)(*arguments):
+            raise RuntimeError(f"{name} returned {status}")
+
+
+_CUBLAS_WORKSPACE = 32 << 20
+_BFLOAT16, _COMPUTE_32F = 14, 68
+"""CUDA_R_16BF and CUBLAS_COMPUTE_32F."""
+
+
+def _load_cublas() -> ctypes.CDLL:
+    """The library that CuPy or JAX has loaded; where it lies depends on how they were installed."""
+    from cupy.cuda import device
+
+    device.get_cublas_handle()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith("libcublas.so"):
+            return ctypes.CDLL(path)
+    raise RuntimeError("libcublas.so is not loaded, although CuPy has made a handle of it")
 
 
 def as_floats(gpu: Gpu, bits: Any) -> Any:

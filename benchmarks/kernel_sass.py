@@ -52,9 +52,10 @@ extern "C" __global__ void __launch_bounds__(256)
   {type} coding(arrays);
   const Shape shape = {{product.num_experts, product.out_features, product.in_features}};
   const int expert = product.token_experts[blockIdx.x], row = blockIdx.y * product.rows_per_block;
-  coding.open(shape, expert, shared_begin());
-  multiply_tile<{type}, {tokens}>(coding, shape, product, expert, blockIdx.x, product.num_tokens,
-                                  row, min_of(row + product.rows_per_block, shape.out_features));
+  coding.open(shape, expert, shared_begin(), product.dictionary_copies);
+  const Tile tile = {{expert, static_cast<int>(blockIdx.x), product.num_tokens, row,
+                      min_of(row + product.rows_per_block, shape.out_features)}};
+  multiply_tile<{type}, {tokens}>(coding, shape, product, tile);
 }}
 """
 

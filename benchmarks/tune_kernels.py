@@ -1,16 +1,15 @@
 """Finds launch settings for this GPU and writes them into configs/kernel_launch.json.
 
-    python benchmarks/tune_kernels.py [--codings tunstall ...]
+    python benchmarks/tune_kernels.py [--codings tunstall ...] [--shapes 768x3072 ...]
 
 Needs a CUDA device, CuPy and JAX; a bare checkout will do; some minutes. For each coding the sizes
 of the launches are those with the least time, as a geometric mean over the shapes of the QMoE
 paper: `few` for one token at one expert, `many` for one and for eight tokens at each of 64 experts,
-`expand` for all 64. Then the number of tokens of an expert is sought up to which decoding in the
-product beats expansion and cuBLAS.
+`expand` for all 64. Then the numbers of tokens of an expert are sought from which tensor cores beat
+the kernels without them, and up to which either beats expansion and cuBLAS.
 """
 
 import argparse
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,8 @@ from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings
 PROGRAM = "tune_kernels"
 THREADS = (64, 128, 256)
 ROWS = (4, 8, 16, 32, 64, 128)
-CROSSOVER = (16, 32, 64, 128, 256)
+CROSSOVER = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+MOST_FUSED = 64
 
 
 def main() -> None:
@@ -35,29 +35,34 @@ def main() -> None:
     parser.add_argument(
         "--codings", nargs="+", default=gpu_bench.CODINGS, choices=gpu_bench.CODINGS
     )
+    parser.add_argument("--shapes", nargs="+", help="of the paper's; default: all")
     options = parser.parse_args()
+    named = {f"{out}x{width}": (out, width) for out, width in gpu_bench.SHAPES}
+    if unknown := set(options.shapes or ()) - set(named):
+        parser.error(f"--shapes has {sorted(unknown)}; there are {', '.join(named)}")
+    shapes = [named[shape] for shape in options.shapes or named]
     gpu = Gpu(gpu_bench.open_gpu(PROGRAM), replays=7)
     found = {}
     for coding in options.codings:
-        found[coding] = tune(gpu, coding)
+        found[coding] = tune(gpu, coding, shapes)
         print(f"{coding}: {found[coding]}", flush=True)
     launch_settings.write_settings(gpu.launcher.device.name, found)
     print(f"written to {launch_settings.settings_path()} as {gpu.launcher.device.name!r}")
 
 
-def tune(gpu: Gpu, coding: str) -> LaunchSettings:
+def tune(gpu: Gpu, coding: str, shapes: Sequence[tuple[int, int]]) -> LaunchSettings:
     """The settings of a coding: a pass over the shapes, one shape's data at a time."""
     warps = kernels.cuda_interface(coding).rows_per_warp
     launches = [Launch(t, r, w) for t, r, w in itertools.product(THREADS, ROWS, warps)]
     expansions = [Launch(t, r) for t, r in itertools.product(THREADS, ROWS)]
     few, many = (dict.fromkeys(launches, 0.0) for _ in range(2))
     expand = dict.fromkeys(expansions, 0.0)
-    gains = dict.fromkeys(CROSSOVER, 0.0)
-    for shape in gpu_bench.SHAPES:
+    seconds: dict[str, dict[int, list[float]]] = {"fused": {}, "matmul": {}, "expanded": {}}
+    for shape in shapes:
         codes = gpu_bench.make_codes(gpu, coding, *shape)
         for launch in launches:
             few[launch] += np.log(product_seconds(gpu, codes, launch, 1, 1))
-            for tokens in (1, 8):
+            for tokens in (1, 4):
                 many[launch] += np.log(product_seconds(gpu, codes, launch, NUM_EXPERTS, tokens))
         dense = gpu.cupy.empty((NUM_EXPERTS, *shape), np.uint16)
         for launch in expansions:
@@ -70,16 +75,42 @@ def tune(gpu: Gpu, coding: str) -> LaunchSettings:
             run: list[Callable[[], None]] = [
                 lambda own=own, cublas=cublas: cublas.all(own.x, own.y)
             ]
-            multiplying = gpu.time(run * 2).seconds
-            fused = product_seconds(gpu, codes, best, NUM_EXPERTS, tokens)
-            gains[tokens] += np.log((expanding + multiplying) / fused)
-    settings = LaunchSettings(
+            found = {
+                "expanded": expanding + gpu.time(run * 2).seconds,
+                # From some number on it only decodes more often.
+                "fused": product_seconds(gpu, codes, best, NUM_EXPERTS, tokens)
+                if tokens <= MOST_FUSED
+                else float("inf"),
+                "matmul": float("inf"),
+            }
+            if gpu_bench.has_matmul(gpu, codes.spec):
+                size = min([t for t in kernels.MATMUL_TILES if t >= tokens], default=64)
+                launched = gpu_bench.matmul_launches(gpu, codes, [own], size)
+                found["matmul"] = gpu.time(launched).seconds
+            for way, value in found.items():
+                seconds[way].setdefault(tokens, []).append(value)
+        cublas.close()
+    for tokens in CROSSOVER:
+        parts = [f"{way} {geometric_mean(seconds[way][tokens]) * 1e6:.0f}" for way in seconds]
+        print(f"{coding}, {tokens} tokens each, microseconds: {', '.join(parts)}", flush=True)
+
+    def wins(way: str, other: str) -> list[int]:
+        mean = {w: {t: geometric_mean(s) for t, s in seconds[w].items()} for w in (way, other)}
+        return [tokens for tokens in CROSSOVER if mean[way][tokens] < mean[other][tokens]]
+
+    return LaunchSettings(
         few=min(few, key=few.__getitem__),
         many=min(many, key=many.__getitem__),
         expand=min(expand, key=expand.__getitem__),
+        fused_tokens_per_expert=max(wins("fused", "expanded"), default=1),
+        matmul_tokens_per_expert=min(wins("matmul", "fused"), default=CROSSOVER[-1]),
+        matmul_most_per_expert=max(wins("matmul", "expanded"), default=1),
     )
-    worth = [tokens for tokens in CROSSOVER if gains[tokens] > 0]
-    return dataclasses.replace(settings, fused_tokens_per_expert=max(worth, default=8))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers; infinity where one is."""
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def product_seconds(gpu: Gpu, codes: Codes, launch: Launch, experts: int, tokens: int) -> float:

@@ -28,7 +28,7 @@ struct Packed2Coding {
 
   QMOE_DEVICE_MEMBER explicit Packed2Coding(const Packed2Arrays& given) : arrays(given) {}
 
-  QMOE_DEVICE_MEMBER void open(const Shape&, int, u32) {}
+  QMOE_DEVICE_MEMBER void open(const Shape&, int, u32, u32) {}
 
   QMOE_DEVICE_MEMBER void seek(const Shape& shape, int expert, int row) {
     exists = row < shape.out_features;

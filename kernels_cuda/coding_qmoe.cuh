@@ -38,7 +38,7 @@ struct QmoeCoding {
 
   QMOE_DEVICE_MEMBER explicit QmoeCoding(const QmoeArrays& given) : arrays(given) {}
 
-  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32) {
+  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32, u32) {
     const u32 first = min_of(static_cast<u32>(arrays.expert_offsets[expert]), arrays.num_codewords);
     const u32 last = min_of(static_cast<u32>(arrays.expert_offsets[expert + 1]), arrays.num_codewords);
     own = arrays.codewords + first;

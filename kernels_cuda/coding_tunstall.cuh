@@ -11,12 +11,12 @@
 namespace qmoe {
 
 // What a codeword stands for, as kept in shared memory:
-// places: byte j is 4 * position of the non-zero weight number j, j = 0..3, so that one dp4a adds it
-//         to 4 * column;
-// sizes:  bits 0-15 4 * length in weights, bits 16-31 number of non-zero weights. Sums of them are
+// places: byte j is SCALE * position of the non-zero weight number j, j = 0..3, so that one dp4a adds it
+//         to SCALE * column, an address: SCALE is 4 where columns are floats, 1 where they are bytes;
+// sizes:  bits 0-15 SCALE * length in weights, bits 16-31 number of non-zero weights. Sums of them are
 //         sums of both: 128 codewords stay below 2^16.
 typedef Pair32 Entry;
-constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);
+constexpr u32 DICTIONARY_BYTES = 256 * sizeof(Entry);  // of a copy
 constexpr int NUM_DICTIONARIES = 10;
 constexpr u32 FIRST_ESCAPE = 248;
 
@@ -24,19 +24,37 @@ QMOE_DEVICE u64 table_bits(const u32* table, u32 codeword) {
   return table[2 * codeword] | static_cast<u64>(table[2 * codeword + 1]) << 32;
 }
 
-// Fills the dictionary at a shared address. All threads of the block; a barrier must follow.
-QMOE_DEVICE void stage_dictionary(const u32* table, u32 dictionary) {
+// The dictionary in shared memory, in copies whose entries alternate: lanes with different copies
+// read different banks. With 16 no lane waits for another.
+struct Dictionary {
+  u32 address;  // of this lane's copy
+  u32 shift;    // from a codeword to its entry's place
+
+  QMOE_DEVICE_MEMBER Entry look_up(u32 codeword) const {
+    return shared_load<Entry>(address + (codeword << shift));
+  }
+};
+
+// Fills it at a shared address. All threads of the block; a barrier must follow. `copies` is a power
+// of two up to 16.
+template <u32 SCALE>
+QMOE_DEVICE Dictionary stage_dictionary(const u32* table, u32 shared, u32 copies) {
   for (u32 codeword = threadIdx.x; codeword < 256; codeword += blockDim.x) {
     const u64 bits = table_bits(table, codeword);
     u64 mask = bits >> 6;
     const u32 ones = __popcll(mask);
     u32 places = 0;
     for (int j = 0; j < 4 && mask != 0; ++j, mask &= mask - 1)
-      places |= static_cast<u32>(4 * (__ffsll(mask) - 1)) << 8 * j;
+      places |= SCALE * static_cast<u32>(__ffsll(mask) - 1) << 8 * j;
     const u32 length = static_cast<u32>(bits & 63);
-    shared_store<Entry>(dictionary + codeword * sizeof(Entry),
-                        Entry{places, 4 * length | ones << 16});
+    for (u32 copy = 0; copy < copies; ++copy)  // neighbours in different banks
+      shared_store<Entry>(
+          shared + (codeword * copies + (copy + codeword & copies - 1)) * sizeof(Entry),
+          Entry{places, SCALE * length | ones << 16});
   }
+  const u32 entry_bytes = copies * sizeof(Entry);
+  return {shared + (threadIdx.x & copies - 1) * static_cast<u32>(sizeof(Entry)),
+          static_cast<u32>(__ffs(entry_bytes) - 1)};
 }
 
 // The codes of one expert.
@@ -91,8 +109,8 @@ QMOE_DEVICE u32 pending_before(u32 pending, bool open, u32* carried) {
 // to be ignored, at times); its end_round(columns) by all lanes after each round, when all weights
 // before `columns` were visited.
 template <int LANES, int PER_LANE, bool ESCAPES, class Visitor>
-QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int begin, int end,
-                               u32 in_features, const float (&values)[3], Visitor& visitor) {
+QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, const Dictionary& dictionary, int begin,
+                               int end, u32 in_features, const float (&values)[3], Visitor& visitor) {
   // 1, which the compiler does not know: selectors of dp4a then stay in registers.
   const u32 select = gridDim.z;
   static_assert(PER_LANE == 4 || PER_LANE == 1, "a word or a byte");
@@ -118,7 +136,7 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
     u32 sum = 0;
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) {
-      entries[k] = shared_load<Entry>(dictionary + (codewords >> 8 * k & 255) * sizeof(Entry));
+      entries[k] = dictionary.look_up(codewords >> 8 * k & 255);
       sum += entries[k].y;
     }
     const u32 through = inclusive_scan<LANES>(sum);
@@ -208,6 +226,100 @@ QMOE_DEVICE void walk_tunstall(const TunstallExpert& expert, u32 dictionary, int
   }
 }
 
+// A row of "tunstall" that is decoded in pieces; the same in all lanes of its group.
+struct TunstallCursor {
+  int at, end;  // bytes of the expert: the next codeword, and behind the row
+  u32 column;   // where it begins
+  u32 rank;     // of its first non-zero weight
+};
+
+// Weights as bytes: selectors for byte_select of a bfloat16 value from (low, high), or of zero.
+constexpr u32 SELECT_LOW = 0x54, SELECT_HIGH = 0x76;
+
+// Decodes columns [begin, begin + columns) of rows, one each LANES lanes, into bytes at shared address
+// `target`, which hold zeros; all lanes of the warp call it. The cursor then stands at the first
+// codeword that has weights behind these columns, and part of it may lie before them next time.
+template <int LANES>
+QMOE_DEVICE void decode_tunstall(const TunstallExpert& expert, const Dictionary& dictionary,
+                                 TunstallCursor& cursor, u32 target, int begin, int columns) {
+  const u32 select = gridDim.z;  // 1: see walk_tunstall
+  const int lane = threadIdx.x & (LANES - 1);
+  const u32 group = (threadIdx.x & 31) - lane;
+  const auto load = [&](int at) { return expert.window(at >> 2, 8 * (at & 3)); };
+  // Columns are counted from `begin`, negative before it.
+  int column = static_cast<int>(cursor.column) - begin;
+  bool busy = cursor.at < cursor.end && column < columns;
+  u32 next = busy ? load(cursor.at + 4 * lane) : 0;
+  while (__any_sync(ALL_LANES, busy)) {
+    const u32 codewords = next;
+    next = busy ? load(cursor.at + 4 * (LANES + lane)) : 0;
+    Entry entries[4];
+    u32 sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      entries[k] = dictionary.look_up(codewords >> 8 * k & 255);
+      sum += entries[k].y;
+    }
+    const u32 through = inclusive_scan<LANES>(sum);
+    const u32 before = through - sum;
+    const int first = column + static_cast<int>(before & 0xffff);
+    const int first_bit = 8 * cursor.end - 32 - static_cast<int>(cursor.rank + (before >> 16));
+    const u32 signs = busy ? expert.window(first_bit >> 5, first_bit) : 0;
+
+    const auto visit = [&](bool present, u32 here, u32 own_signs, int number) {
+      if (present && here < static_cast<u32>(columns))
+        shared_store<u8>(target + here,
+                         static_cast<u8>(SELECT_LOW + (own_signs >> (31 - number) & 1) *
+                                                          (SELECT_HIGH - SELECT_LOW)));
+    };
+    u32 number = 0, most = 0;
+    int here = first, inside = 0;  // codewords that end within the columns
+    u32 inside_sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const u32 places = entries[k].x, from = static_cast<u32>(here);
+      const u32 ones = busy && here < columns ? entries[k].y >> 16 : 0;
+      const u32 own = signs << number;
+      visit(ones > 0, __dp4a(places, select, from), own, 0);
+      visit(ones > 1, __dp4a(places, select << 8, from), own, 1);
+      visit(ones > 2, __dp4a(places, select << 16, from), own, 2);
+      here += entries[k].y & 0xffff;
+      number += ones;
+      most |= ones;
+      if (here <= columns) {
+        ++inside;
+        inside_sum += entries[k].y;
+      }
+    }
+    if (most > 3) {  // the fourth and later: dictionaries 0 to 3, whose entries are found again
+      here = first;
+      number = 0;
+#pragma unroll 1
+      for (u32 rest = codewords, k = 0; k < 4; ++k, rest >>= 8) {
+        const u64 bits = table_bits(expert.table, rest & 255);
+        u64 mask = bits >> 6;
+        const u32 ones = here < columns ? __popcll(mask) : 0;
+#pragma unroll 1
+        for (u32 j = 0; j < ones; ++j, ++number, mask &= mask - 1)
+          visit(j >= 3, static_cast<u32>(here + __ffsll(mask) - 1), signs << number, 0);
+        here += static_cast<int>(bits & 63);
+      }
+    }
+    // The first lane with a codeword that ends behind the columns has the next one to decode.
+    const u32 crossing = __ballot_sync(ALL_LANES, inside < 4) >> group & ((1u << LANES) - 1);
+    const int last = crossing ? __ffs(crossing) - 1 : LANES - 1;
+    const u32 passed = __shfl_sync(ALL_LANES, before + inside_sum, last, LANES);
+    const int count = __shfl_sync(ALL_LANES, 4 * lane + inside, last, LANES);
+    if (busy) {
+      cursor.at += count;
+      column += passed & 0xffff;
+      cursor.rank += passed >> 16;
+    }
+    busy = busy && !crossing && cursor.at < cursor.end && column < columns;
+  }
+  cursor.column = static_cast<u32>(begin + column);
+}
+
 // --- What the kernels ask of a coding ---
 
 // A tensor of all experts of a layer, coding "tunstall" or "tunstall_2bit": what every kernel takes
@@ -227,10 +339,10 @@ struct TunstallArrays {
   int row_length_bytes;         // of an element of row_lengths: 1 or 2
 };
 
-template <int LANES_, int PER_LANE, bool ESCAPES>
+template <int LANES_, int PER_LANE, bool ESCAPES, u32 SCALE = 4>
 struct TunstallCoding {
   static constexpr int LANES = LANES_;
-  static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;
+  static constexpr u32 SHARED_BYTES = DICTIONARY_BYTES;  // of a copy
   // 2-bit codes: symbol 0 may have a weight, see base().
   static constexpr bool HAS_BASE = ESCAPES;
 
@@ -238,7 +350,7 @@ struct TunstallCoding {
 
   TunstallExpert codes;
   u32 shortest;
-  u32 dictionary;  // its address in shared memory
+  Dictionary dictionary;
   RowPlaces places;
   float values[3], base;
   int begin, end;
@@ -246,7 +358,7 @@ struct TunstallCoding {
   QMOE_DEVICE_MEMBER explicit TunstallCoding(const TunstallArrays& given) : arrays(given) {}
 
   // Everything that is the same for the block; fills the shared dictionary. A barrier must follow.
-  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared) {
+  QMOE_DEVICE_MEMBER void open(const Shape&, int expert, u32 shared, u32 copies) {
     const u32 first = min_of(static_cast<u32>(arrays.expert_offsets[expert]), arrays.num_words);
     const u32 last = min_of(static_cast<u32>(arrays.expert_offsets[expert + 1]), arrays.num_words);
     const u32 number = min_of(static_cast<u32>(arrays.dictionaries[expert]), NUM_DICTIONARIES - 1u);
@@ -256,8 +368,7 @@ struct TunstallCoding {
                            arrays.table + 512 * number};
     keep_in_register(codes.words);
     shortest = row_bytes > 0 ? row_bytes : 0;
-    dictionary = shared;
-    stage_dictionary(codes.table, shared);
+    dictionary = stage_dictionary<SCALE>(codes.table, shared, copies);
   }
 
   // Finds a row and its weights. All lanes.
@@ -286,9 +397,38 @@ struct TunstallCoding {
     }
   }
 
+  // --- For matmul.cuh: rows in pieces, without escapes. ---
+
+  typedef TunstallCursor Cursor;
+
+  // The row's two values, as stored.
+  QMOE_DEVICE_MEMBER u32 row_factor(const Shape& shape, int expert, int row) const {
+    const u64 first = static_cast<u64>(expert) * shape.out_features;
+    return arrays.levels[first + min_of(row, shape.out_features - 1)];
+  }
+
+  // Two weights, bfloat16, of two bytes of a chunk.
+  static QMOE_DEVICE_MEMBER u32 weights(u32 factor, u32 bytes) {
+    return byte_select(0, factor, bytes);
+  }
+
+  // All lanes; rows of a warp lie within one block of 32.
+  QMOE_DEVICE_MEMBER Cursor start(const Shape& shape, int expert, int row) {
+    Cursor cursor = {0, 0, 0, 0};
+    places.find(arrays.row_lengths, arrays.row_length_bytes, arrays.row_block_starts, shape, expert,
+                shortest, 4 * codes.num_words, row, &cursor.at, &cursor.end);
+    return cursor;
+  }
+
+  QMOE_DEVICE_MEMBER void decode_until(Cursor& cursor, u32 target, int begin, int columns) const {
+    static_assert(!ESCAPES && PER_LANE == 4 && SCALE == 1, "rows in pieces, a byte a column");
+    decode_tunstall<LANES>(codes, dictionary, cursor, target, begin, columns);
+  }
+
   // Visits weights other than `base`; with RELATIVE, their differences from it.
   template <bool RELATIVE, class Visitor>
   QMOE_DEVICE_MEMBER void walk(const Shape& shape, Visitor& visitor) const {
+    static_assert(SCALE == 4, "a float a column");
     const float offset = RELATIVE ? base : 0.0f;
     const float weights[3] = {ESCAPES && RELATIVE ? values[0] - offset : values[0],
                               ESCAPES && RELATIVE ? values[1] - offset : values[1],

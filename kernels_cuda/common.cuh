@@ -106,6 +106,19 @@ QMOE_DEVICE void keep_in_register(T*& pointer) {
 #endif
 }
 
+// Four bytes of the eight of (low, high), by the lowest three bits of the selector's four nibbles.
+QMOE_DEVICE u32 byte_select(u32 low, u32 high, u32 selector) {
+#ifdef QMOE_EMULATION
+  const u64 bytes = low | static_cast<u64>(high) << 32;
+  u32 result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+#else
+  return __byte_perm(low, high, selector);
+#endif
+}
+
 // --- bfloat16 by hand: compute capability 7.5 has no instructions for it. ---
 
 QMOE_DEVICE float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
@@ -161,12 +174,6 @@ QMOE_DEVICE float warp_sum(float value) {
     value += __shfl_xor_sync(ALL_LANES, value, distance);
   return value;
 }
-
-// A number as a type.
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
 
 // Geometry of a coded tensor, the same for all codings.
 struct Shape {

@@ -94,7 +94,7 @@ QMOE_DEVICE void expand(Coding coding, const ExpandArguments& expansion) {
       matrix[at] = 0;
     return;
   }
-  coding.open(shape, expert, shared_begin());
+  coding.open(shape, expert, shared_begin(), 1);
   RowWriter writer;
   writer.ring = shared_begin() + Coding::SHARED_BYTES + RING_BYTES * warp_of_block();
   writer.columns = shape.in_features;

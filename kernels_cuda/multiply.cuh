@@ -5,7 +5,7 @@
 // all of them, in float32. No atomics: a row's sum has one fixed order.
 //
 // Shared memory, by bytes:
-//   Coding::SHARED_BYTES          dictionary
+//   Coding::SHARED_BYTES * copies dictionary
 //   (in + 64) * max(4, 2 tile)    tokens: [column][token] bfloat16; of a single token float32
 //   4 * 16 + 4 * (warps + 1) * 16 rows of the tokens in x and y; sums of the tokens
 #pragma once
@@ -29,6 +29,7 @@ struct ProductArguments {
   int tile_tokens;           // tokens of an expert that share a decode: 1 or 2 (kernels t2); 1, 2, 4,
                              // 8 or 16 (t16)
   int rows_per_block;        // at least 1
+  int dictionary_copies;     // 1, 2, 4, 8 or 16: in shared memory, where the coding has one there
   int y_is_float32;          // 0 or 1
 };
 
@@ -78,11 +79,97 @@ struct Sums {
   QMOE_DEVICE_MEMBER void end_round(u32) {}
 };
 
+// What a block computes.
+struct Tile {
+  int expert;
+  int first_token;  // among the sorted
+  int num_tokens;
+  int row_begin, row_end;
+};
+
+// Copies columns of the tokens to shared memory, zeros behind the last and for tokens that are not
+// there (null), and adds up what this thread copies, if SUMS. Loads of a thread do not wait for one
+// another: a block with one token has nothing else to do meanwhile.
+template <int TOKENS, bool SUMS>
+QMOE_DEVICE void stage_tokens(const u16* const (&own)[TOKENS], const ProductArguments& product,
+                              u32 x_at, float (&partial)[TOKENS]) {
+  const int columns = product.in_features, threads = blockDim.x;
+  int staged = 0;  // columns
+  if constexpr (TOKENS <= 2 && !SUMS) {
+    // Eight columns a load. More tokens would then be stored 64 bytes and more apart: the same banks.
+    // With sums the order of columns is that of all tiles, so that a tile makes no difference.
+    constexpr int AHEAD = 4 / TOKENS;
+    const bool aligned = columns % 8 == 0 && reinterpret_cast<u64>(product.x) % 16 == 0;
+    const int vectors = aligned ? columns / 8 : 0;
+    for (int first = threadIdx.x; first < vectors; first += AHEAD * threads) {
+      Quad32 loaded[AHEAD][TOKENS];
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t)
+          loaded[a][t] = own[t] && first + a * threads < vectors
+                             ? reinterpret_cast<const Quad32*>(own[t])[first + a * threads]
+                             : Quad32{0, 0, 0, 0};
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        if (first + a * threads >= vectors) break;
+        u32 words[8];
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+          u32 both[TOKENS];
+#pragma unroll
+          for (int t = 0; t < TOKENS; ++t) {
+            const Quad32& four = loaded[a][t];
+            both[t] = pair == 0 ? four.x : pair == 1 ? four.y : pair == 2 ? four.z : four.w;
+          }
+          if constexpr (TOKENS == 1) {
+            words[2 * pair] = both[0] << 16;
+            words[2 * pair + 1] = both[0] & 0xffff0000u;
+          } else {
+            words[2 * pair] = both[0] & 0xffffu | both[1] << 16;
+            words[2 * pair + 1] = both[0] >> 16 | both[1] & 0xffff0000u;
+          }
+        }
+        const u32 at = x_at + 32 * (first + a * threads);
+        shared_store<Quad32>(at, Quad32{words[0], words[1], words[2], words[3]});
+        shared_store<Quad32>(at + 16, Quad32{words[4], words[5], words[6], words[7]});
+      }
+    }
+    staged = 8 * vectors;
+  }
+  constexpr int AHEAD = TOKENS >= 16 ? 1 : 16 / TOKENS;
+  for (int first = staged + threadIdx.x; first < columns + COLUMN_PADDING;
+       first += AHEAD * threads) {
+    u32 bits[AHEAD][TOKENS];
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t)
+        bits[a][t] = own[t] && first + a * threads < columns ? own[t][first + a * threads] : 0;
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {
+      const int column = first + a * threads;
+      if (column >= columns + COLUMN_PADDING) break;
+      Column<TOKENS> ready;
+      if constexpr (TOKENS == 1) {
+        ready.value = from_bf16(bits[a][0]);
+      } else {
+#pragma unroll
+        for (int t = 0; t < TOKENS; t += 2) ready.pairs[t / 2] = bits[a][t] | bits[a][t + 1] << 16;
+      }
+      shared_store<Column<TOKENS>>(x_at + column * Column<TOKENS>::BYTES, ready);
+      if (SUMS) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) partial[t] += from_bf16(bits[a][t]);
+      }
+    }
+  }
+}
+
 template <class Coding, int TOKENS>
 QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const ProductArguments& product,
-                               int expert, int first_token, int num_tokens, int row_begin,
-                               int row_end) {
-  const u32 x_at = shared_begin() + Coding::SHARED_BYTES;
+                               const Tile& tile) {
+  const u32 x_at = shared_begin() + Coding::SHARED_BYTES * product.dictionary_copies;
   const u32 rows_at = x_at + (shape.in_features + COLUMN_PADDING) *
                                (product.tile_tokens > 1 ? 2 * product.tile_tokens : 4);
   const u32 sums_at = rows_at + 4 * MAX_TILE_TOKENS;
@@ -91,32 +178,14 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Product
   const u16* own[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
-    const int row = t < num_tokens ? product.token_order[first_token + t] : -1;
+    const int row = t < tile.num_tokens ? product.token_order[tile.first_token + t] : -1;
     own[t] = static_cast<u32>(row) < static_cast<u32>(product.num_tokens)
                  ? product.x + static_cast<u64>(row) * shape.in_features
                  : nullptr;
     if (threadIdx.x == t) shared_store<int>(rows_at + 4 * t, own[t] ? row : -1);
   }
   float partial[TOKENS] = {};
-  for (int column = threadIdx.x; column < shape.in_features + COLUMN_PADDING;
-       column += blockDim.x) {
-    u32 bits[TOKENS];
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t)
-      bits[t] = own[t] && column < shape.in_features ? own[t][column] : 0;
-    Column<TOKENS> staged;
-    if constexpr (TOKENS == 1) {
-      staged.value = from_bf16(bits[0]);
-    } else {
-#pragma unroll
-      for (int t = 0; t < TOKENS; t += 2) staged.pairs[t / 2] = bits[t] | bits[t + 1] << 16;
-    }
-    shared_store<Column<TOKENS>>(x_at + column * Column<TOKENS>::BYTES, staged);
-    if (Coding::HAS_BASE) {
-#pragma unroll
-      for (int t = 0; t < TOKENS; ++t) partial[t] += from_bf16(bits[t]);
-    }
-  }
+  stage_tokens<TOKENS, Coding::HAS_BASE>(own, product, x_at, partial);
   // Sums of the tokens, for weights that are `base` where the code has nothing.
   if (Coding::HAS_BASE) {
 #pragma unroll
@@ -140,18 +209,19 @@ QMOE_DEVICE void multiply_tile(Coding& coding, const Shape& shape, const Product
   // Rows: each warp takes neighbouring ones, ROWS at a time.
   constexpr int ROWS = 32 / Coding::LANES;
   const int step = ROWS * warps_of_block();
-  const int rows_per_warp = (row_end - row_begin + step - 1) / step * ROWS;
-  const int warp_begin = row_begin + warp_of_block() * rows_per_warp;
-  const int warp_end = min_of(warp_begin + rows_per_warp, row_end);
+  const int rows_per_warp = (tile.row_end - tile.row_begin + step - 1) / step * ROWS;
+  const int warp_begin = tile.row_begin + warp_of_block() * rows_per_warp;
+  const int warp_end = min_of(warp_begin + rows_per_warp, tile.row_end);
   for (int first = warp_begin; first < warp_end; first += ROWS) {
     const int row = first + lane_of_warp() / Coding::LANES;
-    coding.seek(shape, expert, row);
+    coding.seek(shape, tile.expert, row);
     Sums<TOKENS> sums(x_at);
     coding.template walk<true>(shape, sums);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
       float sum = warp_sum<Coding::LANES>(sums.sums[t]);
-      if (threadIdx.x % Coding::LANES != t % Coding::LANES || t >= num_tokens || row >= warp_end)
+      if (threadIdx.x % Coding::LANES != t % Coding::LANES || t >= tile.num_tokens ||
+          row >= warp_end)
         continue;
       if (Coding::HAS_BASE && coding.base != 0)
         sum = fmaf(coding.base, shared_load<float>(sums_at + 4 * t), sum);
@@ -188,19 +258,16 @@ QMOE_DEVICE void multiply(Coding coding, const ProductArguments& product) {
   const int count = min_of(min_of(product.tile_tokens, stop - place), MAX_TOKENS);
   if (count <= 0) return;
 
-  coding.open(shape, expert, shared_begin());
-  const auto tile = [&](auto size) {
-    multiply_tile<Coding, decltype(size)::value>(coding, shape, product, expert, place, count,
-                                                 row_begin, row_end);
-  };
+  coding.open(shape, expert, shared_begin(), product.dictionary_copies);
+  const Tile tile = {expert, place, count, row_begin, row_end};
   if (count == 1) {
-    tile(Number<1>());
+    multiply_tile<Coding, 1>(coding, shape, product, tile);
   } else if constexpr (MAX_TOKENS == 2) {
-    tile(Number<2>());
+    multiply_tile<Coding, 2>(coding, shape, product, tile);
   } else {
-    if (count <= 4) tile(Number<4>());
-    else if (count <= 8) tile(Number<8>());
-    else tile(Number<16>());
+    if (count <= 4) multiply_tile<Coding, 4>(coding, shape, product, tile);
+    else if (count <= 8) multiply_tile<Coding, 8>(coding, shape, product, tile);
+    else multiply_tile<Coding, 16>(coding, shape, product, tile);
   }
 }
 

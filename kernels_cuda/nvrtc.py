@@ -18,6 +18,7 @@ SOURCES = (
     "fused_tunstall_2bit.cu",
     "fused_qmoe.cu",
     "fused_packed2.cu",
+    "matmul_tunstall.cu",
     "expand.cu",
     "encode.cu",
 )
@@ -64,6 +65,9 @@ def _library() -> ctypes.CDLL:
         raise FileNotFoundError(
             "NVRTC is not installed; install its wheel: pip install nvidia-cuda-nvrtc"
         )
+    # NVRTC opens its built-ins by name alone, and up to 13.0 does not look beside itself.
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
 
 

@@ -9,8 +9,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import qmoe_jax
+from qmoe_jax.cli import compilation_cache
 from qmoe_jax.errors import one_line
 
 COMMANDS = {
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments; those of the process where None.
     """
+    for stream in (sys.stdout, sys.stderr):
+        _never_refuse(stream)
     try:
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -58,6 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output, as `head`, has had enough. Python flushes again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
+
+
+def _never_refuse(stream: Any) -> None:
+    """Let a stream escape the characters that its encoding lacks: an answer is not lost by one."""
+    if not hasattr(stream, "reconfigure"):
+        return
+    # In the C locale "surrogateescape" gives the bytes of a path back, but refuses all else.
+    holds_all = stream.encoding.lower().replace("-", "") == "utf8"
+    if stream.errors == "strict" or (stream.errors == "surrogateescape" and not holds_all):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -81,6 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     module = None
+    compilation_cache.enable()
     try:
         module = importlib.import_module(f"qmoe_jax.cli.{command.replace('-', '_')}")
         return module.main(arguments)
@@ -124,6 +139,10 @@ def _help() -> str:
             *lines,
             "",
             "qmoe-jax COMMAND --help says more; qmoe-jax --version which version this is.",
+            "",
+            "Compiled programs are kept for the next command, up to 1 GiB in ~/.cache/qmoe_jax or",
+            "$XDG_CACHE_HOME/qmoe_jax. JAX's own variables rule: JAX_COMPILATION_CACHE_DIR=FOLDER",
+            "chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.",
         ]
     )
 

@@ -1,8 +1,10 @@
 """Files that are there whole or not at all: written under another name, synced and renamed."""
 
 import contextlib
+import glob
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,14 +17,17 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a local file to be written anew; it takes its name when the block ends.
 
     After a kill at any moment the file is the old one or the new one, whole. A block that raises
-    leaves the old one and nothing else. Until the end the content is in `.<name>.partial` beside
-    it, which the next write takes over: one writer at a time.
+    leaves the old one and nothing else. Until the end the content is beside it, in a file whose
+    name has the process's number: of two processes that write at once the later one's file stays.
+    What a killed process of this machine left there, the next write removes.
 
     Raises:
       OSError: it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    ours = f".{path.name}.{platform.node()}-"
+    partial = path.with_name(f"{ours}{os.getpid()}.partial")
+    _remove_left(path.parent, ours)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -33,6 +38,24 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _remove_left(folder: Path, ours: str) -> None:
+    """Remove the partial files of processes that have ended."""
+    for left in folder.glob(f"{glob.escape(ours)}*.partial"):
+        number = left.name.removeprefix(ours).removesuffix(".partial")
+        if number.isdigit() and not _is_running(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def write_json(

@@ -3,10 +3,12 @@
 A folder is written as `PATH.partial` and renamed when it is whole. What stands at PATH is replaced
 only on request, only if it is a finished output of the same kind and holds nothing else, and never
 if it is, or holds, an input of the run. All of that is refused before work starts, and looked at
-again before the old output goes.
+again before the old output goes. A file is replaced only if it is one of the same kind.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -60,12 +62,14 @@ class OutputFolder:
         Raises:
           CheckpointError: something is there that may not be replaced.
         """
-        self.path = Path(os.path.realpath(local_path(path, "the output")))
+        given = local_path(path, "the output")
+        check_writable(given, "the output")
+        self.path = Path(os.path.realpath(given))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._previous = self.path.with_name(self.path.name + ".previous")
         self._kind = kind
         self._overwrite = overwrite
-        check_no_input(self.path, inputs)
+        check_no_input(given, inputs)
         self._check()
 
     def begin(self, *, anew: bool) -> None:
@@ -150,6 +154,87 @@ class OutputFolder:
                 entry.unlink()
         if not os.listdir(folder):
             folder.rmdir()
+
+
+def output_file(
+    path: str | os.PathLike[str],
+    what: str,
+    is_own: Callable[[Path], bool],
+    *,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    error: type[ValueError] = CheckpointError,
+) -> Path:
+    """Return where a file is to be written, before the work that would be lost.
+
+    Args:
+      path: of the file; `~` is expanded.
+      what: it is, for the message: "the log".
+      is_own: whether a file that is there is such a one, and may be replaced.
+      inputs: what the run reads, local or not.
+      error: to raise.
+
+    Raises:
+      ValueError: of the type `error`: no file can be written there, or something is there that may
+        not be replaced.
+    """
+    file = local_path(path, what, error)
+    check_writable(file, what, error)
+    try:
+        check_no_input(file, inputs)
+    except CheckpointError as refusal:
+        raise error(str(refusal)) from None
+    if file.is_dir():
+        raise error(f"{what} {file} is a folder; give a file in it, or another")
+    if file.exists() and file.stat().st_size and not is_own(file):
+        raise error(
+            f"{file} is there and is not such a file as {what}; it stays as it is. Choose another, "
+            "or remove it yourself"
+        )
+    return file
+
+
+def is_json_object(file: Path, keys: Iterable[str]) -> bool:
+    """Whether a file holds a JSON object that has these keys, and perhaps others."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)
+
+
+def check_writable(path: Path, what: str, error: type[ValueError] = CheckpointError) -> None:
+    """Refuse a path at which this process can make nothing.
+
+    Args:
+      path: local; nothing need be there yet, nor the folders above it.
+      what: it is, for the message.
+      error: to raise.
+
+    Raises:
+      ValueError: of the type `error`.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # refuses loops of links, what lies below a file, names too long
+        place = Path(os.path.realpath(path))
+        while not place.exists():
+            place = place.parent
+        if not os.access(place, os.W_OK):
+            raise PermissionError(13, os.strerror(13), os.fspath(place))
+    except OSError as refusal:
+        raise error(f"cannot write {what} {path} ({refusal.strerror}); choose another") from refusal
+
+
+def check_is_no_input(folder: Path, what: str, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a folder for results or work that is an input itself.
+
+    Raises:
+      CheckpointError: such a folder.
+    """
+    for given in inputs:
+        path = os.path.expanduser(os.fspath(given))
+        if folder.exists() and os.path.exists(path) and os.path.samefile(folder, path):
+            raise CheckpointError(f"{what} is {folder}, an input; choose another folder")
 
 
 def check_no_input(

@@ -5,7 +5,7 @@ Files in it are written atomically.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qmoe_jax.errors import CheckpointError
 
 _SETTINGS = "run.json"
 _MARK = "qmoe_jax_run"  # tells our file from others of that name
+_LOCK = ".lock"
 _MAX_NAMED = 8
 
 
@@ -40,16 +41,18 @@ class RunFolder:
 
         Raises:
           CheckpointError: another process holds the folder, it belongs to a run with other
-            settings, or it cannot be written.
+            settings or holds files and no run, or it cannot be written.
         """
         self.path = Path(path)
+        if not (self.path / _SETTINGS).exists():
+            check_own_folder(self.path, _is_begun)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path} ({error}); choose another output"
             ) from error
-        self._lock = lock_folder(self.path, ".lock", what=f"working in {self.path}")
+        self._lock = lock_folder(self.path, _LOCK, what=f"working in {self.path}")
         try:
             self._claim(json.loads(json.dumps(settings)), results if discard else None)
         except BaseException:
@@ -94,6 +97,30 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_begun(name: str) -> bool:
+    """Whether a file of that name is there before the settings are."""
+    return name == _LOCK or name.startswith(f".{_SETTINGS}.")
+
+
+def check_own_folder(folder: Path, is_own: Callable[[str], bool]) -> None:
+    """Refuse a folder that holds other files than a run's: they could be taken for its results.
+
+    Args:
+      folder: for a run; need not be there.
+      is_own: whether a file of that name is a run's.
+
+    Raises:
+      CheckpointError: such a folder.
+    """
+    if not folder.is_dir():
+        return
+    if foreign := sorted(name for name in os.listdir(folder) if not is_own(name)):
+        raise CheckpointError(
+            f"{folder} holds {foreign[0]}, which is of no run of qmoe_jax; it stays as it is. "
+            "Choose another folder, or an empty one"
+        )
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
@@ -28,3 +29,19 @@ def varying_zeros(
     for array in like:
         nothing = nothing + jnp.sum(jnp.atleast_1d(array)[:0]).astype(dtype)
     return jnp.broadcast_to(nothing, shape)
+
+
+def varying_as(tree: Any, like: Any) -> Any:
+    """Return arrays of a tree, of the same values, that vary where any leaf of another tree does.
+
+    Args:
+      tree: of numbers and truth values.
+      like: any arrays.
+    """
+    nothing = varying_zeros((), jnp.float32, *jax.tree.leaves(like))
+
+    def vary(array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        zeros = varying_zeros(array.shape, array.dtype, nothing)
+        return array | zeros if array.dtype == bool else array + zeros
+
+    return jax.tree.map(vary, tree)

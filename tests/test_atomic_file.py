@@ -70,7 +70,7 @@ def test_a_block_that_raises_leaves_nothing(tmp_path, error):
 
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_killed_before_the_rename_the_old_file_stays(tmp_path, old):
-    """What a killed process left is overwritten by the next one."""
+    """What a killed process left is removed by the next one."""
     path = tmp_path / "x"
     if old is not None:
         path.write_bytes(old)
@@ -86,6 +86,21 @@ def test_killed_before_the_rename_the_old_file_stays(tmp_path, old):
     write_atomically(path, b"newer")
     assert names(tmp_path) == ["x"]
     assert path.read_bytes() == b"newer"
+
+
+def test_two_processes_at_once_do_not_meet(tmp_path):
+    """The other one writes in the middle of ours, and its content is there until ours is whole."""
+    path = tmp_path / "x"
+    other = (
+        "import sys\nfrom qmoe_jax.atomic_file import write_atomically\n"
+        "write_atomically(sys.argv[1], b'theirs')\n"
+    )
+    with open_atomically(path) as file:
+        file.write(b"ours")
+        subprocess.run([sys.executable, "-c", other, str(path)], check=True)
+        assert path.read_bytes() == b"theirs"
+    assert path.read_bytes() == b"ours"
+    assert names(tmp_path) == ["x"]
 
 
 def test_where_nothing_can_be_written(tmp_path):

@@ -7,6 +7,10 @@ those that run on a GPU.
 import dataclasses
 import functools
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +122,9 @@ class TestProduct:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_many_tokens_expand(self, launcher, monkeypatch, dtype):
         """Over the limit, each expert with tokens is expanded once, in a loop on the device."""
-        settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
+        settings = launch_settings.LaunchSettings(
+            fused_tokens_per_expert=1, matmul_most_per_expert=1
+        )
         monkeypatch.setattr(kernels, "launch_settings", lambda *_: settings)
         experts = make_experts("tunstall", 4, 9, 50)
         rng = np.random.default_rng(0)
@@ -153,7 +159,7 @@ class TestProduct:
 
         x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
         np.testing.assert_allclose(loop("cuda")(x), loop("xla")(x), atol=1e-6)
-        assert launcher.calls == [("fused_tunstall_t16_rows4", True)] * 4
+        assert launcher.calls == [("fused_tunstall_t16_rows1", True)] * 4
 
     def test_no_tokens_and_no_experts_for_any(self, launcher):
         experts = make_experts("tunstall", 2, 3, 8)
@@ -181,9 +187,31 @@ class TestProduct:
         weights = reference_weights(experts)[index]
         expected = np.einsum("toi,ti->to", weights, np.asarray(x, np.float64))
         assert_close(product(experts, "cuda")(x, index), expected, experts, x)
-        kernel = "t2" if tokens <= 2 else "t16"
-        rows = "rows1" if tokens <= 4 else "rows4"
-        assert launcher.calls == [(f"fused_tunstall_{kernel}_{rows}", False)]
+        name = {1: "fused_tunstall_t2_rows1", 2: "fused_tunstall_t2_rows1"}.get(tokens)
+        name = name or {5: "fused_tunstall_t16_rows1", 64: "matmul_tunstall_t64"}[tokens]
+        assert launcher.calls == [(name, False)]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("coding", coding_names())
+    def test_many_tokens_go_through_tensor_cores(self, launcher, monkeypatch, coding, dtype):
+        """In jit and out of it; what has no such kernels is multiplied all the same."""
+        rng = np.random.default_rng(5)
+        for width, has_kernels in ((32, coding == "tunstall"), (33, False)):
+            experts = make_experts(coding, 3, 70, width, seed=5)
+            x = jnp.asarray(rng.normal(size=(48, width)), dtype)
+            index = jnp.asarray(rng.integers(-1, 3, 48), jnp.int32)
+            weights = np.concatenate([reference_weights(experts), np.zeros((1, 70, width))])
+            expected = np.einsum("toi,ti->to", weights[index], np.asarray(x, np.float64))
+            launcher.calls.clear()
+            inside = jax.jit(product(experts, "cuda"))(x, index)
+            np.testing.assert_array_equal(inside, product(experts, "cuda")(x, index))
+            assert_close(inside, expected, experts, x)
+            assert all(n.startswith("matmul") == has_kernels for n, _ in launcher.calls)
+        tunstall = make_experts("tunstall", 3, 70, 32)
+        assert kernels.has_matmul(launcher, tunstall)
+        older = dataclasses.replace(launcher.device, compute_capability="7.5")
+        monkeypatch.setattr(launcher, "device", older)
+        assert not kernels.has_matmul(launcher, tunstall)
 
 
 class TestRowBlockStarts:
@@ -276,6 +304,54 @@ class TestMlp:
         ]
         assert launcher.calls == [("expand_tunstall", True)]
         np.testing.assert_array_equal(*results)
+
+
+_ON_TWO_DEVICES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np
+from cuda_emulation.launcher import EmulatedLauncher
+from test_compressed_product import make_experts
+from qmoe_jax.errors import CudaError
+from qmoe_jax.ops.cuda.launcher import use_launcher
+from qmoe_jax.ops.products import compressed_product
+first, second = jax.devices()
+experts = make_experts("tunstall", 2, 6, 8)
+index = jnp.asarray([1, 0, 1], jnp.int32)
+launcher = EmulatedLauncher()
+with use_launcher(launcher):
+    for device in (second, first):
+        x = jax.device_put(jnp.ones((3, 8), jnp.bfloat16), device)
+        y = compressed_product(
+            x, jax.device_put(index, device), experts, num_experts=2, out_features=6,
+            implementation="cuda")
+        assert y.devices() == {device}, y.devices()
+        assert launcher.devices == [device], launcher.devices
+        launcher.devices.clear()
+    from qmoe_jax.ops.cuda.launcher import KernelCall, run_kernel
+    call = KernelCall("expand.cu", "expand_tunstall", (1, 1), 32, 0, ())
+    here, there = (jax.device_put(jnp.ones(3), device) for device in (first, second))
+    try:
+        run_kernel(launcher, call, [here, there], jax.ShapeDtypeStruct((3,), jnp.float32))
+    except CudaError as error:
+        print(error)
+"""
+
+
+@needs_compiler
+def test_eager_launches_are_where_the_operands_are():
+    """On the second of two devices too; operands on both are refused."""
+    folder = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_TWO_DEVICES, folder],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lie on several devices" in done.stdout
+    assert "jax.device_put" in done.stdout
 
 
 class TestUnsupported:

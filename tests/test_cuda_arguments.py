@@ -14,7 +14,7 @@ from qmoe_jax.ops.cuda import kernels
 from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
 
 WITH_KERNELS = [name for name in coding_names() if get_coding(name).cuda]
-PRODUCT_AND_OTHERS = (kernels.PRODUCT, kernels.EXPANSION, kernels.ENCODING)
+PRODUCT_AND_OTHERS = (kernels.PRODUCT, kernels.MATMUL, kernels.EXPANSION, kernels.ENCODING)
 
 
 def declared() -> dict[str, ArgumentStruct]:
@@ -122,6 +122,6 @@ def test_structs_of_another_size_are_refused():
     signature = module.signatures["expand_packed2"]
     assert signature == ["s16", f"s{kernels.EXPANSION.dtype.itemsize}"]
     kernel = module.get_function("expand_packed2")
-    wrong = launches.Struct(kernels.PRODUCT, (None,) * 5 + (1,) * 7)
+    wrong = launches.Struct(kernels.PRODUCT, (None,) * 5 + (1,) * 8)
     with pytest.raises(TypeError, match="argument 0 has 72 bytes.*must be one struct of 16 bytes"):
         kernel((1, 1), (32,), [wrong, wrong])

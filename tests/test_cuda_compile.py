@@ -26,6 +26,7 @@ KERNELS = {
     },
     "fused_qmoe.cu": {"fused_qmoe_t2", "fused_qmoe_t16"},
     "fused_packed2.cu": {"fused_packed2_t2", "fused_packed2_t16"},
+    "matmul_tunstall.cu": {f"matmul_tunstall_t{t}" for t in (8, 16, 32, 64)},
     "expand.cu": {f"expand_{c}" for c in ("tunstall", "tunstall_2bit", "qmoe", "packed2")},
     "encode.cu": {
         "encode_tunstall_sizes",

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -114,6 +115,17 @@ class TestDecoders:
         assert coded.arrays["dictionaries"][0] == dictionary
         check_decoders(get, coded, tile_tokens=(2,), tokens=2)
 
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+    def test_copies_of_the_dictionary_make_no_difference(self, get, coding):
+        coded = random_tensor(coding, (1, 5, 300), seed=3)
+        x, experts = np.ones((1, 300), BF16), np.zeros(1, np.int32)
+        one, *others = (
+            launches.multiply(get, coded, x, experts, tile_tokens=1, copies=copies)
+            for copies in (1, 2, 8, 16)
+        )
+        for y in others:
+            np.testing.assert_array_equal(y, one)
+
     @pytest.mark.parametrize("zero", [0.0, 1.0, 2.0, 3.0, 1.5, -7.0])
     def test_2bit_zeros(self, get, zero):
         """Also zeros that are no code: then every weight counts."""
@@ -157,6 +169,113 @@ class TestDecoders:
         assert (dense[1] == launches.POISON).all()
 
 
+def check_matmul(get, coded, seed=0, *, tokens=21, tiles=kernels.MATMUL_TILES, **options):
+    """Products by tensor cores of every size of tile, against float64."""
+    spec = coded.spec
+    weights = reference_weights(coded)
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, spec.width)).astype(BF16)
+    experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
+    for tile in tiles:
+        y = launches.matmul(get, coded, x, experts, tile=tile, **options)
+        assert_products(y, coded, weights, x, experts)
+    rounded = launches.matmul(get, coded, x, experts, tile=tiles[0], float32=False)
+    np.testing.assert_array_equal(rounded.view(np.uint16), y.astype(BF16).view(np.uint16))
+
+
+def matmul_codings():
+    return [name for name in coding_names() if (c := get_coding(name).cuda) and c.matmul_source]
+
+
+@pytest.mark.parametrize("coding", matmul_codings())
+class TestMatmul:
+    """By tensor cores: rows are decoded chunk by chunk."""
+
+    @pytest.mark.parametrize("width", [16, 1040, *slow(48, 80, 1024, 2080, 3072)])
+    def test_widths(self, get, coding, width):
+        """Chunks that end within a codeword, at its end, and at the row's; rows beyond the last."""
+        for out in (1, 65) if width < 100 else (9,):
+            coded = random_tensor(coding, (2, out, width), seed=width)
+            check_matmul(
+                get, coded, seed=out, tiles=(8, 64), tokens=9, copies=1 if out == 1 else 16
+            )
+
+    @pytest.mark.parametrize("dictionary", [0, 9, *slow(1, 2, 3, 4, 5, 6, 7, 8)])
+    def test_each_dictionary(self, get, coding, dictionary):
+        coded = random_tensor(coding, (1, 4, 1200), ZERO_WEIGHTS[dictionary] / 1024, dictionary)
+        check_matmul(get, coded, tokens=5, tiles=(16, 32))
+
+    @pytest.mark.parametrize("symbol", [1, *slow(0, 2)])
+    def test_rows_of_one_symbol(self, get, coding, symbol):
+        codes = np.full((1, 5, 1168), symbol, np.uint8)
+        levels = np.tile(np.array([-0.5, 0.25], BF16), (1, 5, 1))
+        check_matmul(get, encode(codes, levels, coding), tokens=3, tiles=(8,))
+
+    def test_unlike_rows(self, get, coding):
+        """Rows of a warp that need unlike many codewords for a chunk; 16-bit row lengths."""
+        codes, levels = random_codes(coding, (1, 7, 2400), 1.0, seed=2)
+        dense, _ = random_codes(coding, (1, 7, 2400), 0.0, seed=3)
+        codes[:, ::2] = dense[:, ::2]
+        check_matmul(get, encode(codes, levels, coding), tiles=(8,))
+
+    @pytest.mark.parametrize("tile", [8, 64, *slow(16, 32)])
+    def test_counts_of_tokens(self, get, coding, tile):
+        coded = random_tensor(coding, (3, 6, 96), seed=tile)
+        weights = reference_weights(coded)
+        rng = np.random.default_rng(tile)
+        for count in (1, 8, 9, tile, tile + 1):
+            experts = rng.permutation([1] * count + [-1, 2, -1]).astype(np.int32)
+            x = rng.normal(size=(len(experts), 96)).astype(BF16)
+            y = launches.matmul(get, coded, x, experts, tile=tile)
+            assert_products(y, coded, weights, x, experts)
+
+    def test_tiles_of_tokens_equal_the_plain_ones(self, coding):
+        rng = np.random.default_rng(0)
+        for num_experts, num_tokens, size in ((1, 1, 8), (3, 40, 8), (5, 100, 16), (4, 7, 64)):
+            experts = rng.integers(-1, num_experts, num_tokens).astype(np.int32)
+            order = kernels.sort_tokens(jnp.asarray(experts), num_experts)
+            found = kernels.tile_tokens(order, num_experts, size)
+            expected = launches.tile_tokens(np.asarray(order.order), experts, num_experts, size)
+            used = np.asarray(found.experts) >= 0
+            for actual, plain in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(actual)[used], plain[:-2])
+            assert not used[used.sum() :].any()
+
+    def test_no_token_has_an_expert(self, get, coding):
+        y = launches.matmul(get, random_tensor(coding, (2, 70, 16)), np.ones((3, 16), BF16),
+                            np.full(3, -1))  # fmt: skip
+        np.testing.assert_array_equal(y, 0)
+
+    def test_damaged_codes_stay_in_bounds(self, get, coding):
+        """Any bytes; the sanitizers watch, and every output is some number."""
+        rng = np.random.default_rng(8)
+        for trial in range(3):
+            coded = random_tensor(coding, (2, 9, 1104), rng.choice([0.3, 0.85]), trial)
+            arrays = {name: array.copy() for name, array in coded.arrays.items()}
+            for name in set(arrays) - {"levels"}:
+                raw = arrays[name].reshape(-1).view(np.uint8)
+                raw[rng.random(raw.size) < 0.2] = rng.integers(0, 256)
+            damaged = type(coded)(coded.spec, arrays)
+            x = np.ones((3, 1104), BF16)
+            y = launches.matmul(get, damaged, x, np.array([0, 1, 1], np.int32), tile=8)
+            assert np.isfinite(y).all()
+
+    def test_tiles_out_of_range_touch_nothing(self, get, coding):
+        coded = random_tensor(coding, (2, 5, 32))
+        x, y = np.ones((3, 32), BF16), np.full((3, 5), np.nan, np.float32)
+        front = launches.coding_argument(get, coded)
+        order, starts = np.array([7, -3, 1], np.int32), np.array([0, 0, 99], np.int32)
+        tiles = (np.array([3, -1, 1, 1], np.int32), np.array([0, 0, -2, 7], np.int32))
+        values = (x, order, starts, *tiles, y, 2, 5, 32, 3, 1, 1)
+        get(f"matmul_{coding}_t8")(
+            (1, 4),
+            (512,),
+            [front, launches.Struct(kernels.MATMUL, values)],
+            shared_mem=kernels.matmul_shared_bytes(coding, 1),
+        )
+        assert np.isnan(y).all()
+
+
 class TestTokens:
     @pytest.mark.parametrize("coding", WITH_KERNELS)
     @pytest.mark.parametrize("tile_tokens", [1, 2, 16, *slow(4, 8)])
@@ -187,7 +306,7 @@ class TestTokens:
         front = launches.coding_argument(get, coded)
         order, experts = np.array([7, -3, 1], np.int32), np.array([1, 1, 1], np.int32)
         for starts in ([0, 0, 99], [0, -5, 3], [0, 2, 1]):
-            values = (x, order, experts, np.array(starts, np.int32), y, 2, 5, 20, 3, 2, 16, 1)
+            values = (x, order, experts, np.array(starts, np.int32), y, 2, 5, 20, 3, 2, 16, 1, 1)
             get(kernels.fused_name(coding, 2, 4))(
                 (3, 1),
                 (64,),
@@ -349,6 +468,10 @@ class TestEveryBarrierIsNeeded:
             numbers = np.zeros(1, np.uint8)
             launches.encode_tunstall(get, codes, levels, numbers, "tunstall")
             return
+        if name == "matmul.cuh":
+            x, experts = np.ones((3, 1104), BF16), np.array([0, 0, -1], np.int32)
+            launches.matmul(get, random_tensor("tunstall", (1, 5, 1104)), x, experts, tile=8)
+            return
         coded = random_tensor("tunstall_2bit", (1, 12, 400), 0.8, zeros=[1.0, 1.5, -2.0])
         if name == "multiply.cuh":
             x = np.ones((2, 400), BF16)
@@ -364,11 +487,12 @@ class TestEveryBarrierIsNeeded:
         launches.expand(get, random_tensor("tunstall", (1, 2, 9000), 0.995), [0])
 
     def module(self, folder, name):
-        needed = "fused_tunstall_2bit.cu" if name == "multiply.cuh" else name
+        users = {"multiply.cuh": "fused_tunstall_2bit.cu", "matmul.cuh": "matmul_tunstall.cu"}
+        needed = users.get(name, name)
         sources = [needed] if needed == "encode.cu" else [needed, "encode.cu"]
         return emulator.EmulatedModule(emulator.build(folder, "checked", sources)).get_function
 
-    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "encode.cu"])
+    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "matmul.cuh", "encode.cu"])
     def test_intact_sources_pass(self, name):
         self.run_file(self.module(emulator.KERNEL_FOLDER, name), name)
 

@@ -176,7 +176,7 @@ def test_sigkill(demo_file, tmp_path):
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     resumed = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert first.stat().st_mtime_ns == written
-    arguments[5] = "--gin.OUTPUT='whole'"
+    arguments[6] = "--gin.OUTPUT='whole'"
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     whole = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert without_times(resumed) == without_times(whole)
@@ -272,7 +272,7 @@ def test_bad_settings(evaluate, monkeypatch):
         evaluate(batches_per_shard=0)
     with pytest.raises(TokensError, match="batch_size is 0"):
         evaluate(batch_size=0)
-    with pytest.raises(ValueError, match=r"output is gs://bucket/out; give a local path"):
+    with pytest.raises(ValueError, match=r"output is 'gs://bucket/out'; give a local path"):
         evaluate("gs://bucket/out")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="tensorboard=True needs tensorboardX: pip install"):
@@ -310,7 +310,7 @@ VOCABULARY = f"--gin.VOCABULARY='{golden_data.DEMO / 'sentencepiece.model'}'"
     [
         (["TOKENS"], "--gin.TOKENS: write --gin.NAME=VALUE"),
         ([], "give either TOKENS, a token file, or TASK"),
-        (["TASK='c4_v220'"], "There is no task 'c4_v220'; known are c4_v220_"),
+        (["TASK='c4_v220'"], "There is no task 'c4_v220'; known are c4_ (the newest"),
         (["TASK='x'", "TASK_MODULE='no.such'"], "task_module 'no.such' cannot be imported"),
         ([C4], "c4_v220_span_corruption needs vocabulary"),
         ([C4, VOCABULARY, "DATA_DIR='nowhere'"], "There is no folder data_dir 'nowhere'"),

@@ -1,18 +1,25 @@
 """The command `infer`: prompts in, answers out, and what bad input gets."""
 
+import dataclasses
 import json
 import os
 import shutil
 
 import golden_data
 import pytest
+from canary import tree
+from command import refusal
+from factories import CALIBRATION
 
 import qmoe_jax
 from qmoe_jax.__main__ import main
+from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.cli import infer
 from qmoe_jax.errors import TokensError
 from qmoe_jax.generation import prompt_files
+from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.text import Vocabulary, encode_prompts, fill_blanks
+from qmoe_jax.models.load import load_switch
 
 pytest.importorskip("gin")
 pytest.importorskip("sentencepiece")
@@ -60,7 +67,6 @@ class TestAnswers:
             assert filled.startswith("  => R")
             assert "<extra_id_0>" not in filled
             assert "\x1b" not in filled
-        assert "2/2" in progress
         assert "tokens/s" in progress
         assert "MiB on the host" in progress
         assert command(f"--gin.PROMPTS={list(PROMPTS)!r}")[1] == printed
@@ -138,12 +144,53 @@ class TestAnswers:
         assert not (tmp_path / "out.jsonl.partial").exists()
 
     def test_other_settings_begin_anew(self, tmp_path):
-        first = prompt_files.AnswerFile(tmp_path / "out", {"seed": 1})
-        first.add(0, {0: {"inputs": "a"}})
-        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 1}).finished == {
-            0: {0: {"inputs": "a"}}
-        }
-        assert prompt_files.AnswerFile(tmp_path / "out", {"seed": 2}).finished == {}
+        def begun(run):
+            file = prompt_files.AnswerFile(tmp_path / "out")
+            file.begin(run)
+            return file
+
+        begun({"seed": 1}).add(0, {0: {"inputs": "a"}})
+        assert begun({"seed": 1}).finished == {0: {0: {"inputs": "a"}}}
+        assert begun({"seed": 2}).finished == {}
+
+    def test_answers_of_another_model_are_not_kept(self, tmp_path):
+        """The checkpoint that was put in the place of another, in files of the same names."""
+        path = shutil.copytree(CHECKPOINT, tmp_path / "model")
+        module = load_switch(CHECKPOINT)[0]
+
+        def identity(module=module):
+            return prompt_files.run_identity(path, module, GenerationSettings(), [[5, 1]])
+
+        before = identity()
+        assert identity() == before
+        routed = dataclasses.replace(module.config, eval_capacity_factor=2.0)
+        assert identity(dataclasses.replace(module, config=routed)) != before
+        array = max((p for p in path.rglob("*") if p.is_file()), key=os.path.getsize)
+        array.write_bytes(array.read_bytes()[::-1])  # in a folder of its own, below the top
+        assert identity() != before
+
+
+class TestImplementation:
+    def test_auto_is_cuda_where_there_is_a_gpu(self, command, compressed, launcher, monkeypatch):
+        loaded = []
+        monkeypatch.setattr(infer, "_fill", lambda module, *_: loaded.append(module) or [])
+        for given in ((), ("--gin.IMPLEMENTATION='xla'",), ("--gin.IMPLEMENTATION='cuda'",)):
+            assert command(PROMPTS[0], *given, checkpoint=compressed)[0] == 0
+        assert [module.implementation for module in loaded] == ["cuda", "xla", "cuda"]
+
+    @pytest.mark.parametrize(("value", "part"), [("gpu", "one of auto, xla"), ("cuda", "'cpu'")])
+    @pytest.mark.parametrize("name", ["infer", "evaluate", "demo"])
+    def test_every_command_that_runs_a_model_has_it(self, name, value, part, capsys, tmp_path):
+        tokens = tmp_path / "tokens.npz"
+        write_tokens(tokens, CALIBRATION.tokens, CALIBRATION.metadata)
+        arguments = {
+            "infer": ["a", f"--gin.VOCABULARY='{VOCABULARY}'"],
+            "evaluate": [f"--gin.TOKENS='{tokens}'"],
+            "demo": [f"--output={tmp_path}", f"--implementation={value}"],
+        }[name]
+        if name != "demo":
+            arguments += [f"--gin.CHECKPOINT='{CHECKPOINT}'", f"--gin.IMPLEMENTATION='{value}'"]
+        assert part in refusal(capsys, name, *arguments)
 
 
 class TestBadInput:
@@ -166,6 +213,33 @@ class TestBadInput:
         self.refused(command("--gin.PROMPTS_FILE='empty.txt'"), "holds no prompt")
         self.refused(command("--gin.OUTPUT='no/folder.jsonl'", "a"), "no/folder.jsonl")
         assert {path.name for path in tmp_path.iterdir()} == {"empty.txt"}
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("out.jsonl", "a poem\n"),
+            ("out.jsonl", '{"inputs": "a <extra_id_0>"}\n'),  # prompts
+            ("out.jsonl", '{"inputs": "a", "decodes": []}\nadded by hand'),
+            ("out.jsonl", '{"a": 1}'),
+            ("out.jsonl.partial", "a poem\n"),
+            ("out.jsonl.partial", '{"run": "x"}\n{"bottle'),
+        ],
+    )
+    def test_what_is_no_output_of_ours_is_kept(self, command, tmp_path, name, content):
+        (tmp_path / name).write_text(content)
+        refused = command("--gin.OUTPUT='out.jsonl'", "a <extra_id_0>")
+        self.refused(refused, f"{tmp_path / name}".rpartition("/")[2], "stays as it is")
+        assert tree(tmp_path) == {name: content.encode()}
+
+    @pytest.mark.parametrize("output", ["prompts.jsonl", "./prompts.jsonl", "link"])
+    def test_the_prompts_are_no_output(self, command, tmp_path, output):
+        content = '{"inputs": "a <extra_id_0>", "decodes": []}\n'  # as answers are, and yet
+        (tmp_path / "prompts.jsonl").write_text(content)
+        (tmp_path / "link").symlink_to("prompts.jsonl")
+        before = tree(tmp_path)
+        prompts = "--gin.PROMPTS_FILE='prompts.jsonl'"
+        self.refused(command(prompts, f"--gin.OUTPUT='{output}'"), "the input prompts.jsonl")
+        assert tree(tmp_path) == before
 
     def test_prompts(self, command):
         self.refused(command(), "PROMPTS")

@@ -47,9 +47,7 @@ def test_codes_lose_nothing(lattice, tmp_path):
 @pytest.mark.parametrize("option", [{"true_sequential": True}, {"act_order": True}])
 def test_options(base, lattice, tmp_path, option):
     report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **LATTICE, **option)
-    assert report.bits_per_weight == pytest.approx(
-        lattice[1].bits_per_weight, rel=0.05
-    )
+    assert report.bits_per_weight == pytest.approx(lattice[1].bits_per_weight, rel=0.05)
     ours, theirs = codes_of(lattice[0]), codes_of(tmp_path / "out")
     assert any(np.any(ours[key] != theirs[key]) for key in ours)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
@@ -20,6 +19,7 @@ from qmoe_jax.pipeline.journal import Journal
 from qmoe_jax.pipeline.layer_store import KeptLayer, LayerStore
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.run import Run
+from qmoe_jax.progress import progress
 from qmoe_jax.quantization.settings import CompressionSettings
 
 BATCHES = (range(0, 3), range(3, 6), range(6, 8))
@@ -43,7 +43,7 @@ def begin(source, tmp_path):
         journal = Journal(writer.work_folder, {"settings": chosen.to_json()}, discard=False)
         journals.append(journal)
         config = read_config(source)
-        return Run(source, config, chosen, writer, journal, Devices.local(1), Processes(), tqdm)
+        return Run(source, config, chosen, writer, journal, Devices.local(1), Processes(), progress)
 
     yield start
     for journal in journals:

@@ -3,6 +3,7 @@
 A canary tree is compared before and after: whatever is refused must have lost no file.
 """
 
+import os
 import shutil
 
 import pytest
@@ -12,8 +13,8 @@ from factories import CALIBRATION, QUICK
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints.t5x_writer import T5XCheckpointWriter
-from qmoe_jax.errors import CheckpointError
-from qmoe_jax.outputs import FolderKind, OutputFolder, check_no_input
+from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.outputs import FolderKind, OutputFolder, check_no_input, is_json_object, output_file
 
 KIND = FolderKind(
     "a test folder",
@@ -208,3 +209,141 @@ def test_dequantize_leaves_a_foreign_partial_folder_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds notes\.txt"):
         T5XCheckpointWriter(tmp_path, 7)
     assert tree(tmp_path) == before
+
+
+class TestFiles:
+    """An output that is a file replaces only files of its kind."""
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        (tmp_path / "mine.txt").write_text("mine")
+        (tmp_path / "ours.json").write_text('{"kind": 1, "more": 2}')
+        (tmp_path / "empty").write_text("")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "link").symlink_to("ours.json")
+        (tmp_path / "loop").symlink_to("loop")
+        return tmp_path
+
+    def where(self, path, **options):
+        return output_file(path, "the plan", lambda file: is_json_object(file, ["kind"]), **options)
+
+    @pytest.mark.parametrize("name", ["new", "a/b/new", "ours.json", "empty", "link"])
+    def test_right(self, place, name):
+        before = tree(place)
+        assert self.where(place / name) == place / name
+        assert tree(place) == before
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("mine.txt", "mine.txt is there and is not such a file as the plan; it stays"),
+            ("folder", "the plan .*folder is a folder"),
+            ("mine.txt/below", r"cannot write the plan .*below \(Not a directory\)"),
+            ("loop", r"cannot write the plan .*loop \(Too many levels"),
+            ("n" * 300, r"cannot write the plan .*\(File name too long\)"),
+        ],
+    )
+    def test_wrong(self, place, name, message):
+        before = tree(place)
+        with pytest.raises(TokensError, match=message):
+            self.where(place / name, error=TokensError)
+        assert tree(place) == before
+
+    def test_an_input(self, place):
+        for output in ("ours.json", "link"):
+            with pytest.raises(CheckpointError, match="is, or holds, the input"):
+                self.where(place / output, inputs=[place / "ours.json"])
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_without_the_right(self, place):
+        (place / "folder").chmod(0o500)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            self.where(place / "folder" / "new")
+
+
+class TestEvaluate:
+    """Results stand beside a user's files, and never in their place."""
+
+    def evaluate(self, base, output, **options):
+        options = {"batch_size": 8, "progress": False, "tensorboard": True} | options
+        return qmoe_jax.evaluate({"model": base}, CALIBRATION[:8], output=output, **options)
+
+    @pytest.mark.parametrize("name", ["metrics.json", "model/shard_00000.npz", "model/notes.txt"])
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_foreign_files_stay(self, base, tmp_path, name, overwrite):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        before = tree(tmp_path)
+        with pytest.raises(CheckpointError, match="stays as it is"):
+            self.evaluate(base, tmp_path, overwrite=overwrite)
+        assert tree(tmp_path) == before
+
+    def test_so_do_foreign_events(self, base, tmp_path):
+        pytest.importorskip("tensorboardX")
+        self.evaluate(base, tmp_path)
+        (tmp_path / "model" / "events.out.tfevents.1.host").write_text("mine")
+        for _ in range(2):
+            self.evaluate(base, tmp_path, overwrite=True)
+            events = sorted(path.name for path in (tmp_path / "model").glob("events.*"))
+            assert len(events) == 2
+            assert events[0] == "events.out.tfevents.1.host"
+            assert events[1].endswith(".qmoe_jax")
+
+    def test_nothing_is_written_into_a_checkpoint(self, golden_copy, tmp_path):
+        model = golden_copy("base", "t5x_float32_inference")
+        before = tree(tmp_path)
+        for named, output in (({"a": model}, model), ({model.name: model}, model.parent)):
+            with pytest.raises(CheckpointError, match="an input; choose|is, or holds, the in"):
+                qmoe_jax.evaluate(named, CALIBRATION[:8], output=output, tensorboard=False)
+        assert tree(tmp_path) == before
+
+
+def test_work_of_a_run_is_not_put_among_other_files(base, tmp_path):
+    """A journal deletes all its batches in the end: they must not be anybody else's."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "calibration.npz").write_text("mine")
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        options = {"work_dir": tmp_path / "work", "overwrite": overwrite} | QUICK
+        with pytest.raises(CheckpointError, match=r"holds calibration\.npz, which is of no run"):
+            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **options)
+    assert tree(tmp_path) == before
+
+
+class TestDemo:
+    def test_token_files_are_of_their_vocabulary_and_corpus(self, tmp_path, monkeypatch):
+        pytest.importorskip("matplotlib")
+        from qmoe_jax.demo import run
+
+        made = []
+
+        def tokens(vocabulary, split, count, **_):
+            made.append(vocabulary)
+            return CALIBRATION[: min(count, len(made))]
+
+        monkeypatch.setattr(run, "demo_tokens", tokens)
+        for name in ("a", "b"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "c").write_text("a")
+        (tmp_path / "out").mkdir()
+
+        def count(name, **_):
+            return len(run._tokens(tmp_path / name, tmp_path / "out", "train", 40, 0))
+
+        assert [count("a"), count("b"), count("c"), count("a")] == [1, 2, 1, 1]
+        (tmp_path / "a").write_text("changed")
+        assert count("a") == 3
+        monkeypatch.setattr(run, "corpus_versions", lambda: ["other"])
+        assert count("b") == 4
+        assert len(made) == 4
+
+    @pytest.mark.parametrize("name", ["report.json", "report.html"])
+    def test_reports_replace_no_other_file(self, tmp_path, name):
+        pytest.importorskip("matplotlib")
+        from qmoe_jax.demo import run
+
+        (tmp_path / name).write_text("mine")
+        before = tree(tmp_path)
+        with pytest.raises(CheckpointError, match="not such a file as a report of the demo"):
+            run.run_demo("nowhere", "nothing", tmp_path)
+        assert tree(tmp_path) == before

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from factories import CALIBRATION
@@ -65,6 +66,20 @@ def test_small_groups_cost_what_they_store(tmp_path):
 def test_a_run_that_cannot_fit_is_told_no(capsys, arguments, reason):
     assert main(["plan", *arguments]) == 1
     assert reason in capsys.readouterr().out
+
+
+def test_a_no_says_whose_memory_and_disk_it_is(capsys):
+    assert main(["plan", "switch_c_2048", "--device", "h100", "--disk_gb", "9000"]) == 1
+    assert "what this machine has free now" in capsys.readouterr().out
+    assert main(["plan", "switch_c_2048", *AMPLE, "--host_gb", "64"]) == 1
+    assert "what this machine has free now" not in capsys.readouterr().out
+
+
+def test_the_example_of_the_readme_fits(capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (command,) = re.findall(r"`qmoe-jax (plan .*?)`", text)
+    assert main(command.split()) == 0
+    assert "The run fits (device 60 GB, host 128 GB, disk 100 GB)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from plan_factories import facts, resources, some_tokens
 
 from qmoe_jax.planning import memory
 from qmoe_jax.planning.plan import make_plan
+from qmoe_jax.planning.sizes import ZeroShare
 from qmoe_jax.quantization import host_gptq
 from qmoe_jax.quantization.expert_batch import quantize_experts
 from qmoe_jax.quantization.grids import Ternary
 from qmoe_jax.quantization.settings import CompressionSettings
 
-ZEROS = {"ternary": 0.857}
+ZEROS = {"ternary": ZeroShare(0.857, "given")}
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -27,9 +28,7 @@ def test_memory_grows_with_the_expert_batch(name, method, on_cpu):
     before = (0, 0)
     for batch in range(1, 9):
         settings = CompressionSettings(expert_batch=batch, method=method)
-        host = sum(
-            memory.host_memory(model, tokens, settings, zeros=ZEROS, buffers_on_disk=False).values()
-        )
+        host = sum(memory.host_memory(model, tokens, settings, buffers_on_disk=False).values())
         phases = memory.device_memory(model, tokens, settings, on_cpu=on_cpu)
         now = (host, sum(phases["quantize"].values()))
         assert now[0] > before[0]
@@ -47,7 +46,7 @@ def test_the_largest_expert_batch_is_the_largest_that_fits(device, host_gb):
 
     def fits(batch):
         changed = dataclasses.replace(settings, expert_batch=batch)
-        return memory.fits_memory(model, tokens, changed, there, ZEROS)
+        return memory.fits_memory(model, tokens, changed, there)
 
     by_trying = [batch for batch in range(1, model.config.num_experts + 1) if fits(batch)]
     assert largest == max(by_trying, default=0)
@@ -103,7 +102,7 @@ def test_hidden_states_and_buffers():
     assert hidden == {"encoder": 120 * 512 * 768 * 4, "decoder": 120 * 114 * 768 * 4}
     settings = CompressionSettings()
     held = {
-        on_disk: memory.host_memory(model, tokens, settings, zeros=ZEROS, buffers_on_disk=on_disk)[
+        on_disk: memory.host_memory(model, tokens, settings, buffers_on_disk=on_disk)[
             "hidden states"
         ]
         for on_disk in (False, True)

@@ -121,8 +121,9 @@ def test_the_plan_s_size_is_that_of_a_real_run(golden_checkpoint, tmp_path, meth
     weights = sum(kernel.num_weights for kernel in report.kernels)
     zeros = sum(kernel.zeros * kernel.num_weights for kernel in report.kernels) / weights
     settings = CompressionSettings(method=method, grid=grid)
+    share = sizes.ZeroShare(zeros, "given")
     model = ModelFacts.from_checkpoint(str(source))
-    size = sizes.compressed_size(model.config, model.shapes, model.dtypes, settings, {grid: zeros})
+    size = sizes.compressed_size(model.config, model.shapes, model.dtypes, settings, {grid: share})
     stored = open_compressed_checkpoint(tmp_path / "out").num_bytes()
     assert size.expert_weights == weights
     assert size.dense == stored["dense"]

@@ -413,9 +413,8 @@ for path in sys.argv[1:]:
 """
 
 
-def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
-    root = golden_checkpoint("base", "t5x_float32_gcsspec").parents[2]
-    golden_checkpoint("base", "orbax_ocdbt_float32")
+def read_from_gcs(program, paths, root, tmp_path):
+    """Run a program, the paths its arguments, that sees a folder as gs://bucket."""
     handler = type("Handler", (_FakeGcs,), {"root": root, "authorizations": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -427,13 +426,9 @@ def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
         "CLOUDSDK_CONFIG": str(tmp_path),
         "GOOGLE_APPLICATION_CREDENTIALS": "",
     }
-    paths = [
-        "gs://bucket/t5x/t5x_float32_gcsspec",
-        "gs://bucket/orbax/orbax_ocdbt_float32/checkpoint_500100/",
-    ]
     try:
         result = subprocess.run(
-            [sys.executable, "-c", _READ_FROM_GCS, *paths],
+            [sys.executable, "-c", program, *paths],
             env=os.environ | environment,
             capture_output=True,
             text=True,
@@ -444,6 +439,48 @@ def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
         server.shutdown()
         server.server_close()
     assert result.returncode == 0, result.stderr
-    crc = zlib.crc32(reference("base")[WI][2:4])
-    assert result.stdout.splitlines() == [f"t5x 500100 {crc}", f"orbax_ocdbt 500100 {crc}"]
     assert set(handler.authorizations) == {None}
+    return result.stdout.splitlines()
+
+
+def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
+    root = golden_checkpoint("base", "t5x_float32_gcsspec").parents[2]
+    golden_checkpoint("base", "orbax_ocdbt_float32")
+    paths = [
+        "gs://bucket/t5x/t5x_float32_gcsspec",
+        "gs://bucket/orbax/orbax_ocdbt_float32/checkpoint_500100/",
+    ]
+    crc = zlib.crc32(reference("base")[WI][2:4])
+    found = read_from_gcs(_READ_FROM_GCS, paths, root, tmp_path)
+    assert found == [f"t5x 500100 {crc}", f"orbax_ocdbt 500100 {crc}"]
+
+
+_OPEN_COMPRESSED = """
+import sys
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.training_lengths import training_lengths
+for path in sys.argv[1:]:
+    if is_compressed_checkpoint(path):
+        checkpoint = open_compressed_checkpoint(path)
+        checkpoint.read_dense(["encoder/encoder_norm/scale"])
+        print(checkpoint.url, training_lengths(checkpoint.url))
+    else:
+        print("none")
+"""
+
+
+def test_compressed_steps_on_gcs(gptq, tmp_path):
+    for step in (7, 12):
+        shutil.copytree(gptq[0], tmp_path / "root" / "mine" / f"checkpoint_{step}")
+    (tmp_path / "root" / "other" / "checkpoint_3").mkdir(parents=True)
+    (tmp_path / "root" / "other" / "checkpoint_3" / "notes.txt").write_text("mine")
+    lengths = "TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 14}"
+    (tmp_path / "root" / "mine" / "config.gin").write_text(lengths)
+    paths = ["gs://bucket/mine", "gs://bucket/mine/checkpoint_7/", "gs://bucket/other"]
+    found = read_from_gcs(_OPEN_COMPRESSED, paths, tmp_path / "root", tmp_path)
+    said = "TrainingLengths(inputs=48, targets=14, source='gs://bucket/mine/config.gin')"
+    assert found == [
+        f"gs://bucket/mine/checkpoint_12 {said}",
+        f"gs://bucket/mine/checkpoint_7 {said}",
+        "none",
+    ]

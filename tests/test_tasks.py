@@ -10,7 +10,7 @@ from command import command, refusal
 from factories import CALIBRATION
 from golden_data import DEMO
 
-from qmoe_jax.calibration import span_corruption, tasks, tokens
+from qmoe_jax.calibration import prepared_c4, sources, span_corruption, tasks, tokens
 from qmoe_jax.errors import TokensError
 
 VOCABULARY = str(DEMO / "sentencepiece.model")
@@ -27,14 +27,32 @@ def texts():
 
 @pytest.fixture(scope="module")
 def c4_folder(tmp_path_factory, texts):
-    """C4's schema, written by TFDS itself: c4/en/3.0.1 with train and validation."""
+    """C4 in TFDS: c4/en/3.0.1."""
+    folder = tmp_path_factory.mktemp("tfds")
+    prepare_c4(folder, "3.0.1", texts)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def more_of_c4(tmp_path_factory, texts):
+    """Other versions, and a folder of one that was never finished."""
+    folder = tmp_path_factory.mktemp("more")
+    for version in ("3.1.0", "10.0.2"):
+        prepare_c4(folder, version, texts[:9])
+    (folder / "c4" / "en" / "2.3.0").mkdir()
+    (folder / "c4" / "en" / "downloads").mkdir()
+    return str(folder)
+
+
+def prepare_c4(folder, version, texts):
+    """C4's schema, written by TFDS itself, with train and validation."""
     import tensorflow_datasets as tfds
 
     class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """A small C4."""
 
         name = "c4"
-        VERSION = tfds.core.Version("3.0.1")
+        VERSION = tfds.core.Version(version)
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", description="English")]  # noqa: RUF012
 
         def _info(self):
@@ -61,9 +79,7 @@ def c4_folder(tmp_path_factory, texts):
                     },
                 )
 
-    folder = tmp_path_factory.mktemp("tfds")
     C4(data_dir=folder, config="en").download_and_prepare()
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +128,44 @@ def test_c4_of_tfds(c4_folder, texts):
 
 def test_no_such_tfds_dataset(tmp_path):
     with pytest.raises(TokensError, match=r"no prepared c4/en:3\.0\.1 under .*released JSON lines"):
+        tasks.c4_task(VOCABULARY, data_dir=str(tmp_path), version="3.0.1")
+    with pytest.raises(TokensError, match=r"no prepared c4/en under .*holds c4/en/<version>"):
         tasks.c4_task(VOCABULARY, data_dir=str(tmp_path))
+
+
+def test_versions_of_c4_that_are_prepared(c4_folder, more_of_c4, tmp_path, capsys):
+    """One that TFDS's own code knows, one that it does not, and one that was begun."""
+    assert prepared_c4.prepared_versions(c4_folder) == ["3.0.1"]
+    assert prepared_c4.prepared_versions(more_of_c4) == ["10.0.2", "3.1.0"]
+    assert prepared_c4.prepared_versions(str(tmp_path)) == []
+    made = [
+        tasks.tokenize_task(
+            tasks.c4_task(VOCABULARY, data_dir=more_of_c4, version=version, protocol="paper"),
+            **{"split": "train", "num_examples": 5, "inputs_length": 256},
+        )
+        for version in ("3.1.0", "10.0.2", None)
+    ]
+    assert made[1].tokens.decoder_target_tokens.tobytes() == (
+        made[2].tokens.decoder_target_tokens.tobytes()
+    )
+    given = ["--source", "c4_tfds", "--data_dir", more_of_c4, "--vocabulary", VOCABULARY]
+    given += ["--output", str(tmp_path / "x.npz"), "--num_examples", "2", "--protocol", "paper"]
+    line = refusal(capsys, "prepare-tokens", *given, "--version", "2.3.0")
+    assert "no prepared c4/en:2.3.0 under" in line
+    assert "prepared are 10.0.2, 3.1.0: take one of these" in line
+    assert command("prepare-tokens")([*given, "--version", "3.1.0"]) == 0
+    assert "C4 is c4/en:3.1.0" in capsys.readouterr().err
+    assert "c4/en:3.1.0" in tokens.read_tokens(tmp_path / "x.npz").metadata.source
+
+
+@pytest.mark.parametrize("task", ["c4_v310_whole_documents", "c4_whole_documents"])
+def test_tasks_of_prepared_versions(more_of_c4, task):
+    made = sources.task_tokens(
+        task,
+        **{"split": "train", "num_examples": 4, "inputs_length": 256},
+        **{"vocabulary": VOCABULARY, "data_dir": more_of_c4, "progress": False},
+    )
+    assert len(made) == 4
 
 
 def test_json_lines_give_what_the_texts_give(jsonl_folder, texts):

@@ -25,7 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from markers import slow
 
 import qmoe_jax
-from qmoe_jax.generation.sampling import greedy_generate
+from qmoe_jax.generation.beam_search import beam_generate
+from qmoe_jax.generation.sampling import greedy_generate, sample_generate
 
 BATCH = 4
 INPUTS_LENGTH, TARGETS_LENGTH = 12, 8
@@ -366,6 +367,27 @@ def shard_map_of_variables(module, variables, batch):
     return jax.jit(mapped)(twice(variables), *batch)[1]
 
 
+def shard_map_of_experts(module, variables, batch):
+    """Each device has experts of its own, and all else in common."""
+    is_own = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: kernels_of(path))
+    own = is_own(variables)
+    doubled = jax.tree.map(lambda x, o: jnp.stack([x, x]) if o else x, variables, own)
+    specs = jax.tree.map(lambda o: SPLIT if o else EVERYWHERE, own)
+
+    def logits(variables, *batch):
+        held = jax.tree.map(lambda x, o: x[0] if o else x, variables, own)
+        return call(module)(held, *batch)[None]
+
+    mapped = jax.shard_map(
+        logits, mesh=two_devices(), in_specs=(specs, *3 * (EVERYWHERE,)), out_specs=SPLIT
+    )
+    return jax.jit(mapped)(doubled, *batch)[1]
+
+
+def kernels_of(path):
+    return "'expert'" in jax.tree_util.keystr(path)
+
+
 def shard_map_of_one_axis(module, variables, batch):
     """The other axis of the mesh is left to XLA."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "other"))
@@ -398,6 +420,44 @@ def place(mesh, operands, specs):
     return [jax.device_put(x, s) for x, s in zip(operands, shardings, strict=True)]
 
 
+# Generation: loops over steps, on each device over its own prompts.
+
+
+def random_prompts():
+    return jnp.asarray(random_batch(BATCH)[0])
+
+
+def answers(module, variables, prompts, kind):
+    """Ids [batch, decodes, length] by a kind of generation."""
+    if kind == "beams":
+        found = beam_generate(module, variables, prompts, max_decode_length=5, beam_size=2)
+    else:
+        key, temperature = jax.random.key(3), {"sampled": 1.0, "greedy": 0.0}[kind]
+        found = sample_generate(
+            module, variables, prompts, key, max_decode_length=5, temperature=temperature, top_k=3
+        )
+    return found.tokens
+
+
+def same_answers(kind, module, variables):
+    """Whether prompts split over two devices are answered as in two calls."""
+    prompts = random_prompts()
+    mapped = jax.shard_map(
+        lambda variables, prompts: answers(module, variables, prompts, kind),
+        mesh=two_devices(),
+        in_specs=(EVERYWHERE, SPLIT),
+        out_specs=SPLIT,
+    )
+    halves = [answers(module, variables, half, kind) for half in np.split(prompts, 2)]
+    return np.array_equal(jax.jit(mapped)(variables, prompts), np.concatenate(halves))
+
+
+GENERATION = {
+    f"shard_map of generation, {kind}": functools.partial(same_answers, kind)
+    for kind in ("greedy", "sampled", "beams")
+}
+
+
 def exported_split_experts(module, variables, batch):
     stored = export.export(jax.jit(call(module)))(variables, *batch).serialize()
     placed = place(module.mesh, batch, 3 * (EVERYWHERE,))
@@ -412,6 +472,7 @@ FOUR_DEVICES = {
     "shard_map of remat": Row(shard_map(remat_inside), 2),
     "vmap of shard_map": Row(vmap_of_shard_map, BATCH),
     "shard_map of variables": Row(shard_map_of_variables),
+    "shard_map of experts": Row(shard_map_of_experts),
     "shard_map of one axis": Row(shard_map_of_one_axis, 2),
     "pmap": Row(pmap, 2),
     "sharded inputs": Row(sharded_inputs),
@@ -444,26 +505,27 @@ DEFAULT_ON_ONE_DEVICE = {
     ("native", "capacity"): ("vmap", "no rank promotion"),
 }
 DEFAULT_ON_FOUR_DEVICES = {
-    ("compressed", "dropless"): ("shard_map", "shard_map of remat"),
+    ("compressed", "dropless"): ("shard_map", "shard_map of experts"),
     ("native", "capacity"): ("shard_map", "split experts"),
 }
 
 
 def cases(rows, default):
     """(checkpoint, routing, row) of the default run, and of all the others."""
+    dropless = {name for name, row in rows.items() if getattr(row, "dropless_only", True)}
     every = [
         (checkpoint, routing, name)
         for checkpoint in ("native", "compressed")
         for routing in FACTORS
-        for name, row in rows.items()
-        if routing == "dropless" or not row.dropless_only
+        for name in rows
+        if routing == "dropless" or name not in dropless
     ]
     fast = [(*kind, name) for kind, names in default.items() for name in names]
     return fast, [case for case in every if case not in fast]
 
 
 ON_ONE_DEVICE = cases(ONE_DEVICE, DEFAULT_ON_ONE_DEVICE)
-ON_FOUR_DEVICES = cases(FOUR_DEVICES | SPLIT_EXPERTS, DEFAULT_ON_FOUR_DEVICES)
+ON_FOUR_DEVICES = cases(FOUR_DEVICES | SPLIT_EXPERTS | GENERATION, DEFAULT_ON_FOUR_DEVICES)
 
 
 def run_on_four_devices(paths, chosen):
@@ -474,11 +536,14 @@ def run_on_four_devices(paths, chosen):
     for checkpoint, routing, name in chosen:
         path, factor = paths[checkpoint], FACTORS[routing]
         one = loaded(path, factor)
-        used = loaded(path, factor, 4) if name in SPLIT_EXPERTS else one
-        row = (FOUR_DEVICES | SPLIT_EXPERTS)[name]
         try:
-            row.check(row.logits(*used, batch), *one, batch)
-            problem = None
+            if name in GENERATION:
+                problem = None if GENERATION[name](*one) else "other answers"
+            else:
+                used = loaded(path, factor, 4) if name in SPLIT_EXPERTS else one
+                row = (FOUR_DEVICES | SPLIT_EXPERTS)[name]
+                row.check(row.logits(*used, batch), *one, batch)
+                problem = None
         except Exception as error:
             problem = repr(error)
         found["-".join((checkpoint, routing, name))] = problem

@@ -10,7 +10,10 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from qmoe_jax.calibration import text_packages
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import expanded
 
 # For each split a path, a glob, a folder, or several of these.
 Files = Mapping[str, str | Sequence[str]]
@@ -48,7 +51,7 @@ def local_stamps(patterns: Iterable[str]) -> list[str]:
         if "://" in pattern:
             stamps.append(pattern)
             continue
-        pattern = os.path.expanduser(pattern)
+        pattern = expanded(pattern, "files", TokensError)
         found = glob.glob(pattern)
         if os.path.isdir(pattern):
             found = [os.path.join(f, name) for f, _, names in os.walk(pattern) for name in names]
@@ -64,7 +67,7 @@ def text_files(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a file that cannot be unpacked or is not UTF-8.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         try:
@@ -83,7 +86,7 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
     """
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     for path in paths:
         done = 0
@@ -126,24 +129,34 @@ def _fault(error: Exception) -> str:
     return str(error)
 
 
+def _matches(pattern: str, endings: tuple[str, ...]) -> list[str]:
+    """Return the files of a folder that end so, or those that a path or glob names; sorted."""
+    tf = text_packages.tensorflow()
+
+    if not tf.io.gfile.isdir(pattern):
+        return sorted(tf.io.gfile.glob(pattern))
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in tf.io.gfile.walk(pattern)
+        for name in names
+        if name.endswith(endings)
+    )
+
+
 def _find_files(files: Files, endings: tuple[str, ...], needed: str) -> dict[str, list[str]]:
     """Return the files of each split, sorted within each pattern or folder."""
-    import tensorflow as tf
+    tf = text_packages.tensorflow()
 
     found: dict[str, list[str]] = {}
     for split, patterns in files.items():
         found[split] = []
         for given in [patterns] if isinstance(patterns, str) else patterns:
-            pattern = os.path.expanduser(given)
-            if tf.io.gfile.isdir(pattern):
-                matches = sorted(
-                    os.path.join(folder, name)
-                    for folder, _, names in tf.io.gfile.walk(pattern)
-                    for name in names
-                    if name.endswith(endings)
-                )
-            else:
-                matches = sorted(tf.io.gfile.glob(pattern))
+            check_reachable(given)
+            pattern = expanded(given, "files", TokensError)
+            try:
+                matches = _matches(pattern, endings)
+            except tf.errors.OpError as error:
+                raise TokensError(f"files {pattern!r} cannot be listed: {error.message}") from error
             if not matches:
                 raise TokensError(
                     f"No file matches {pattern!r} for split {split!r}; give the path of {needed}."

@@ -2,7 +2,8 @@
 
 | task | documents | needs |
 | --- | --- | --- |
-| `c4_v<version>_span_corruption` | TFDS `c4/en`; `v220` is 2.2.0, `v301` is 3.0.1 | `data_dir` |
+| `c4_v<version>_span_corruption` | TFDS `c4/en`; `v220` is 2.2.0, `v310` is 3.1.0 | `data_dir` |
+| `c4_span_corruption` | the newest version that is prepared | `data_dir` |
 | `jsonl_span_corruption` | JSON lines, as C4's released files | `files` |
 | `text_span_corruption` | UTF-8 text files, each one document | `files` |
 
@@ -21,12 +22,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qmoe_jax.calibration import text_packages
 from qmoe_jax.calibration.documents import local_stamps
+from qmoe_jax.calibration.prepared_c4 import tfds_folder
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens, write_tokens
 from qmoe_jax.errors import TokensError
 
 _PROTOCOLS = {"span_corruption": "t5x", "whole_documents": "paper"}
-_NAME = re.compile(r"(c4_v(\d)(\d)(\d)|jsonl|text)_(span_corruption|whole_documents)")
+_NAME = re.compile(r"(c4(?:_v(\d)(\d)(\d))?|jsonl|text)_(span_corruption|whole_documents)")
 
 
 def task_tokens(
@@ -112,11 +115,10 @@ def _behind(request: Mapping[str, Any], task_module: str | None) -> list[str]:
     behind: list[str] = [files] if isinstance(files, str) else list(files or ())
     if request["vocabulary"] is not None:
         behind.append(request["vocabulary"])
-    if match := _NAME.fullmatch(request["task"]):
-        version = ".".join(match.group(2, 3, 4)) if match[2] else None
-        folder = request["data_dir"] or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        if version is not None:
-            behind.append(os.path.join(folder, "c4", "en", version))
+    if (match := _NAME.fullmatch(request["task"])) and match[1].startswith("c4"):
+        # Without a version the choice is among all that are there.
+        version = ".".join(match.group(2, 3, 4)) if match[2] else ""
+        behind.append(os.path.join(tfds_folder(request["data_dir"]), "c4", "en", version))
     spec = None if task_module is None else importlib.util.find_spec(task_module)
     if spec is not None and spec.origin is not None:
         behind.append(spec.origin)
@@ -147,7 +149,7 @@ def _find_task(
             raise TokensError(f"Task {name} reads files; data_dir {data_dir!r} is for c4_v tasks.")
     elif files:
         raise TokensError(f"Task {name} reads TFDS; for files use jsonl_{match[5]}.")
-    elif data_dir is not None and "://" not in data_dir and not os.path.isdir(data_dir):
+    elif data_dir is not None and not _is_folder(data_dir):
         raise TokensError(
             f"There is no folder data_dir {data_dir!r}; give the TFDS folder that has c4/en."
         )
@@ -158,20 +160,26 @@ def _find_task(
         return tasks.c4_jsonl_task(vocabulary, {split: files or ()}, protocol=protocol)
     if kind == "text":
         return tasks.text_files_task(vocabulary, {split: files or ()}, protocol=protocol)
-    version = ".".join(match.group(2, 3, 4))
+    version = ".".join(match.group(2, 3, 4)) if match[2] else None
     return tasks.c4_task(vocabulary, data_dir=data_dir, version=version, protocol=protocol)
+
+
+def _is_folder(data_dir: str) -> bool:
+    """Whether a TFDS folder is there, or on storage, which is not asked here."""
+    folder = tfds_folder(data_dir)
+    return "://" in folder or os.path.isdir(folder)
 
 
 def _registered_task(name: str, task_module: str | None) -> Any:
     known = (
-        "known are c4_v220_, c4_v301_ (any TFDS version), jsonl_ and text_, each followed by "
+        "known are c4_ (the newest version that is prepared), c4_v220_, c4_v310_ (any TFDS "
+        "version), jsonl_ and text_, each followed by "
         "span_corruption or whole_documents, and the seqio tasks of TASK_MODULE"
     )
     if task_module is None and "seqio" not in sys.modules:
         raise TokensError(f"There is no task {name!r}; {known}.")
     _need_seqio(name)
-    import seqio
-
+    seqio = text_packages.seqio()
     if task_module is not None:
         try:
             importlib.import_module(task_module)
@@ -184,7 +192,7 @@ def _registered_task(name: str, task_module: str | None) -> Any:
 
 def _need_seqio(name: str) -> None:
     try:
-        import seqio  # noqa: F401
+        text_packages.seqio()
     except ImportError as error:
         raise TokensError(
             f"Task {name} needs seqio ({error}): pip install 'qmoe-jax[data]'. Or make a token "

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from qmoe_jax.calibration import text_packages
+
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
 
@@ -302,10 +304,7 @@ def paper_span_corruption(
 
 def _seqio_and_tensorflow() -> tuple[Any, Any]:
     # Untyped on purpose: the stubs that type checkers have for TensorFlow lack what is used here.
-    import seqio
-    import tensorflow
-
-    return seqio, tensorflow
+    return text_packages.seqio(), text_packages.tensorflow()
 
 
 def _denoise(

@@ -5,19 +5,19 @@ two settings never share one. Nothing is registered, and neither TensorFlow nor 
 with this module.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from qmoe_jax.calibration import documents, span_corruption, tokens
+from qmoe_jax.calibration import documents, prepared_c4, span_corruption, text_packages, tokens
+from qmoe_jax.checkpoints.storage import check_reachable
 from qmoe_jax.errors import TokensError
+from qmoe_jax.paths import expanded
+from qmoe_jax.progress import progress as show_progress
 
 PROTOCOLS = ("t5x", "paper")
 
@@ -43,11 +43,10 @@ def load_vocabulary(path: str) -> Vocabulary:
     Raises:
       TokensError: no such file, or no sentencepiece model.
     """
-    import seqio
-    import tensorflow as tf
-
+    check_reachable(path)
+    seqio, tf = text_packages.seqio(), text_packages.tensorflow()
+    path = expanded(path, "the vocabulary", TokensError)
     try:
-        path = os.path.expanduser(path)
         vocabulary = seqio.SentencePieceVocabulary(path)
         vocabulary.load_model()
     except (tf.errors.OpError, OSError) as error:
@@ -66,7 +65,7 @@ def c4_task(
     vocabulary_path: str,
     *,
     data_dir: str | None = None,
-    version: str = "3.0.1",
+    version: str | None = None,
     config: str = "en",
     protocol: str = "t5x",
 ) -> Task:
@@ -75,7 +74,7 @@ def c4_task(
     Args:
       vocabulary_path: see `load_vocabulary`.
       data_dir: the TFDS folder that has `c4/<config>/<version>`; None is TFDS's default.
-      version: version of the dataset.
+      version: version of the dataset; the newest that is prepared where None.
       config: `en` or another configuration of C4.
       protocol: `t5x` or `paper`, see `span_corruption`.
 
@@ -83,10 +82,12 @@ def c4_task(
       TokensError: unknown protocol, bad vocabulary, or no such prepared dataset: C4 takes days to
         generate, so that is never begun here.
     """
-    import seqio
-    import tensorflow_datasets as tfds
-
+    if data_dir is not None:
+        check_reachable(data_dir)
+    seqio, tfds = text_packages.seqio(), text_packages.tensorflow_datasets()
+    version = prepared_c4.choose_version(version, data_dir, config)
     name = f"c4/{config}:{version}"
+    data_dir = prepared_c4.tfds_folder(data_dir)
     try:
         prepared = bool(tfds.builder(name, data_dir=data_dir).info.splits)
         cause = "no split is there"
@@ -94,8 +95,8 @@ def c4_task(
         prepared, cause = False, " ".join(str(error).split())[:200]
     if not prepared:
         raise TokensError(
-            f"TFDS has no prepared {name} under {data_dir or 'its default folder'} ({cause}); "
-            f"give the folder that holds c4/{config}/{version}, or use the released JSON lines."
+            f"TFDS cannot read the prepared {name} under {data_dir} ({cause}); prepare it again, "
+            "or use the released JSON lines."
         )
     source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=data_dir, read_only=True)
     settings = {"source": "c4_tfds", "name": name, "data_dir": data_dir}
@@ -206,11 +207,8 @@ def tokenize_task(
       TokensError: no such split, unreadable documents, or fewer examples than asked for.
       ValueError: lengths that the corruption cannot keep.
     """
-    import tensorflow as tf
-
-    with contextlib.suppress(RuntimeError):  # where the caller has used TensorFlow before
-        # TensorFlow reserves a whole GPU when it first looks at it; here it only reads text.
-        tf.config.set_visible_devices([], "GPU")
+    tf = text_packages.tensorflow()
+    text_packages.hide_gpus()
     if num_examples is not None and num_examples < 1:
         raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
     if split not in task.splits:
@@ -227,7 +225,10 @@ def tokenize_task(
     targets: list[np.ndarray] = []
     try:
         examples = dataset.as_numpy_iterator()
-        for example in tqdm(examples, "tokenising", num_examples, disable=not progress):
+        shown = show_progress(
+            examples, title="tokenising", unit="examples", total=num_examples, shown=progress
+        )
+        for example in shown:
             inputs.append(example["inputs"])
             targets.append(example["targets"])
     except tf.errors.OpError as error:
@@ -265,8 +266,7 @@ def _task(
     drop_short: bool = False,
 ) -> Task:
     """Return the task of these settings, registered at the first call."""
-    import seqio
-
+    seqio = text_packages.seqio()
     if protocol not in PROTOCOLS:
         raise TokensError(f"protocol is {protocol!r}; it must be one of {PROTOCOLS}.")
     if drop_short and protocol != "t5x":
@@ -306,8 +306,7 @@ def _task(
 
 def _generator_source(splits: Mapping[str, Callable[[], Iterator[str]]]) -> Any:
     """Return a seqio source of {"text"} from one Python generator function per split."""
-    import seqio
-    import tensorflow as tf
+    seqio, tf = text_packages.seqio(), text_packages.tensorflow()
 
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed

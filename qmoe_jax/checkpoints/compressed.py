@@ -14,13 +14,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, check_manifest
-from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context
+from qmoe_jax.checkpoints.storage import Folder, open_folder
 from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
@@ -96,11 +97,17 @@ def is_compressed_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 def _find_manifest(path: str | os.PathLike[str]) -> tuple[Folder, bytes | None]:
     """Return the folder of a compressed checkpoint, and its manifest; None where there is none."""
-    folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+    folder = open_folder(path)
     content = folder.read("manifest.json")
-    # Storage is not searched: a listing there needs other rights, and can be long.
-    local = folder.spec["driver"] == "file" and os.path.isdir(folder.spec["path"])
-    if content is None and local and (steps := folder.steps()):
+    if content is not None or not _may_have_steps(folder):
+        return folder, content
+    try:
+        steps = folder.steps()
+    except CheckpointError:
+        if folder.spec["driver"] == "file":
+            raise
+        steps = ()  # on storage, listing needs other rights than reading
+    if steps:
         latest = folder.child(f"checkpoint_{steps[-1]}")
         found = latest.read("manifest.json")
         if found is not None:
@@ -108,10 +115,17 @@ def _find_manifest(path: str | os.PathLike[str]) -> tuple[Folder, bytes | None]:
     return folder, content
 
 
+def _may_have_steps(folder: Folder) -> bool:
+    """Whether it is worth a listing, which can be long on storage, to look for steps."""
+    if folder.spec["driver"] == "file":
+        return os.path.isdir(folder.spec["path"])
+    return not re.fullmatch(r"checkpoint_\d+|state", folder.name)
+
+
 def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckpoint:
     """Open a compressed checkpoint, local or gs://, by reading its manifest.
 
-    A local folder of `checkpoint_<step>` folders stands for the latest of them.
+    A folder of `checkpoint_<step>` folders stands for the latest of them.
 
     Raises:
       CheckpointError: no manifest, a damaged one, one that contradicts its geometry, or one of

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from qmoe_jax.checkpoints.compressed_parts import read_experts
 from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, coded_file, dense_file
-from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
+from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, open_folder, short_message
 from qmoe_jax.checkpoints.stored_arrays import (
     ArrayPartWriter,
     array_entry,
@@ -62,7 +62,7 @@ class CompressedCheckpointWriter:
           CheckpointError: something is there and `overwrite` is not set, or it is no compressed
             checkpoint, holds other files too, or is or holds an input.
         """
-        self.folder = Folder(kvstore_spec(path), make_context(cache_bytes=0))
+        self.folder = open_folder(path)
         self._output: OutputFolder | None = None
         if self.folder.spec["driver"] == "file":
             self._output = OutputFolder(

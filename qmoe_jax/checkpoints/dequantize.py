@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_parts import CodedExperts
@@ -21,6 +20,7 @@ from qmoe_jax.codec import codings
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.progress import progress as show_progress
 
 NativeDtype = Literal["float32", "bfloat16"]
 
@@ -71,7 +71,8 @@ def dequantize_checkpoint(
     writer = T5XCheckpointWriter(folder, step)
     num_experts = sum(spec.num_experts for spec in checkpoint.specs.values())
     try:
-        with tqdm(total=num_experts, desc="dequantize", unit="expert", disable=not progress) as bar:
+        shown = show_progress(title="dequantize", unit="experts", total=num_experts, shown=progress)
+        with shown as bar:
             for name in shapes:
                 kernel = name.removesuffix("/kernel")
                 if kernel in checkpoint.specs:

@@ -5,14 +5,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tqdm import tqdm
-
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec import stats
+from qmoe_jax.progress import progress as show_progress
 
 BFLOAT16_BYTES = 2
 
@@ -46,8 +45,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], progress: bool = False) -> 
 def _compressed(path: str | os.PathLike[str], progress: bool) -> dict[str, Any]:
     checkpoint = open_compressed_checkpoint(path)
     kernels = []
-    bar = tqdm(sorted(checkpoint.specs), "reading", unit="kernel", disable=not progress)
-    for name in bar:
+    kernel_names = sorted(checkpoint.specs)
+    for name in show_progress(kernel_names, title="reading", unit="kernels", shown=progress):
         coded = checkpoint.read_coded(name)
         kernels.append(
             {

@@ -22,7 +22,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints import names, published_config, published_files, published_names
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
@@ -41,6 +40,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CodecError
 from qmoe_jax.outputs import FolderKind, OutputFolder
 from qmoe_jax.paths import local_path
+from qmoe_jax.progress import progress as show_progress
 
 _CODING = "qmoe"
 _KERNELS = ("wi", "wo")
@@ -107,7 +107,7 @@ def import_published(
     for name, array in _read_dense(folder, config).items():
         writer.write_dense(name, array)
     for index, (stack, layer) in enumerate(
-        tqdm(layers, "importing", unit="layer", disable=not progress)
+        show_progress(layers, title="importing", unit="layers", shown=progress)
     ):
         file = folder / _expert_file(index)
         tensors = published_files.load(file)
@@ -121,7 +121,7 @@ def import_published(
 def _read_config(folder: pathlib.Path) -> SwitchConfig:
     file = folder / "config.json"
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} does not exist: give the folder of a published QMoE model, which holds "
@@ -306,7 +306,7 @@ def export_published(
         sizes: dict[str, int] = {}
         layers = published_names.sparse_layers(config)
         for index, (stack, layer) in enumerate(
-            tqdm(layers, "exporting", unit="layer", disable=not progress)
+            show_progress(layers, title="exporting", unit="layers", shown=progress)
         ):
             tensors: dict[str, np.ndarray] = {}
             for kernel in _KERNELS:
@@ -327,10 +327,13 @@ def export_published(
 def _check_exportable(source: CompressedCheckpoint) -> None:
     config = source.config
     if other := sorted({spec.coding for spec in source.specs.values()} - {_CODING}):
+        ternary = codings.codings_of_grid(codings.get_coding(_CODING).grid)
+        remedy = f"convert it first, qmoe-jax convert coding {_CODING} {source.url} OUTPUT"
+        if not set(other) <= set(ternary):
+            remedy = f"compress the model again with grid='ternary', expert_coding={_CODING!r}"
         raise CheckpointError(
             f"the experts of {source.url} have the coding {' and '.join(other)}, but the published "
-            f"layout holds codewords of {_CODING!r} only: compress the model again with "
-            f"expert_coding={_CODING!r}"
+            f"layout holds codewords of {_CODING!r} only: {remedy}"
         )
     shapes = parameter_shapes(config)
     kernels = {name for name in shapes if names.is_expert_kernel(name)}

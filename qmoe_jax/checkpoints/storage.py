@@ -5,14 +5,20 @@ where there are any and none otherwise, which public buckets accept.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from typing import Any
 
 import tensorstore as ts
 
+from qmoe_jax.captured_stderr import captured_stderr
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.paths import expanded
 
+_REACHED_WITHIN = 10.0
+# How TensorStore's errors begin where no server has answered.
+_NO_ANSWER = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _STEP_FOLDER = re.compile(rb"checkpoint_(\d+)/")
 
 
@@ -24,18 +30,16 @@ def kvstore_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
         allowed.
 
     Raises:
-      CheckpointError: another URL scheme, or a gs:// URL without bucket.
+      CheckpointError: an empty path, another URL scheme, or a gs:// URL without bucket.
     """
-    text = os.fspath(path)
+    text = expanded(path, "the folder of the checkpoint")
     scheme, separator, rest = text.partition("://")
     if not separator:
-        scheme, rest = "file", os.path.expanduser(text)
+        scheme, rest = "file", text
     if scheme == "file":
         return {"driver": "file", "path": os.path.abspath(rest).rstrip("/") + "/"}
     if scheme == "gs":
         bucket, _, prefix = rest.partition("/")
-        if not bucket:
-            raise CheckpointError(f"{text!r} names no bucket: expected gs://bucket/folder")
         prefix = prefix.strip("/")
         return {"driver": "gcs", "bucket": bucket, "path": prefix + "/" if prefix else ""}
     raise CheckpointError(
@@ -48,10 +52,65 @@ def make_context(cache_bytes: int) -> ts.Context:
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": cache_bytes},
-            # The default of 32 retries makes an unreachable network look like a hang.
+            # Three minutes: a run of hours outlives a network that stutters. The default of 32
+            # retries makes one that went away look like a hang.
             "gcs_request_retries": {"max_retries": 10},
         }
     )
+
+
+def open_folder(path: str | os.PathLike[str], cache_bytes: int = 0) -> "Folder":
+    """Return a folder, whether it exists or not.
+
+    Raises:
+      CheckpointError: another URL scheme, or storage that cannot be reached.
+    """
+    spec = kvstore_spec(path)
+    check_reachable(path)
+    return Folder(spec, make_context(cache_bytes))
+
+
+def check_reachable(path: str | os.PathLike[str]) -> None:
+    """Find out within seconds whether storage can be reached; local paths always can.
+
+    Raises:
+      CheckpointError: it cannot.
+    """
+    text = os.fspath(path)
+    if not text.startswith("gs://"):
+        return
+    try:
+        _reach(text.removeprefix("gs://").partition("/")[0])
+    except ConnectionError as error:
+        raise CheckpointError(
+            f"cannot reach {text}: {error}. Check the network and its proxy settings, or copy it "
+            "to a local disk and give that path"
+        ) from error
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """Ask a bucket for anything, once a process where an answer comes.
+
+    Raises:
+      ConnectionError: none does, and why.
+    """
+    quick = ts.Context({"gcs_request_retries": {"max_retries": 1, "initial_delay": "0.2s"}})
+    spec = {"driver": "gcs", "bucket": bucket, "path": ""}
+    cause = ""
+    # TensorStore tells of credentials that it did not find; public buckets need none.
+    with captured_stderr():
+        try:
+            store = ts.KvStore.open(spec, context=quick).result(timeout=_REACHED_WITHIN)
+            store.read("qmoe_jax_is_there_anybody").result(timeout=_REACHED_WITHIN)
+        except TimeoutError:
+            cause = f"no answer within {_REACHED_WITHIN:g} seconds"
+        except Exception as error:
+            # Any other refusal is an answer: what is wanted may be readable all the same.
+            if str(error).startswith(_NO_ANSWER):
+                cause = short_message(error)
+    if cause:
+        raise ConnectionError(cause)
 
 
 def short_message(error: BaseException) -> str:
@@ -85,6 +144,11 @@ class Folder:
     def child(self, name: str) -> "Folder":
         """Return the folder `name` inside this one, whether it exists or not."""
         return dataclasses.replace(self, spec=self.spec | {"path": f"{self.spec['path']}{name}/"})
+
+    def parent(self) -> "Folder":
+        """Return the folder that holds this one."""
+        above = self.spec["path"].rstrip("/").rpartition("/")
+        return dataclasses.replace(self, spec=self.spec | {"path": above[0] + above[1]})
 
     def read(self, key: str) -> bytes | None:
         """Content of a file, or None where there is no such file.

@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike, Float
 from qmoe_jax.checkpoints import names as parameter_names
 from qmoe_jax.checkpoints.fingerprint import fingerprint
 from qmoe_jax.checkpoints.layouts import ArrayLocation, CheckpointFiles, Layout, find_checkpoint
-from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, make_context, short_message
+from qmoe_jax.checkpoints.storage import open_folder, short_message
 from qmoe_jax.errors import CheckpointError
 
 Index = int | slice | tuple[int | slice, ...]
@@ -40,7 +40,7 @@ def open_t5x_checkpoint(
       CheckpointError: nothing there, no checkpoint, an unsupported version or dtype, truncated
         metadata, or an array that is missing or has another shape or dtype than recorded.
     """
-    files = find_checkpoint(Folder(kvstore_spec(path), make_context(cache_bytes)))
+    files = find_checkpoint(open_folder(path, cache_bytes))
     return T5XCheckpoint(files)
 
 

@@ -9,7 +9,14 @@ A compressed checkpoint with the coding "qmoe" to the published layout, for the 
 
     qmoe-jax convert published export compressed switch-base-128_qmoe
 
-Weights stay bit for bit the same. Needs PyTorch: pip install 'qmoe-jax[torch]'.
+These need PyTorch: pip install 'qmoe-jax[torch]'.
+
+A compressed checkpoint to one in another coding of its grid ("tunstall" or "qmoe" of ternary
+experts, "tunstall_2bit" or "packed2" of 2-bit ones), without a new run:
+
+    qmoe-jax convert coding qmoe compressed compressed_qmoe
+
+Weights stay bit for bit the same.
 """
 
 import argparse
@@ -23,15 +30,19 @@ IF_INTERRUPTED = "what was written is not taken for whole, run it again"
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     arguments = make_parser().parse_args(argv)
-    from qmoe_jax.checkpoints.published import export_published, import_published
+    source, destination = arguments.source, arguments.destination
+    options = {"overwrite": arguments.overwrite, "progress": not arguments.no_progress}
+    if arguments.layout == "coding":
+        from qmoe_jax.checkpoints.recode import recode_checkpoint
 
-    convert = import_published if arguments.direction == "import" else export_published
-    convert(
-        arguments.source,
-        arguments.destination,
-        overwrite=arguments.overwrite,
-        progress=not arguments.no_progress,
-    )
+        recode_checkpoint(source, destination, arguments.to, **options)
+    elif arguments.to not in ("import", "export"):
+        raise ValueError(f"published {arguments.to}: write published import or published export")
+    else:
+        from qmoe_jax.checkpoints.published import export_published, import_published
+
+        convert = import_published if arguments.to == "import" else export_published
+        convert(source, destination, **options)
     print(f"{arguments.destination} written")
     return 0
 
@@ -39,11 +50,16 @@ def main(argv: Sequence[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = CommandParser("convert", description=__doc__)
-    parser.add_argument("layout", choices=("published",), help="that of the published QMoE models")
     parser.add_argument(
-        "direction",
-        choices=("import", "export"),
-        help="import: the layout to a compressed checkpoint; export: the other way",
+        "layout",
+        choices=("published", "coding"),
+        help="published: that of the published QMoE models; coding: ours, codes stored otherwise",
+    )
+    parser.add_argument(
+        "to",
+        metavar="HOW",
+        help="published import: the layout to a compressed checkpoint; published export: the other "
+        "way; coding: the name of the coding",
     )
     parser.add_argument("source", metavar="SRC", help="folder to read")
     parser.add_argument("destination", metavar="DST", help="folder to write; must not exist")

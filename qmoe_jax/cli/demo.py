@@ -5,6 +5,7 @@ is the docstrings of the installed packages.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,11 @@ IF_INTERRUPTED = "the same command goes on where it was"
 def main(argv: Sequence[str]) -> int:
     """Run the demo; return the exit status."""
     arguments = make_parser().parse_args(argv)
-    checkpoint = arguments.checkpoint or _file(arguments.model, "checkpoint_4200")
-    vocabulary = arguments.vocabulary or _file(arguments.model, "sentencepiece.model")
+    checkpoint, vocabulary = arguments.checkpoint, arguments.vocabulary
+    if checkpoint is None:
+        checkpoint = _file(arguments.model, "checkpoint_4200")
+    if vocabulary is None:
+        vocabulary = _file(arguments.model, "sentencepiece.model")
     # After parsing, so that --help and mistakes answer at once.
     from qmoe_jax.demo import report
     from qmoe_jax.demo.run import run_demo
@@ -31,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         num_examples=arguments.num_examples,
         num_validation_examples=arguments.num_validation_examples,
         seed=arguments.seed,
+        implementation=arguments.implementation,
     )
     folder = local_path(arguments.output, "--output")
     print("\n" + report.table(document))
@@ -38,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _file(model: Path, name: str) -> Path:
-    path = model / name
+def _file(model: str | os.PathLike[str], name: str) -> Path:
+    path = local_path(model, "--model") / name
     if not path.exists():
         raise ValueError(
             f"{path} does not exist; run from a checkout of the project, or pass --model, or "
@@ -55,7 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=resources.demo_model(),
-        type=Path,
         help="folder with checkpoint_4200 and sentencepiece.model (the repository's)",
     )
     parser.add_argument("--checkpoint", help="another native T5X checkpoint of that vocabulary")
@@ -70,4 +74,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="validation examples (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the examples (%(default)s)")
+    parser.add_argument(
+        "--implementation",
+        default="auto",
+        help="of products with codes: xla, cuda (the CUDA kernels; needs an NVIDIA GPU and CuPy), "
+        "or auto: cuda where it can be and xla elsewhere (%(default)s)",
+    )
     return parser

@@ -35,9 +35,10 @@ CHECKPOINT is a path, a list of paths or (name, path) pairs, or a dict from name
 to the first. "rtn:ternary:PATH" and "rtn:2bit:PATH" round a native checkpoint's experts to nearest
 first.
 
-TASK is c4_v220, c4_v301, ... (TFDS c4/en of that version in DATA_DIR), jsonl (FILES of JSON lines)
-or text (FILES or a folder of .txt), then _span_corruption (T5X's: documents concatenated, cut to
-full length) or _whole_documents (the paper's). With TASK_MODULE, a seqio task that it registers.
+TASK is c4_v220, c4_v310, ... (TFDS c4/en of that version in DATA_DIR; c4 is the newest that is
+prepared there), jsonl (FILES of JSON lines) or text (FILES or a folder of .txt), then
+_span_corruption (T5X's: documents concatenated, cut to full length) or _whole_documents (the
+paper's). With TASK_MODULE, a seqio task that it registers.
 
 With OUTPUT, metrics.json and TensorBoard events are written there, and a stopped run goes on."""
 
@@ -93,6 +94,9 @@ def evaluate(
             "give either TOKENS, a token file, or TASK, such as c4_v220_span_corruption "
             f"(TOKENS is {tokens!r}, TASK is {task!r})"
         )
+    named = evaluation.name_checkpoints(checkpoint)
+    if output is not None:
+        evaluation.check_output(output, {name: _path_of(path) for name, path in named.items()})
     examples: Any = tokens
     if task is not None:
         examples = (tokenize or task_tokens)(
@@ -102,7 +106,6 @@ def evaluate(
             overwrite=overwrite,
             progress=progress,
         )
-    named = evaluation.name_checkpoints(checkpoint)
     with _rounded(named, output, overwrite, progress) as checkpoints:
         return evaluation.evaluate(
             checkpoints,
@@ -119,6 +122,12 @@ def evaluate(
             load=load or load_switch,
             progress=progress,
         )
+
+
+def _path_of(spelled: Any) -> str:
+    """Return the path of a checkpoint that is to be rounded first, or not."""
+    path = os.fspath(spelled)
+    return path.split(":", 2)[-1] if path.startswith("rtn:") else path
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ def run(
         # gin raises a copy, which has lost the name of what is missing.
         raise error.__context__ or error from None
     except SyntaxError as error:
-        raise ValueError(f"{error.msg} In: {(error.text or '').strip()}") from error
+        file = "" if error.filename is None else f"{error.filename} line {error.lineno}: "
+        raise ValueError(f"{file}{error.msg} In: {(error.text or '').strip()}") from error
     except (ValueError, OSError, RuntimeError) as error:
         binding = functools.partial(_binding, _known_names(gin.config_str()), configurables)
         raise ValueError(spell_flags(_message(error), binding)) from error
@@ -222,6 +223,8 @@ def _configurable(
 
 def _find_file(file: str, folders: Sequence[str]) -> str:
     """Path of a gin file; gin's own search would log an error for each place where it is not."""
+    if not file:
+        raise ValueError("--gin_file is an empty path; give a gin file")
     for folder in folders:
         path = os.path.join(folder, file)
         if os.path.isfile(path):
@@ -347,7 +350,9 @@ def _about(gin_file: str) -> str:
     path = resources.gin_file(gin_file)
     if not path.is_file():
         return ""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text("utf-8").splitlines()
+    )
     text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
     return f"\n{gin_file}:\n" + textwrap.indent(text, "  ") + "\n"
 

@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.cli import flags
 from qmoe_jax.formatting import format_memory
 from qmoe_jax.generation import text
+from qmoe_jax.generation.compile_time import CompileTime
 from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
 from qmoe_jax.generation.prompts import (
     Answer,
     check_prompt_lengths,
     generate_batches,
-    padded_length,
     stream_prompt,
 )
 from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.text import Filled, Vocabulary, fill_blanks, filled
 from qmoe_jax.models.load import dequantized, load_switch
 from qmoe_jax.pipeline.run_log import peak_host_bytes
+from qmoe_jax.progress import progress
 
 _DESCRIPTION = """\
 Fill the blanks of texts with a Switch Transformer, native or compressed.
@@ -43,6 +43,8 @@ examples:
 Required: CHECKPOINT, VOCABULARY, and prompts.
 How to generate: METHOD 'greedy', 'beam' (BEAM_SIZE, ALPHA) or 'sample' (TEMPERATURE, TOP_K, TOP_P,
   SEED), NUM_DECODES, MAX_DECODE_LENGTH, MAX_INPUT_LENGTH, BATCH_SIZE.
+An answer ends when its blanks are filled; with GenerationSettings.stop_when_filled=False, with
+  'beam' and where several are ranked, at the end of the sequence.
 OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was.
 STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
 DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
@@ -56,6 +58,7 @@ _FLAGS_WITH_VALUE = ("--gin_file", "--gin_bindings", "--gin_search_paths")
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     options, prompts = split_prompts(argv)
+    prompts = [_as_utf8(prompt) for prompt in prompts]
     if prompts:
         options = [*options, f"--gin.PROMPTS={prompts!r}"]
     flags.run(
@@ -79,6 +82,24 @@ def split_prompts(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         is_value = bool(flags) and i > 0 and argv[i - 1] in _FLAGS_WITH_VALUE
         (flags if is_value or argument.startswith("-") else prompts).append(argument)
     return flags, prompts
+
+
+def _as_utf8(argument: str) -> str:
+    """Return an argument as it was typed, where the locale is not that of the terminal.
+
+    Raises:
+      ValueError: its bytes are no UTF-8.
+    """
+    try:
+        typed = os.fsencode(argument)
+    except UnicodeEncodeError:
+        return argument  # of a program, which has no locale to mistake
+    try:
+        return typed.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt {argument!a} is not UTF-8; write it to a UTF-8 file and pass PROMPTS_FILE"
+        ) from error
 
 
 def infer(
@@ -141,19 +162,14 @@ def infer(
         settings = dataclasses.replace(settings, batch_size=1)
     answer_file = None
     if output is not None:
-        identity = run_identity(
-            checkpoint,
-            settings,
-            ids=ids,
-            dequantize=dequantize,
-            activation_dtype=activation_dtype,
-            expert_capacity_factor=expert_capacity_factor,
-        )
-        answer_file = AnswerFile(output, identity)
+        given = (checkpoint, vocabulary, prompts_file)
+        answer_file = AnswerFile(output, [path for path in given if path not in (None, "-")])
+    module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
+    if dequantize:
+        module, variables = dequantized(module, variables, activation_dtype)
     try:
-        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
-        if dequantize:
-            module, variables = dequantized(module, variables, activation_dtype)
+        if answer_file is not None:
+            answer_file.begin(run_identity(checkpoint, module, settings, ids))
         fill = _stream if stream else _fill
         answers = fill(module, variables, words, prompts, ids, settings, answer_file)
         if answer_file is not None:
@@ -181,14 +197,15 @@ def _fill(
         for i, line in lines.items():
             answers[i] = from_line(line)
     speed = Speed()
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", file=sys.stderr) as bar:
-        bar.update(sum(len(lines) for lines in finished.values()))
+    left = len(prompts) - sum(len(lines) for lines in finished.values())
+    with progress(title="generate", unit="prompts", total=left) as bar:
         for batch in generate_batches(
             module,
             variables,
             ids,
             settings,
             eos_id=vocabulary.eos_id,
+            sentinels=vocabulary.sentinel_ids,
             skip=frozenset(finished),
         ):
             for i, best_first in zip(batch.indices, batch.answers, strict=True):
@@ -196,7 +213,7 @@ def _fill(
             if answer_file is not None:
                 answer_file.add(batch.number, {i: to_line(answers[i]) for i in batch.indices})
             count = sum(len(answer.tokens) for best in batch.answers for answer in best)
-            speed.add(count, batch.seconds, batch.compiled)
+            speed.add(count, batch.seconds, batch.compile_seconds)
             bar.update(len(batch.indices))
     for best_first in answers:
         print_answers(best_first, scores=settings.num_decodes > 1)
@@ -218,7 +235,6 @@ def _stream(
     answers = []
     finished = {} if answer_file is None else dict(answer_file.finished)
     speed = Speed()
-    lengths = set()
     for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True)):
         if number in finished:
             answers.append(from_line(finished[number][number]))
@@ -228,15 +244,22 @@ def _stream(
         start = time.perf_counter()
         tokens: list[int] = []
         printed = ""
-        for token in stream_prompt(
-            module, variables, prompt_ids, settings, number=number, eos_id=vocabulary.eos_id
-        ):
-            tokens.append(token)
-            text = vocabulary.decode(tokens)
-            # A later piece may change what the earlier ones read like; then print no further.
-            if text.startswith(printed):
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
+        with CompileTime() as compiling:
+            for token in stream_prompt(
+                module,
+                variables,
+                prompt_ids,
+                settings,
+                number=number,
+                eos_id=vocabulary.eos_id,
+                sentinels=vocabulary.sentinel_ids,
+            ):
+                tokens.append(token)
+                text = vocabulary.decode(tokens)
+                # A later piece may change what the earlier ones read like; then print no further.
+                if text.startswith(printed):
+                    print(text[len(printed) :], end="", flush=True)
+                    printed = text
         seconds = time.perf_counter() - start
         answer = filled(prompt, Answer(tuple(tokens), float("nan")), vocabulary)
         if printed != answer.generated:
@@ -245,9 +268,7 @@ def _stream(
         answers.append([answer])
         if answer_file is not None:
             answer_file.add(number, {number: to_line([answer])})
-        length = padded_length(len(prompt_ids), settings.max_input_length)
-        speed.add(len(tokens), seconds, length not in lengths)
-        lengths.add(length)
+        speed.add(len(tokens), seconds - compiling.seconds, compiling.seconds)
     print(speed.summary(), file=sys.stderr)
     return answers
 
@@ -304,30 +325,25 @@ def marked(answer: Filled) -> str:
 
 
 class Speed:
-    """Tokens and seconds, those of batches that may include compilation apart."""
+    """Tokens and seconds; those of compilation apart."""
 
     def __init__(self) -> None:
-        self._tokens, self._seconds = 0, 0.0
-        self._warm_tokens, self._warm_seconds = 0, 0.0
+        self._tokens, self._seconds, self._compile_seconds = 0, 0.0, 0.0
 
-    def add(self, tokens: int, seconds: float, compiled: bool) -> None:
-        """Count a batch; `compiled` if its seconds may include compilation."""
+    def add(self, tokens: int, seconds: float, compile_seconds: float) -> None:
+        """Count a batch; `seconds` are without compilation."""
         self._tokens += tokens
         self._seconds += seconds
-        if not compiled:
-            self._warm_tokens += tokens
-            self._warm_seconds += seconds
+        self._compile_seconds += compile_seconds
 
     def summary(self) -> str:
         """Speed and memory in one line."""
         if not self._tokens:
             return f"nothing was left to generate; {memory()}"
-        rate = self._tokens / self._seconds
-        line = (
-            f"{self._tokens} tokens in {self._seconds:.1f} s with compilation, {rate:.1f} tokens/s"
-        )
-        if self._warm_tokens:
-            line += f" ({self._warm_tokens / self._warm_seconds:.1f} without)"
+        line = f"{self._tokens} tokens in {self._seconds:.1f} s, "
+        line += f"{self._tokens / max(self._seconds, 1e-9):.1f} tokens/s"
+        if self._compile_seconds >= 0.05:
+            line += f", besides {self._compile_seconds:.1f} s of compilation"
         return f"{line}; {memory()}"
 
 

@@ -11,7 +11,6 @@ only metadata is read.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ IF_INTERRUPTED = "nothing was written, run it again"
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     arguments = make_parser().parse_args(argv)
-    report = inspect_checkpoint(arguments.path, progress=sys.stderr.isatty())
+    report = inspect_checkpoint(arguments.path, progress=True)
     print(json.dumps(report, indent=1) if arguments.json else format_report(report))
     return 0
 

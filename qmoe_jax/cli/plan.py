@@ -1,4 +1,4 @@
-"""Says what a compression run will need, before it starts and without reading a weight.
+"""Says what a compression run will need, before it starts.
 
     qmoe-jax plan --list
     qmoe-jax plan switch_base_128 --device a100
@@ -6,9 +6,11 @@
       --buffer_dir /scratch --host_gb 256 --disk_gb 2000 --expert_batch 32
     qmoe-jax plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
 
-Of a checkpoint only metadata are read: names, shapes, dtypes, chunks. Of a public checkpoint, given
-by its name, geometry comes from configs/public_checkpoints.json, and its dtype is assumed. Memory
-is an upper estimate, time a rough one. Host memory and disk are those of this machine unless given.
+Of a checkpoint metadata are read (names, shapes, dtypes, chunks), and a few experts, which are
+rounded to tell how many weights will be zero: sizes follow from that. Of a public checkpoint, given
+by its name, geometry comes from configs/public_checkpoints.json; its dtype is assumed, and its
+zeros are the QMoE paper's. Memory is an upper estimate, time a rough one. "At the most" on disk
+holds for any weights. Host memory and disk are those of this machine unless given.
 
 Exit status: 0 the run fits, 1 it does not, 2 bad input.
 """
@@ -27,16 +29,19 @@ from typing import Any
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
+from qmoe_jax.checkpoints.storage import kvstore_spec
 from qmoe_jax.cli.flags import CommandParser
-from qmoe_jax.errors import TokensError
+from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.outputs import check_writable, is_json_object, output_file
 from qmoe_jax.paths import local_path
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
+from qmoe_jax.planning.measured_zeros import measured_zero_shares
 from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
 from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
 from qmoe_jax.planning.sizes import ZeroShare
 from qmoe_jax.planning.text import format_list, format_plan
-from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.quantization.settings import GRIDS, CompressionSettings
 
 # As the paper: 10,000 examples for 128 experts, 160,000 for 2048.
 _EXAMPLES_PER_128_EXPERTS = 10_000
@@ -59,7 +64,10 @@ def plan_from_arguments(arguments: argparse.Namespace) -> Plan:
     model = _model(arguments)
     zeros = None
     if arguments.zero_share is not None:
-        zeros = ZeroShare(arguments.zero_share, "given")
+        zeros = dict.fromkeys(GRIDS, ZeroShare(arguments.zero_share, "given"))
+    elif model.source is not None:
+        settings.check_layers(model.config.sparse_layers)
+        zeros = measured_zero_shares(model.source, model.config, settings)
     tokens = _tokens(arguments, model, settings)
     return make_plan(model, tokens, settings, _resources(arguments), zeros=zeros)
 
@@ -108,6 +116,9 @@ def _resources(arguments: argparse.Namespace) -> Resources:
         memory = round(1e9 * arguments.device_gb)
     local = not arguments.output.startswith("gs://")
     buffer_dir = arguments.buffer_dir
+    for name in ("output", "buffer_dir"):
+        if getattr(arguments, name) is not None:
+            _check_folder(getattr(arguments, name), f"--{name}", storage=name == "output")
     output_free, buffer_free, same_disk = None, None, True
     if arguments.disk_gb is not None:
         output_free = round(1e9 * arguments.disk_gb)
@@ -133,9 +144,24 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     )
 
 
+def _check_folder(path: str, name: str, *, storage: bool) -> None:
+    """Refuse where the run could not write: it would be planned for nothing.
+
+    Raises:
+      CheckpointError: no folder, or none that can be made.
+    """
+    if storage and path.startswith("gs://"):
+        kvstore_spec(path)
+        return
+    folder = local_path(path, name)
+    check_writable(folder, name)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{name} is {folder}, a file; give a folder")
+
+
 def _existing(path: str) -> Path:
     """Return the folder itself, or the nearest that exists above it."""
-    folder = Path(path).expanduser().absolute()
+    folder = local_path(path, "the folder").absolute()
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -198,7 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="dtype of a public checkpoint (default: %(default)s)",
     )
     parser.add_argument(
-        "--zero_share", type=float, help="expected share of zero weights (default: the paper's)"
+        "--zero_share",
+        type=float,
+        help="expected share of zero weights (default: measured on experts of the checkpoint; of a "
+        "public one the paper's)",
     )
     _add_tokens(parser.add_argument_group("tokens"))
     _add_resources(parser.add_argument_group("resources"))
@@ -311,6 +340,10 @@ def _add_resources(group: Any) -> None:
     )
 
 
+def _is_plan(file: Path) -> bool:
+    return is_json_object(file, ("model", "zero_shares", "sizes"))
+
+
 IF_INTERRUPTED = "nothing was written, run it again"
 
 
@@ -322,8 +355,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.device not in devices():
         raise ValueError(f"device is {arguments.device!r}; choose one of {', '.join(devices())}")
-    plan = plan_from_arguments(arguments)
+    file = None
     if arguments.json is not None:
-        write_json(local_path(arguments.json, "--json"), plan.to_json())
+        file = output_file(arguments.json, "the plan", _is_plan)
+    plan = plan_from_arguments(arguments)
+    if file is not None:
+        write_json(file, plan.to_json())
     print(format_plan(plan))
+    if plan.problems and None in (arguments.host_gb, arguments.disk_gb):
+        print(
+            "\nMemory and disk are what this machine has free now, where not given; to plan for "
+            "another: --host_gb, --disk_gb."
+        )
     return 1 if plan.problems else 0

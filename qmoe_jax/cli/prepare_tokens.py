@@ -22,13 +22,14 @@ Any text: a folder of .txt files, each one document (JSON lines: --source c4_jso
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from qmoe_jax.calibration import tokens
+from qmoe_jax.checkpoints.read_config import read_config
+from qmoe_jax.checkpoints.training_lengths import training_lengths
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
-from qmoe_jax.outputs import check_no_input
+from qmoe_jax.outputs import check_no_input, check_writable
 from qmoe_jax.paths import local_path
 
 PUBLIC_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     arguments = make_parser().parse_args(argv)
     _check_output(arguments)
+    note = _set_lengths(arguments)
     token_file = _tokenize(arguments)
     tokens.write_tokens(arguments.output, token_file.tokens, token_file.metadata)
     batch = token_file.tokens
@@ -50,17 +52,40 @@ def main(argv: Sequence[str]) -> int:
         f"{int((batch.encoder_input_tokens != tokens.PAD_ID).sum())} input and "
         f"{batch.num_target_tokens} target tokens, task {token_file.metadata.task}"
     )
-    print(
-        "note: these lengths must be those that the model was trained with (TASK_FEATURE_LENGTHS "
-        "in its gin file); --inputs_length and --targets_length set others",
-        file=sys.stderr,
-    )
+    print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _set_lengths(arguments: argparse.Namespace) -> str:
+    """Take the lengths that are not given from the checkpoint's gin file; say where they are from.
+
+    Raises:
+      CheckpointError: --checkpoint is none.
+    """
+    advice = (
+        "these lengths must be those that the model was trained with (TASK_FEATURE_LENGTHS in its "
+        "gin file); --inputs_length and --targets_length set others"
+    )
+    if arguments.checkpoint is None:
+        return advice + ", --checkpoint finds them"
+    read_config(arguments.checkpoint)  # refuses what is none, before the work
+    trained = training_lengths(arguments.checkpoint)
+    if trained is None:
+        return f"no gin file beside {arguments.checkpoint} tells its lengths; " + advice
+    said = f"{trained.inputs} and {trained.targets} (TASK_FEATURE_LENGTHS in {trained.source})"
+    asked = (arguments.inputs_length, arguments.targets_length)
+    arguments.inputs_length = asked[0] or trained.inputs
+    if asked[0] in (None, trained.inputs):
+        arguments.targets_length = asked[1] or trained.targets
+    if (arguments.inputs_length, arguments.targets_length) != (trained.inputs, trained.targets):
+        return f"the model was trained with other lengths, {said}"
+    return f"these are the lengths that the model was trained with, {said}"
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
     """Refuse an output that could not be written at the end, or must not be replaced."""
     path = local_path(arguments.output, "--output", TokensError)
+    check_writable(path, "--output", TokensError)
     check_no_input(path, [arguments.vocabulary, *(arguments.files or ())])
     if path.exists():
         if not arguments.overwrite:
@@ -72,16 +97,11 @@ def _check_output(arguments: argparse.Namespace) -> None:
                 f"{path} is not a token file, or is damaged; it stays as it is. Choose another "
                 "output, or remove it yourself"
             ) from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise TokensError(f"cannot write {path} ({error}); choose another output") from error
 
 
 def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
     from qmoe_jax.calibration import tasks
+    from qmoe_jax.calibration.prepared_c4 import choose_version
     from qmoe_jax.demo import docstrings
 
     inputs_length = arguments.inputs_length or (128 if arguments.source == "demo" else 512)
@@ -103,13 +123,15 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
             arguments.vocabulary, arguments.split, arguments.num_examples, **common
         )
     if arguments.source == "c4_tfds":
+        version = choose_version(arguments.version, arguments.data_dir)
+        print(f"C4 is c4/en:{version}", file=sys.stderr)
         task = tasks.c4_task(
             arguments.vocabulary,
             data_dir=arguments.data_dir,
-            version=arguments.version,
+            version=version,
             protocol=arguments.protocol,
         )
-        source = f"TFDS c4/en:{arguments.version} in {arguments.data_dir or 'the default folder'}"
+        source = f"TFDS c4/en:{version} in {arguments.data_dir or 'the default folder'}"
     else:
         kind, make_task = {
             "c4_jsonl": ("JSON lines", tasks.c4_jsonl_task),
@@ -155,7 +177,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data_dir", help="c4_tfds: folder that has c4/en/<version> (default: that of TFDS)"
     )
-    parser.add_argument("--version", default="3.0.1", help="c4_tfds: version (default: 3.0.1)")
+    parser.add_argument(
+        "--version", help="c4_tfds: version, as 3.1.0 (default: the newest that is prepared)"
+    )
     parser.add_argument(
         "--files", nargs="+", help="c4_jsonl, text: paths, globs or folders, .gz too"
     )
@@ -165,6 +189,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("t5x", "paper"),
         help="t5x: documents concatenated and cut to full length, as in pretraining; paper: whole "
         "documents that fit, one an example, as in QMoE (default: t5x)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        help="the model's, local or gs://: the lengths that it was trained with are the default, "
+        "where T5X's config.gin beside it tells them",
     )
     parser.add_argument(
         "--inputs_length", type=int, help="encoder tokens an example (default: 512; demo: 128)"

@@ -35,6 +35,7 @@ from qmoe_jax.codec.lattice_choices import (
     choose_dictionaries,
     choose_leans,
     order_of,
+    raw_dictionaries,
 )
 from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, lattice_dictionaries
 from qmoe_jax.codec.lattice_expand import LatticeStrings, expand_blocks
@@ -52,6 +53,7 @@ from qmoe_jax.codec.tensor import (
     too_many_words,
     words_as_bytes,
 )
+from qmoe_jax.codec.worst_case import lattice_bytes, raw_lattice_bytes
 from qmoe_jax.errors import CodecError
 
 MAX_WIDTH = 2**19
@@ -149,14 +151,17 @@ class LatticeCoding:
             order = order_of(chosen.columns)
             lean = choose_leans(counts)
             row_lean, column_lean = _leans_of(lean, rows, width)
-            grouped, schedules, dictionaries = choose_dictionaries(own, counts, order)
-            ends = _ends(schedules, dictionaries)
-            strings = Strings(order, grouped, row_lean, column_lean, ends)
-            data, block_lengths[expert] = lattice_blocks.encode_blocks(own, strings)
+            most = raw_lattice_bytes(rows, width)
+            for choice in (choose_dictionaries(own, counts, order), raw_dictionaries()):
+                ends = _ends(choice.schedules, choice.plain)
+                strings = Strings(order, choice.num_grouped, row_lean, column_lean, ends)
+                data, block_lengths[expert] = lattice_blocks.encode_blocks(own, strings)
+                if data.size <= most:
+                    break
             parts.append(data)
-            arrays["grouped_columns"][expert] = grouped
-            arrays["schedules"][expert] = schedules
-            arrays["dictionaries"][expert] = dictionaries
+            arrays["grouped_columns"][expert] = choice.num_grouped
+            arrays["schedules"][expert] = choice.schedules
+            arrays["dictionaries"][expert] = choice.plain
             arrays["leans"][expert] = np.packbits(lean, bitorder="little")
             arrays["columns"][expert] = chosen.columns
             arrays["bases"][expert] = chosen.bases
@@ -169,6 +174,10 @@ class LatticeCoding:
         }
         spec = TensorSpec(self.name, experts, rows, width)
         return CodedTensor(spec, {name: arrays[name] for name in self.array_names})
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the bytes of an expert: none is stored in more than its bits as they are."""
+        return lattice_bytes(rows, width)
 
     def levels_of(self, coded: CodedTensor) -> dict[str, np.ndarray]:
         """Return step_index, 0 for columns without one, and origin."""

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from qmoe_jax.codec import expand, reference
+from qmoe_jax.codec import expand, reference, worst_case
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
@@ -56,6 +56,10 @@ class Packed2Coding(RowLevels):
             packed |= padded[..., place::4] << np.uint8(2 * place)
         spec = TensorSpec(self.name, experts, rows, width)
         return CodedTensor(spec, {"packed": packed, "levels": np.ascontiguousarray(levels)})
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the stored bytes of an expert."""
+        return worst_case.packed_bytes(rows, width)
 
     def validate(self, coded: CodedTensor) -> None:
         """Check names, dtypes, shapes, finite levels and zero tail bits."""

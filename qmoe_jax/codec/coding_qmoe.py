@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from qmoe_jax.codec import expand, reference
+from qmoe_jax.codec import expand, reference, worst_case
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.dictionary import MAX_ENTRY_PAIRS, NUM_ENTRIES, dictionary
 from qmoe_jax.codec.greedy import encode_rows
@@ -87,6 +87,10 @@ class QmoeCoding(RowLevels):
             "levels": np.ascontiguousarray(levels),
         }
         return CodedTensor(TensorSpec(self.name, experts, rows, width, bound), arrays)
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the stored bytes of an expert."""
+        return worst_case.qmoe_bytes(rows, width)
 
     def validate(self, coded: CodedTensor) -> None:
         """Check names, dtypes, shapes, offsets, levels, and that every row has its width."""

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from qmoe_jax.codec import reference, tunstall_rows
+from qmoe_jax.codec import reference, tunstall_rows, worst_case
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
 from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
@@ -96,6 +96,7 @@ class TunstallCoding(RowLevels):
             table=lambda: self.family.table,
             dictionary_bytes=8 * NUM_CODEWORDS,
             rows_per_warp=(1, 4),
+            matmul_source=None if self._has_escapes else f"matmul_{name}.cu",
         )
 
     @property
@@ -136,6 +137,10 @@ class TunstallCoding(RowLevels):
             "levels": np.ascontiguousarray(levels),
         }
         return CodedTensor(TensorSpec(self.name, experts, rows, width, bound), arrays)
+
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the stored bytes of an expert."""
+        return worst_case.tunstall_bytes(self.family.num_escapes, rows, width)
 
     def validate(self, coded: CodedTensor) -> None:
         """Check names, dtypes, shapes, offsets, levels, and every row bit by bit."""

@@ -48,6 +48,10 @@ class Coding(Protocol):
         """Return the levels of a tensor, as `encode` takes them."""
         ...
 
+    def most_bytes(self, rows: int, width: int) -> int:
+        """Bound the stored bytes of an expert, its levels and lengths too, whatever its codes."""
+        ...
+
     def validate(self, coded: CodedTensor) -> None:
         """Raise CodecError unless the arrays are a valid tensor by FORMAT.md."""
         ...

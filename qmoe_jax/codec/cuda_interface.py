@@ -62,9 +62,11 @@ class CudaInterface:
       sizes: what the other fields hold: of which array, and whether its entries or the bytes of an
         element.
       table: builds the dictionaries, uint32; None where codes need none.
-      dictionary_bytes: dynamic shared memory in which a block keeps its dictionary.
+      dictionary_bytes: dynamic shared memory in which a block keeps a copy of its dictionary.
       rows_per_warp: how many rows of codes a warp may take at a time in a product; where there is a
         choice, kernels have it in their names.
+      matmul_source: file in `kernels_cuda/` of the products with many tokens, by tensor cores; None
+        where there are none.
     """
 
     source: str
@@ -73,6 +75,7 @@ class CudaInterface:
     table: Callable[[], UInt32[np.ndarray, "..."]] | None
     dictionary_bytes: int
     rows_per_warp: tuple[int, ...]
+    matmul_source: str | None = None
 
     @property
     def array_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from qmoe_jax.codec.lattice_blocks import (
     Counts,
     count_codewords,
 )
-from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, ZERO_SHARES
+from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, RAW_DICTIONARY, ZERO_SHARES
 
 NUM_CLASSES = 8
 CLASS_STEPS = 32
@@ -30,7 +30,8 @@ _CLASS_SIZES = CLASS_STEPS - (np.arange(NUM_CLASSES) == NUM_CLASSES - 1)
 # Groups take fewer bits than plane 1 up to about this share of non-zero weights.
 _MAX_GROUPED_SHARE = 0.15
 _SAMPLED_BLOCKS = 4
-_MAX_COUNT = 2**16 - 1
+MAX_SCHEDULED = 2**16 - 1
+"""A schedule has at most so many codewords of a dictionary."""
 
 
 class Columns(NamedTuple):
@@ -196,7 +197,7 @@ def choose_dictionaries(
         bits = bits.reshape(-1)
         second = (full.reshape(-1)[bits] > 2).view(np.uint8)
         schedules[2] += count_codewords(second, np.repeat(of_second, BLOCK_ROWS)[bits])
-    schedules = np.minimum(np.rint(schedules / max(1, sampled.size)), _MAX_COUNT)
+    schedules = np.minimum(np.rint(schedules / max(1, sampled.size)), MAX_SCHEDULED)
 
     all_nonzero, all_two, all_three, all_four, _ = counts.columns.sum(axis=1).tolist()
     of_side, negative = _of_shorter_side(counts)
@@ -204,6 +205,13 @@ def choose_dictionaries(
     ones = np.array([ones_in_rests, all_three, all_four, against_lean])
     plain = nearest_dictionary(ones / np.maximum([num_rests, all_two, all_three, all_nonzero], 1))
     return Dictionaries(num_grouped, schedules[:, :-1].astype(np.uint16), plain.astype(np.uint8))
+
+
+def raw_dictionaries() -> Dictionaries:
+    """Return choices by which eight bits take a byte: no column grouped, nothing coded."""
+    schedules = np.zeros((3, NUM_DICTIONARIES - 1), np.uint16)
+    schedules[:, RAW_DICTIONARY] = MAX_SCHEDULED
+    return Dictionaries(0, schedules, np.full(4, RAW_DICTIONARY, np.uint8))
 
 
 def _of_shorter_side(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,10 @@ import ast
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -75,6 +77,13 @@ def harvest(packages: tuple[str, ...] = PACKAGES) -> tuple[str, ...]:
         if collecting:
             gc.enable()
     return tuple(texts)
+
+
+def corpus_versions() -> list[str]:
+    """Return what decides the corpus: the versions of Python and of the packages in it."""
+    installed = importlib.metadata.packages_distributions()
+    names = sorted({name for package in PACKAGES for name in installed.get(package, ())})
+    return [sys.version, *(f"{name} {importlib.metadata.version(name)}" for name in names)]
 
 
 def file_docstrings(path: Path) -> list[str]:

@@ -14,9 +14,12 @@ from qmoe_jax import atomic_file
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_table
 from qmoe_jax.generation.text import Filled
+from qmoe_jax.outputs import is_json_object
 from qmoe_jax.pipeline.report import CompressionReport
 
 Row = dict[str, Any]
+
+_HEAD = '<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>'
 
 _COLUMNS = (
     ("model", "name", "{}"),
@@ -134,6 +137,17 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_json_report(file: Path) -> bool:
+    """Whether a file is what `write_json` writes."""
+    return is_json_object(file, ("units", "models"))
+
+
+def is_html_report(file: Path) -> bool:
+    """Whether a file is what `write_html` writes."""
+    with open(file, "rb") as page:
+        return page.read(len(_HEAD)) == _HEAD.encode()
+
+
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Write the results atomically."""
     atomic_file.write_json(path, document)
@@ -157,7 +171,7 @@ def write_html(document: dict[str, Any], path: Path) -> None:
         for row in document["models"]
     )
     image = base64.b64encode(_plots(document)).decode()
-    page = f"""<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>
+    page = f"""{_HEAD}
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}

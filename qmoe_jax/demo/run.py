@@ -6,6 +6,8 @@ all on the same validation text.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 import time
@@ -13,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens, write_tokens
+from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.demo import report as demo_report
-from qmoe_jax.demo.docstrings import demo_tokens
+from qmoe_jax.demo.docstrings import corpus_versions, demo_tokens
+from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
-from qmoe_jax.generation.text import Filled, Vocabulary, fill_prompts
+from qmoe_jax.generation.text import Filled, Vocabulary, check_vocabulary, fill_prompts
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import check_choice
+from qmoe_jax.outputs import check_writable, output_file
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.compress import compress
 
 PathLike = str | os.PathLike[str]
+_JSON, _HTML = "report.json", "report.html"
 
 PROMPTS = (
     "Returns the <extra_id_0> of the array elements over a given <extra_id_1>.",
@@ -55,6 +62,7 @@ def run_demo(
     num_examples: int = 1280,
     num_validation_examples: int = 1600,
     seed: int = 0,
+    implementation: str = "auto",
 ) -> dict[str, Any]:
     """Compress a checkpoint in every way of `VARIANTS`, and compare.
 
@@ -65,6 +73,7 @@ def run_demo(
       num_examples: calibration examples.
       num_validation_examples: validation examples.
       seed: of the examples.
+      implementation: of products with codes, as in `load_switch`.
 
     Returns:
       `demo.report.document`, which is also written to `report.json` and `report.html`.
@@ -74,22 +83,26 @@ def run_demo(
       TokensError: the vocabulary cannot be used, or there is too little text.
     """
     started = time.monotonic()
-    folder = local_path(output, "output")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_choice(implementation)
+    folder = _claim(output)
     words = Vocabulary(vocabulary)
+    check_vocabulary(words, read_config(checkpoint).num_embeddings)
+    folder.mkdir(parents=True, exist_ok=True)
     calibration = _tokens(vocabulary, folder, "train", num_examples, seed)
     validation = _tokens(vocabulary, folder, "validation", num_validation_examples, seed)
 
-    def measure(label: str, path: PathLike) -> tuple[LossReport, list[Filled], float]:
+    def measure(
+        label: str, path: PathLike, implementation: str
+    ) -> tuple[LossReport, list[Filled], float]:
         """Load a checkpoint, evaluate it and let it fill the prompts."""
         started = time.monotonic()
-        module, variables = load_switch(path)
+        module, variables = load_switch(path, implementation=implementation)
         batches = [batch.arrays() for batch in validation.batches(32)]
         loss = evaluate_loss(module, variables, batches, progress=f"evaluate {label}")
         filled = fill_prompts(module, variables, words, PROMPTS, max_decode_length=24)
         return loss, filled, time.monotonic() - started
 
-    baseline, filled, seconds = measure("uncompressed", checkpoint)
+    baseline, filled, seconds = measure("uncompressed", checkpoint, "xla")
     rows = [demo_report.baseline_row(baseline, filled, seconds)]
     for variant in VARIANTS:
         path = folder / variant.folder
@@ -97,7 +110,7 @@ def run_demo(
         for warning in report.warnings():
             print(f"warning: {warning}", file=sys.stderr)
         # From disk, through the codes: what a user of the compressed checkpoint gets.
-        loss, filled, _ = measure(variant.name, path)
+        loss, filled, _ = measure(variant.name, path, implementation)
         rows.append(demo_report.variant_row(variant.name, report, loss, baseline, filled))
     document = demo_report.document(
         rows,
@@ -105,16 +118,34 @@ def run_demo(
         num_calibration_examples=len(calibration),
         seconds=time.monotonic() - started,
     )
-    demo_report.write_json(document, folder / "report.json")
-    demo_report.write_html(document, folder / "report.html")
+    demo_report.write_json(document, folder / _JSON)
+    demo_report.write_html(document, folder / _HTML)
     return document
+
+
+def _claim(output: PathLike) -> Path:
+    """Return the folder of the results, before it is made.
+
+    Raises:
+      CheckpointError: it cannot be written, or holds other files under the names of the reports.
+    """
+    folder = local_path(output, "output")
+    check_writable(folder, "output")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"output is {folder}, a file; give a folder")
+    output_file(folder / _JSON, "a report of the demo", demo_report.is_json_report)
+    output_file(folder / _HTML, "a report of the demo", demo_report.is_html_report)
+    return folder
 
 
 def _tokens(
     vocabulary: PathLike, folder: Path, split: str, num_examples: int, seed: int
 ) -> TokenFile:
-    """Tokenise the corpus once, into a file of the folder."""
-    path = folder / f"tokens_{split}_{num_examples}_seed{seed}.npz"
+    """Tokenise the corpus into a file of the folder, once for each vocabulary and corpus."""
+    file = Path(os.path.expanduser(vocabulary))
+    behind = [hashlib.sha256(file.read_bytes()).hexdigest(), *corpus_versions()]
+    key = hashlib.sha256(json.dumps(behind).encode()).hexdigest()[:12]
+    path = folder / f"tokens_{split}_{num_examples}_seed{seed}_{key}.npz"
     if not path.exists():
         made = demo_tokens(os.fspath(vocabulary), split, num_examples, seed=seed, progress=True)
         write_tokens(path, made.tokens, made.metadata)

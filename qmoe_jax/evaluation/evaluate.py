@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.atomic_file import write_atomically
@@ -20,7 +19,7 @@ from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
-from qmoe_jax.errors import TokensError
+from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.divergence import DivergenceSums, compare_batch
 from qmoe_jax.evaluation.metrics import BatchSums, LossReport, evaluate_batch, worse_than_guessing
 from qmoe_jax.evaluation.report import example_losses, model_report, reference_report
@@ -28,12 +27,21 @@ from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.outputs import (
+    check_is_no_input,
+    check_no_input,
+    check_writable,
+    is_json_object,
+    output_file,
+)
 from qmoe_jax.paths import local_path
+from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.run_folder import RunFolder
 
 PathLike = str | os.PathLike[str]
 # One; or several: paths, (name, path) pairs, or a mapping from name to path.
 Checkpoints = PathLike | Sequence[PathLike | tuple[str, PathLike]] | Mapping[str, PathLike]
+_METRICS = "metrics.json"
 _CHECKPOINT_KINDS = "give a path, a list of paths or (name, path) pairs, or a dict of name to path"
 
 
@@ -116,7 +124,7 @@ def evaluate(
     if batches_per_shard < 1:
         raise ValueError(f"batches_per_shard is {batches_per_shard}; give 1 or more")
     if output is not None:
-        output = local_path(output, "output")
+        output = check_output(output, checkpoints)
     if output is None:
         tensorboard = False
     elif tensorboard is None:
@@ -155,6 +163,7 @@ def evaluate(
                 determining = {
                     "checkpoint": identities[name],
                     "config": module.config.to_json(),
+                    "implementation": module.implementation,
                     "tokens": description,
                     "settings": settings | {"batches_per_shard": batches_per_shard},
                     "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
@@ -182,7 +191,7 @@ def evaluate(
     document = {"tokens": description, "settings": settings, "models": models}
     if output is not None:
         content = json.dumps(document, indent=1) + "\n"
-        write_atomically(Path(output, "metrics.json"), content.encode())
+        write_atomically(Path(output, _METRICS), content.encode())
     return document
 
 
@@ -195,6 +204,32 @@ def _compute(
     if reference is None:
         return evaluate_batch(module, variables, batch.arrays())
     return compare_batch(module, variables, *reference, batch.arrays())
+
+
+def check_output(output: PathLike, checkpoints: Mapping[str, PathLike]) -> Path:
+    """Return the folder of an evaluation, before anything is written there.
+
+    Args:
+      output: a local folder, to be made or there.
+      checkpoints: by name; each has a folder of its name in it.
+
+    Raises:
+      CheckpointError: it cannot be written, results would stand in a checkpoint or above it, or
+        there is a `metrics.json` of something else.
+    """
+    folder = local_path(output, "output")
+    check_writable(folder, "output")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"output is {folder}, a file; give a folder")
+    check_is_no_input(folder, "output", checkpoints.values())
+    for name in checkpoints:
+        check_no_input(folder / name, checkpoints.values())
+    output_file(folder / _METRICS, "metrics", _is_metrics)
+    return folder
+
+
+def _is_metrics(file: Path) -> bool:
+    return is_json_object(file, ("tokens", "settings", "models"))
 
 
 def name_checkpoints(checkpoint: Any) -> dict[str, PathLike]:
@@ -243,14 +278,13 @@ def _run(
     progress: bool,
 ) -> Arrays:
     total = sum(batch.num_target_tokens for batch in batches)
-    with tqdm(
-        total=total, desc=name, unit=" target tokens", unit_scale=True, disable=not progress
-    ) as bar:
+    shown = show_progress(
+        title=name, unit="target tokens", total=total, scaled=True, shown=progress
+    )
+    with shown as bar:
 
         def on_batch(batch: TokenBatch, computed: bool) -> None:
-            if not (computed or bar.disable):
-                bar.initial += batch.num_target_tokens  # so that the rate counts what is computed
-            bar.update(batch.num_target_tokens)
+            (bar.update if computed else bar.skip)(batch.num_target_tokens)
 
         return evaluate_shards(
             batches,

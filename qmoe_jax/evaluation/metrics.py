@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
-from tqdm import tqdm
 
 from qmoe_jax.evaluation.router import router_sums
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.progress import progress as show_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,8 @@ def evaluate_loss(
       ValueError: no batches.
     """
     parts: list[BatchSums] = []
-    for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
+    shown = show_progress(batches, title=progress or "", unit="batches", shown=progress is not None)
+    for batch in shown:
         parts.append(jax.device_get(evaluate_batch(module, variables, dict(batch))))
     if not parts:
         raise ValueError("no batches to evaluate; pass at least one")

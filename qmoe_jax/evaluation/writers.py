@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_SUFFIX = ".qmoe_jax"
 _LEFT_OUT = ("name", "checkpoint")
 
 
@@ -29,13 +30,14 @@ def write_tensorboard(
 ) -> None:
     """Write the numbers of a nested mapping as scalars, `router/total/max_load`, at one step.
 
-    Events that an earlier run of the same evaluation left in the folder are replaced.
+    Events that an earlier run of the same evaluation left in the folder are replaced; ours have
+    a name of their own, so that no others are.
     """
     from tensorboardX import SummaryWriter  # imports PyTorch where there is one: slow
 
-    for path in Path(folder).glob("events.out.tfevents.*"):
+    for path in Path(folder).glob(f"events.out.tfevents.*{_SUFFIX}"):
         path.unlink()
-    writer = SummaryWriter(os.fspath(folder))
+    writer = SummaryWriter(os.fspath(folder), filename_suffix=_SUFFIX)
     try:
         for name, value in scalars(metrics):
             writer.add_scalar(name, value, step)

@@ -23,6 +23,7 @@ from qmoe_jax.generation.step import (
     model_step,
 )
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.varying import varying_as
 
 
 @flax.struct.dataclass
@@ -138,7 +139,7 @@ def beam_search(
         finished=jnp.zeros((batch, beam_size), bool),
         cache=cache,
     )
-    state = lax.while_loop(searching, extend, start)
+    state = lax.while_loop(searching, extend, varying_as(start, cache))
     any_finished = jnp.any(state.finished, axis=1)
     sequences = jnp.where(
         any_finished[:, None, None], state.finished_sequences, state.live_sequences

@@ -1,21 +1,29 @@
 """Prompts from files, and answers to a file that a stopped run goes on with."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from qmoe_jax.atomic_file import open_atomically
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.errors import TokensError
+from qmoe_jax.generation.settings import GenerationSettings
+from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.outputs import output_file
 from qmoe_jax.paths import local_path
 
 # Fields of a JSON line that may hold its prompt, the first one found.
 _FIELDS = ("inputs", "text")
+# How a line of `AnswerFile`'s partial file begins.
+_BATCH = '{"batch": '
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -30,7 +38,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     name = os.fspath(path)
     try:
         if name == "-":
-            content = sys.stdin.read()
+            content = _read_stdin()
         else:
             content = local_path(name, "the file of prompts", TokensError).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,6 +66,12 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
+def _read_stdin() -> str:
+    """Read all of stdin as UTF-8, whatever the locale is."""
+    binary = getattr(sys.stdin, "buffer", None)  # a text stream in its place may have none
+    return sys.stdin.read() if binary is None else binary.read().decode("utf-8-sig")
+
+
 def _json_prompt(line: str) -> str | None:
     if not line.startswith("{"):
         return None
@@ -73,38 +87,56 @@ class AnswerFile:
     """Answers as JSON lines, in the order of the prompts, written as a whole at the end.
 
     Until then finished batches are kept in `<path>.partial`. A run with the same `run` goes on from
-    there; any other begins anew.
+    there; any other begins anew. Nothing is replaced but answers, and batches of answers.
 
     Attributes:
       finished: the lines of finished batches, by batch number and then by prompt.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Any):
-        """Open the file for a run.
+    def __init__(self, path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()):
+        """Claim a path; nothing is written yet.
 
         Args:
-          path: a local file; an older one is replaced at the end.
+          path: a local file; older answers are replaced at the end.
+          inputs: what the run reads; never replaced.
+
+        Raises:
+          TokensError: the file cannot be written, or holds something else than answers.
+        """
+        what = "a file of answers"
+        self._path = output_file(path, what, _all(_is_answer), inputs=inputs, error=TokensError)
+        self._partial = output_file(
+            self._path.with_name(self._path.name + ".partial"),
+            "unfinished answers",
+            _all(_is_kept),
+            inputs=inputs,
+            error=TokensError,
+        )
+        self.finished: dict[int, dict[int, Any]] = {}
+        if not self._path.parent.is_dir():
+            raise TokensError(
+                f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
+                "exists"
+            )
+
+    def begin(self, run: Any) -> None:
+        """Begin a run, or go on with it.
+
+        Args:
           run: whatever decides the answers, as JSON.
 
         Raises:
           TokensError: the file cannot be written.
         """
-        self._path = local_path(path, "the file of answers", TokensError)
-        self._partial = self._path.with_name(self._path.name + ".partial")
         text = json.dumps(run, sort_keys=True)
         header = {"run": hashlib.sha256(text.encode()).hexdigest()}
-        if self._path.is_dir() or not self._path.parent.is_dir():
-            raise TokensError(
-                f"cannot write answers to {os.fspath(path)!r}; give a file in a local folder that "
-                "exists"
-            )
-        self.finished: dict[int, dict[int, Any]] = _read_partial(self._partial, header)
+        self.finished = _read_partial(self._partial, header)
         try:
             # Written anew: a killed run may have left half a line.
             self._write(self._partial, [header, *map(_batch_line, self.finished.items())])
         except OSError as error:
             raise TokensError(
-                f"cannot write answers to {os.fspath(path)!r}: {error.strerror}"
+                f"cannot write answers to {os.fspath(self._path)!r}: {error.strerror}"
             ) from error
 
     def add(self, number: int, lines: dict[int, Any]) -> None:
@@ -131,6 +163,31 @@ class AnswerFile:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
+def _is_answer(line: str) -> bool:
+    record = json.loads(line)
+    return isinstance(record, dict) and {"inputs", "decodes"} <= record.keys()
+
+
+def _is_kept(line: str) -> bool:
+    if not line.endswith("\n"):
+        return line[: len(_BATCH)] == _BATCH[: len(line)]  # the run was killed while it wrote
+    record = json.loads(line)
+    return isinstance(record, dict) and record.keys() in ({"run"}, {"batch", "lines"})
+
+
+def _all(is_own: Callable[[str], bool]) -> Callable[[Path], bool]:
+    """Return whether all lines of a file are ours, as a question about files."""
+
+    def asked(file: Path) -> bool:
+        try:
+            with open(file, encoding="utf-8") as lines:
+                return all(map(is_own, lines))
+        except (OSError, ValueError):
+            return False
+
+    return asked
+
+
 def _batch_line(item: tuple[int, dict[int, Any]]) -> dict[str, Any]:
     number, lines = item
     return {"batch": number, "lines": list(lines.items())}
@@ -154,16 +211,27 @@ def _read_partial(path: Path, header: dict[str, str]) -> dict[int, dict[int, Any
     return finished
 
 
-def run_identity(checkpoint: str | os.PathLike[str], settings: Any, **more: Any) -> dict[str, Any]:
-    """Return what decides a run's answers: checkpoint (and when it was written) and settings."""
-    path = os.fspath(checkpoint)
-    written = None
-    if "://" not in path:
-        with contextlib.suppress(OSError):
-            written = max(os.stat(file).st_mtime_ns for file in (path, *Path(path).glob("*")))
+def run_identity(
+    checkpoint: str | os.PathLike[str],
+    module: SwitchTransformer,
+    settings: GenerationSettings,
+    ids: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Return what decides a run's answers, as JSON: the checkpoint's content, the rest as it is.
+
+    Raises:
+      CheckpointError: no readable checkpoint.
+    """
+    if is_compressed_checkpoint(checkpoint):
+        content = open_compressed_checkpoint(checkpoint).fingerprint()
+    else:
+        content = open_t5x_checkpoint(checkpoint, cache_bytes=0).fingerprint()
     return {
-        "checkpoint": path,
-        "written": written,
+        "checkpoint": [os.fspath(checkpoint), content],
+        "config": module.config.to_json(),
+        "dtype": jnp.dtype(module.dtype).name,
+        "coded": len(module.coded),  # 0 where the codes were expanded
+        "implementation": module.implementation,
         "settings": dataclasses.asdict(settings),
-        **more,
+        "ids": ids,
     }

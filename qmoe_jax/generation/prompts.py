@@ -17,6 +17,8 @@ from jaxtyping import Int
 
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.generation.beam_search import beam_generate
+from qmoe_jax.generation.blanks import Blanks, blanks_of, until_filled
+from qmoe_jax.generation.compile_time import CompileTime
 from qmoe_jax.generation.sampling import NEG_INF, sample_generate
 from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.generation.step import Generated, Variables
@@ -31,7 +33,7 @@ class Answer:
     """What was generated for a prompt.
 
     Attributes:
-      tokens: ids, up to eos and with it.
+      tokens: ids, up to eos and with it, or up to the sentinel that completes the answer.
       score: log probability under the model; under "beam" it is divided by the brevity penalty
         where the answer has an eos.
     """
@@ -48,15 +50,15 @@ class AnsweredBatch:
       number: of the batch.
       indices: which prompts.
       answers: of each of them, the best first.
-      seconds: from tokens on the host to tokens on the host.
-      compiled: whether the seconds include compilation (the first batch of its shape).
+      seconds: from tokens on the host to tokens on the host, without compilation.
+      compile_seconds: of compilation, for the first batch of its shape.
     """
 
     number: int
     indices: tuple[int, ...]
     answers: tuple[tuple[Answer, ...], ...]
     seconds: float
-    compiled: bool
+    compile_seconds: float
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], max_input_length: int) -> None:
@@ -113,6 +115,7 @@ def generate_batches(
     settings: GenerationSettings,
     *,
     eos_id: int = 1,
+    sentinels: Sequence[int] = (),
     skip: Collection[int] = (),
 ) -> Iterator[AnsweredBatch]:
     """Answers to prompts, batch by batch in the order of `plan_batches`.
@@ -123,6 +126,8 @@ def generate_batches(
       prompts: ids of each prompt, with its eos.
       settings: how to generate.
       eos_id: ends an answer.
+      sentinels: ids of the vocabulary's sentinels, for `settings.stop_when_filled`; without any,
+        eos alone ends an answer.
       skip: numbers of batches that need not be answered.
 
     Raises:
@@ -130,17 +135,25 @@ def generate_batches(
     """
     check_prompt_lengths(prompts, settings.max_input_length)
     rows = min(settings.batch_size, len(prompts))
-    shapes: set[tuple[int, ...]] = set()
     for number, indices in enumerate(plan_batches(prompts, settings)):
         if number in skip:
             continue
         start = time.perf_counter()
         tokens = pad_prompts([prompts[i] for i in indices], rows, settings.max_input_length)
-        generated = _generate(module, variables, tokens, settings, number, eos_id)
-        answers = answers_of(generated, len(indices), settings.num_decodes, eos_id)
-        seconds = time.perf_counter() - start
-        yield AnsweredBatch(number, indices, answers, seconds, tokens.shape not in shapes)
-        shapes.add(tokens.shape)
+        blanks = _blanks(module, settings, tokens, sentinels)
+        with CompileTime() as compiling:
+            generated = _generate(module, variables, tokens, settings, number, eos_id, blanks)
+            answers = answers_of(generated, len(indices), settings.num_decodes, eos_id)
+        if blanks is not None:  # behind the last sentinel are zeros
+            answers = tuple(
+                tuple(
+                    Answer(until_filled(answer.tokens, prompts[i], sentinels), answer.score)
+                    for answer in best_first
+                )
+                for i, best_first in zip(indices, answers, strict=True)
+            )
+        seconds = time.perf_counter() - start - compiling.seconds
+        yield AnsweredBatch(number, indices, answers, seconds, compiling.seconds)
 
 
 def _generate(
@@ -150,6 +163,7 @@ def _generate(
     settings: GenerationSettings,
     number: int,
     eos_id: int,
+    blanks: Blanks | None,
 ) -> Generated:
     if settings.method == "beam":
         return beam_generate(
@@ -169,9 +183,25 @@ def _generate(
         max_decode_length=settings.max_decode_length,
         num_decodes=settings.num_decodes,
         eos_id=eos_id,
+        blanks=blanks,
         rescale_log_probs=False,  # scores that can be compared between settings
         **settings.sampling(),
     )
+
+
+def _blanks(
+    module: SwitchTransformer,
+    settings: GenerationSettings,
+    tokens: Int[np.ndarray, "rows length"],
+    sentinels: Sequence[int],
+) -> Blanks | None:
+    """Return the blanks of prompts where an answer may end with them."""
+    ranked = settings.method == "beam" or settings.num_decodes > 1
+    if not settings.stop_when_filled or ranked or not sentinels:
+        return None
+    if module.config.eval_capacity_factor is not None:
+        return None
+    return blanks_of(tokens, sentinels)
 
 
 def stream_prompt(
@@ -182,8 +212,9 @@ def stream_prompt(
     *,
     number: int = 0,
     eos_id: int = 1,
+    sentinels: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Yield the ids of the answer to one prompt as they come, the last is eos or the limit.
+    """Yield the ids of the answer to one prompt as they come, the last is what ends it.
 
     The answer is that of `generate_batches` with a batch size of 1, where the prompt is batch
     `number`.
@@ -194,13 +225,15 @@ def stream_prompt(
     """
     settings.check_streamable()
     check_prompt_lengths([prompt], settings.max_input_length)
+    padded = pad_prompts([prompt], 1, settings.max_input_length)
     for tokens in stream_tokens(
         module,
         variables,
-        pad_prompts([prompt], 1, settings.max_input_length),
+        padded,
         batch_key(settings.seed, number),
         max_decode_length=settings.max_decode_length,
         eos_id=eos_id,
+        blanks=_blanks(module, settings, padded, sentinels),
         **settings.sampling(),
     ):
         yield int(tokens[0])

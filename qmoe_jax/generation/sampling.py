@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from qmoe_jax.generation.blanks import Blanks, fill
 from qmoe_jax.generation.step import (
     Cache,
     Generated,
@@ -24,6 +25,7 @@ from qmoe_jax.generation.step import (
     model_step,
 )
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.varying import varying_as, varying_zeros
 
 # T5X's minus infinity for masked logits and scores.
 NEG_INF = -1.0e7
@@ -44,6 +46,7 @@ class SamplingState:
       log_prob: float32 [rows], of what was generated.
       key: for the next step.
       cache: of the model.
+      blanks: where a row also ends when its blanks are filled; None where only eos ends it.
     """
 
     position: Array
@@ -52,6 +55,7 @@ class SamplingState:
     log_prob: Array
     key: Array
     cache: Cache
+    blanks: Blanks | None = None
 
 
 def top_k_mask(
@@ -95,7 +99,7 @@ def _largest_threshold(
         weight = jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1)
         return jnp.where(weight >= min_weight, candidate, threshold)
 
-    return lax.fori_loop(0, 32, try_bit, jnp.zeros(keys.shape[:1], jnp.uint32))
+    return lax.fori_loop(0, 32, try_bit, varying_zeros(keys.shape[:1], jnp.uint32, keys))
 
 
 def sample_token(
@@ -132,7 +136,7 @@ def sample_token(
     def most_probable() -> tuple[Array, Array]:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if rescale_log_probs:
-            return token, jnp.zeros(token.shape, jnp.float32)
+            return token, varying_zeros(token.shape, jnp.float32, token)
         return token, _log_prob(logits, token)
 
     return lax.cond(temperature > MIN_TEMPERATURE, sample, most_probable)
@@ -145,16 +149,18 @@ def _log_prob(
     return jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
 
 
-def start_sampling(cache: Cache, rows: int, key: Array) -> SamplingState:
+def start_sampling(
+    cache: Cache, rows: int, key: Array, blanks: Blanks | None = None
+) -> SamplingState:
     """Return the state before the first step: 0 is also the begin-of-sequence."""
-    return SamplingState(
-        position=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((rows, 1), jnp.int32),
-        ended=jnp.zeros((rows,), bool),
-        log_prob=jnp.zeros((rows,), jnp.float32),
-        key=key,
-        cache=cache,
+    of_rows = (
+        jnp.zeros((rows, 1), jnp.int32),
+        jnp.zeros((rows,), bool),
+        jnp.zeros((rows,), jnp.float32),
     )
+    tokens, ended, log_prob = varying_as(of_rows, cache)
+    blanks = varying_as(blanks, cache)
+    return SamplingState(jnp.zeros((), jnp.int32), tokens, ended, log_prob, key, cache, blanks)
 
 
 def advance(
@@ -179,13 +185,19 @@ def advance(
     token, log_prob = sample_token(logits, this_key, **sampling)
     token = jnp.where(state.ended, 0, token)
     full = state.position + 1 >= max_decode_length
+    ended = state.ended | (token == eos_id) | full
+    blanks = state.blanks
+    if blanks is not None:
+        blanks, filled = fill(blanks, token)
+        ended = ended | filled
     return SamplingState(
         position=state.position + 1,
         tokens=token[:, None],
-        ended=state.ended | (token == eos_id) | full,
+        ended=ended,
         log_prob=state.log_prob + jnp.where(state.ended, 0.0, log_prob),
         key=next_key,
         cache=cache,
+        blanks=blanks,
     )
 
 
@@ -197,6 +209,7 @@ def temperature_sample(
     *,
     max_decode_length: int,
     eos_id: Int[Array, ""] | int = 1,
+    blanks: Blanks | None = None,
     **sampling: Any,
 ) -> tuple[Int[Array, "rows max_decode_length"], Float[Array, "rows"]]:
     """Generate every row until it has ended: tokens, 0 after eos, and log probabilities.
@@ -208,6 +221,7 @@ def temperature_sample(
       key: a PRNG key.
       max_decode_length: number of tokens to generate at most.
       eos_id: the token that ends a row.
+      blanks: of the rows' prompts; a row ends when they are filled too.
       **sampling: of `sample_token`.
     """
 
@@ -219,7 +233,8 @@ def temperature_sample(
         new = advance(step, state, max_decode_length=max_decode_length, eos_id=eos_id, **sampling)
         return new, lax.dynamic_update_slice(generated, new.tokens, (0, state.position))
 
-    start = start_sampling(cache, rows, key), jnp.zeros((rows, max_decode_length), jnp.int32)
+    generated = varying_as(jnp.zeros((rows, max_decode_length), jnp.int32), cache)
+    start = start_sampling(cache, rows, key, blanks), generated
     state, generated = lax.while_loop(running, body, start)
     return generated, state.log_prob
 
@@ -241,6 +256,7 @@ def sample_generate(
     top_p: Number = 0.0,
     eos_id: Int[Array, ""] | int = 1,
     rescale_log_probs: bool = True,
+    blanks: Blanks | None = None,
 ) -> Generated:
     """Sample `num_decodes` answers per example with a KV cache, in one compiled loop.
 
@@ -260,6 +276,8 @@ def sample_generate(
       top_p: 0 keeps all tokens.
       eos_id: ends a sequence; what follows is 0.
       rescale_log_probs: whether temperature and masks count in the scores.
+      blanks: of the rows' prompts, batch * num_decodes of them; an answer then ends when they are
+        filled too. None is T5X's way: eos alone ends it.
     """
     encoded = encode_prompts(module, variables, encoder_input_tokens)
     batch = encoder_input_tokens.shape[0]
@@ -270,6 +288,7 @@ def sample_generate(
         key,
         max_decode_length=max_decode_length,
         eos_id=eos_id,
+        blanks=blanks,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

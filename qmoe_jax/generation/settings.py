@@ -15,6 +15,10 @@ class GenerationSettings:
       method: "greedy", "beam" (T5X's beam search) or "sample" (T5X's temperature sampling).
       num_decodes: answers per prompt: samples, or the best of the beams; 1 when greedy.
       max_decode_length: tokens to generate at most.
+      stop_when_filled: end an answer with the sentinel that completes its last blank instead of
+        eos. Filled texts are the same. Several answers to a prompt, which are ranked by all that is
+        generated, go on to eos in any case, and so does a model with a capacity factor, where rows
+        that end early would leave room to others.
       beam_size: beams of "beam".
       alpha: strength of the brevity penalty of "beam".
       temperature: of "sample"; 0 is greedy.
@@ -41,6 +45,7 @@ class GenerationSettings:
     seed: int = 0
     batch_size: int = 8
     max_input_length: int = 512
+    stop_when_filled: bool = True
 
     def __post_init__(self):
         if self.method not in METHODS:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from qmoe_jax.models.attention import PROJECTED
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.varying import varying_as
 
 Variables = Mapping[str, Any]
 Cache = Any
@@ -96,7 +97,8 @@ def empty_cache(
         )
 
     _, state = jax.eval_shape(create, tokens)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state["cache"])
+    cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state["cache"])
+    return varying_as(cache, (variables, encoded))
 
 
 def decode_step(

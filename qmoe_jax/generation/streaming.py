@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from qmoe_jax.generation.blanks import Blanks
 from qmoe_jax.generation.sampling import SamplingState, advance, start_sampling
 from qmoe_jax.generation.step import (
     Encoded,
@@ -25,11 +26,12 @@ def _start_stream(
     variables: Variables,
     encoder_input_tokens: Int[Array, "batch encoder_length"],
     key: Array,
+    blanks: Blanks | None,
     max_decode_length: int,
 ) -> tuple[Encoded, SamplingState]:
     encoded = encode_prompts(module, variables, encoder_input_tokens)
     cache = empty_cache(module, variables, encoded, max_decode_length)
-    return encoded, start_sampling(cache, encoder_input_tokens.shape[0], key)
+    return encoded, start_sampling(cache, encoder_input_tokens.shape[0], key, blanks)
 
 
 @functools.partial(
@@ -63,6 +65,7 @@ def stream_tokens(
     top_k: int = 0,
     top_p: float = 0.0,
     eos_id: Int[Array, ""] | int = 1,
+    blanks: Blanks | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield each step's tokens, int32 [batch], as soon as they are there; 0 after eos.
 
@@ -79,6 +82,7 @@ def stream_tokens(
       top_k: 0 keeps all tokens.
       top_p: 0 keeps all tokens.
       eos_id: ends a sequence.
+      blanks: of the prompts; a sequence ends when they are filled too.
     """
     key = jax.random.key(0) if key is None else key
     sampling = {
@@ -87,7 +91,12 @@ def stream_tokens(
         "top_p": jnp.asarray(top_p, jnp.float32),
     }
     encoded, state = _start_stream(
-        module, variables, jnp.asarray(encoder_input_tokens), jnp.array(key), max_decode_length
+        module,
+        variables,
+        jnp.asarray(encoder_input_tokens),
+        jnp.array(key),
+        blanks,
+        max_decode_length,
     )
     ended = False
     while not ended:

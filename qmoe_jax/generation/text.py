@@ -58,7 +58,7 @@ class Vocabulary:
         file = local_path(path, "the vocabulary", TokensError)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(file))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise TokensError(
                 f"cannot read a sentencepiece model from {os.fspath(path)!r} ({error}); give the "
                 "sentencepiece.model that the checkpoint was trained with (copy gs:// files first)"
@@ -77,6 +77,11 @@ class Vocabulary:
             self._len += _EXTRA_IDS
             self._sentinels = {self._len - 1 - i: f"<extra_id_{i}>" for i in range(_EXTRA_IDS)}
         self._sentinel_ids = {piece: i for i, piece in self._sentinels.items()}
+
+    @property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """Ids of all sentinels."""
+        return tuple(self._sentinels)
 
     def __len__(self) -> int:
         return self._len
@@ -214,7 +219,14 @@ def generate(
     check_vocabulary(vocabulary, module.config.num_embeddings)
     ids = encode_prompts(vocabulary, prompts)
     answers: list[list[Filled]] = [[] for _ in prompts]
-    for batch in generate_batches(module, variables, ids, settings, eos_id=vocabulary.eos_id):
+    for batch in generate_batches(
+        module,
+        variables,
+        ids,
+        settings,
+        eos_id=vocabulary.eos_id,
+        sentinels=vocabulary.sentinel_ids,
+    ):
         for i, best_first in zip(batch.indices, batch.answers, strict=True):
             answers[i] = [filled(prompts[i], answer, vocabulary) for answer in best_first]
     return answers

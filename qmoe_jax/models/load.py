@@ -26,7 +26,7 @@ from qmoe_jax.errors import CheckpointError, CudaError
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cuda.kernels import check_coded
-from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
+from qmoe_jax.ops.cuda.launcher import cuda_is_available
 from qmoe_jax.ops.expert_parallel import (
     check_split,
     expert_mesh,
@@ -35,6 +35,7 @@ from qmoe_jax.ops.expert_parallel import (
     split_dense,
 )
 from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
+from qmoe_jax.ops.products import check_choice
 
 
 def load_switch(
@@ -46,7 +47,7 @@ def load_switch(
     max_group_size: int | None = None,
     train_capacity_factor: float | None = None,
     min_expert_capacity: int | None = None,
-    implementation: str = "xla",
+    implementation: str = "auto",
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a Switch Transformer from a native T5X or a compressed checkpoint.
 
@@ -79,12 +80,7 @@ def load_switch(
       CudaError: "cuda" without a GPU, without CuPy, without codes, or with codes that its kernels
         do not take.
     """
-    if implementation not in ("xla", "cuda", "auto"):
-        raise ValueError(
-            f"implementation is {implementation!r}; it must be 'xla', 'cuda' or 'auto'"
-        )
-    if implementation == "cuda":
-        current_launcher()  # refuses before anything is read
+    check_choice(implementation)
     if isinstance(activation_dtype, str) and activation_dtype == "auto":
         activation_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(activation_dtype)

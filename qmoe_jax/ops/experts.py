@@ -26,6 +26,11 @@ class DenseExperts:
 
     kernel: Array
 
+    @property
+    def leaves(self) -> tuple[Array, ...]:
+        """The arrays that kernels are fetched from."""
+        return (self.kernel,)
+
     def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
         """One expert's kernel in the activation dtype."""
         return lax.dynamic_index_in_dim(self.kernel, expert, keepdims=False).astype(dtype)
@@ -48,6 +53,11 @@ class CodedExperts:
     arrays: Mapping[str, Array]
     in_features: int
     row_block_starts: Array | None = None
+
+    @property
+    def leaves(self) -> tuple[Array, ...]:
+        """The arrays that kernels are fetched from."""
+        return tuple(self.arrays.values())
 
     @property
     def out_features(self) -> int:

@@ -24,6 +24,7 @@ def grouped_mlp(
     num_experts: int,
     fetch_wi: Sequence[KernelFetch],
     fetch_wo: KernelFetch,
+    fetched_from: Sequence[Array] = (),
     activation: Callable[[list[Array]], Array],
     block_size: int = 128,
 ) -> Float[Array, "tokens embed"]:
@@ -35,6 +36,7 @@ def grouped_mlp(
       num_experts: number of experts.
       fetch_wi: one fetch for `wi`, two for gated `wi_0`, `wi_1`.
       fetch_wo: fetch for `wo`.
+      fetched_from: see `grouped_apply`.
       activation: maps the list of input projections [block, mlp] to the hidden layer.
       block_size: tokens that are multiplied at a time.
 
@@ -57,6 +59,7 @@ def grouped_mlp(
         num_experts=num_experts,
         out_features=x.shape[1],
         fetch=fetch,
+        fetched_from=fetched_from,
         run=run,
         block_size=block_size,
     )
@@ -75,6 +78,7 @@ def grouped_apply(
     out_features: int,
     fetch: Callable[[Int[Array, ""]], Any],
     run: Callable[[Float[Array, "block in"], Any], Float[Array, "block out"]],
+    fetched_from: Sequence[Array] = (),
     block_size: int = 128,
 ) -> Float[Array, "tokens out"]:
     """run(tokens, fetch(expert)) for every expert that has tokens.
@@ -86,6 +90,8 @@ def grouped_apply(
       out_features: width of what `run` returns.
       fetch: an expert's kernels, for a traced scalar index; called once an expert.
       run: a block of tokens through an expert; each row of its own.
+      fetched_from: the arrays that `fetch` reads. Inside `jax.shard_map` outputs differ from device
+        to device where any of them does.
       block_size: tokens that are run at a time.
 
     Returns:
@@ -123,6 +129,8 @@ def grouped_apply(
 
         return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
 
-    outputs = varying_zeros((num_tokens + block, out_features), x.dtype, x, expert_index)
+    outputs = varying_zeros(
+        (num_tokens + block, out_features), x.dtype, x, expert_index, *fetched_from
+    )
     outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
     return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)

@@ -26,6 +26,8 @@ from qmoe_jax.ops.experts import CodedExperts, Experts
 from qmoe_jax.ops.grouped_mlp import KernelFetch, dot_precision, grouped_apply, grouped_mlp
 
 IMPLEMENTATIONS = ("xla", "cuda")
+# What a user may choose; "auto" becomes one of the others when a model is loaded.
+CHOICES = ("auto", *IMPLEMENTATIONS)
 
 
 def compressed_product(
@@ -68,6 +70,7 @@ def compressed_product(
         num_experts=num_experts,
         out_features=out_features,
         fetch=fetch,
+        fetched_from=experts.leaves,
         run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
     )
 
@@ -114,6 +117,7 @@ def expert_mlp(
         num_experts=num_experts,
         fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
         fetch_wo=kernel_fetch(wo, x.dtype, implementation),
+        fetched_from=[array for kernel in (*wi, wo) for array in kernel.leaves],
         activation=activation,
     )
 
@@ -124,6 +128,21 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
         )
+
+
+def check_choice(implementation: str) -> None:
+    """Refuse what no model can be loaded with, before anything is read.
+
+    Raises:
+      ValueError: a name that is none of `CHOICES`.
+      CudaError: "cuda" without a GPU or CuPy.
+    """
+    if implementation not in CHOICES:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {', '.join(CHOICES)}"
+        )
+    if implementation == "cuda":
+        current_launcher()
 
 
 def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> KernelFetch:
@@ -146,8 +165,11 @@ def _is_fused(
     for kernel in experts:
         kernels.check_coded(kernel)
         settings = kernels.settings_for(launcher, kernel)
-        most = min(settings.fused_tokens_per_expert * num_experts, settings.fused_tokens)
-        if x.shape[0] > most or not kernels.largest_tile(launcher, kernel):
+        has_matmul = kernels.has_matmul(launcher, kernel)
+        most = settings.matmul_most_per_expert if has_matmul else settings.fused_tokens_per_expert
+        if x.shape[0] > min(most * num_experts, settings.fused_tokens):
+            return False
+        if not kernels.largest_tile(launcher, kernel):
             return False
     return True
 

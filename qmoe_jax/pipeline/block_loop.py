@@ -27,6 +27,7 @@ from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes, return_free_memory
 from qmoe_jax.pipeline.samples import Samples, Stack
 from qmoe_jax.pipeline.schedule import LayerSchedule
+from qmoe_jax.progress import Progress
 
 Routing = tuple[Int[np.ndarray, "rows"], Float[np.ndarray, "rows"]]
 
@@ -71,7 +72,7 @@ class BlockLoop:
         embedding = dense.read(names.EMBEDDING)
         total = config.num_encoder_layers + config.num_decoder_layers
         validation = None
-        with self.run.progress(total=total, desc="compress", unit="layer", leave=True) as bar:
+        with self.run.progress(total=total, title="compress", unit="layers", each=True) as bar:
             encoded = self._stack("encoder", embedding, None, bar)
             decoded = self._stack("decoder", embedding, encoded, bar)
         if config.tied_logits:
@@ -99,7 +100,7 @@ class BlockLoop:
         )
 
     def _stack(
-        self, stack: Stack, embedding: np.ndarray, encoded: ListBuffer | None, bar: Any
+        self, stack: Stack, embedding: np.ndarray, encoded: ListBuffer | None, bar: Progress
     ) -> ListBuffer | None:
         """Run all layers of a stack; return its normalised outputs."""
         config = self.run.config
@@ -118,7 +119,7 @@ class BlockLoop:
         residual_dtype = self.run.settings.activation_dtype
         num_layers = getattr(config, f"num_{stack}_layers")
         for layer in range(num_layers):
-            bar.set_postfix_str(f"{stack} layer {layer}")
+            bar.note(f"{stack} layer {layer}")
             params = self.dense.read_layer(stack, layer)
             routing = None
             started = time.monotonic()
@@ -140,7 +141,7 @@ class BlockLoop:
         assert self.samples is not None
         lengths = self.samples.lengths[stack]
         with self.run.progress(
-            total=int(lengths.sum()), desc=description, unit="token", unit_scale=True
+            total=int(lengths.sum()), title=description, unit="tokens", scaled=True, inner=True
         ) as bar:
             for batch in self.samples.batches(self.batch_size):
                 yield batch

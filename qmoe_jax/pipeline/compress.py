@@ -6,10 +6,11 @@ import functools
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import TokenFile, read_tokens
@@ -18,13 +19,15 @@ from qmoe_jax.checkpoints.manifest import FORMAT_VERSION
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.errors import TokensError
+from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import check_choice
+from qmoe_jax.outputs import check_is_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
-from qmoe_jax.pipeline.journal import Journal
+from qmoe_jax.pipeline.journal import Journal, check_journal_folder
 from qmoe_jax.pipeline.kernel_reader import KernelReader, cache_bytes
 from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
@@ -32,6 +35,8 @@ from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
+from qmoe_jax.progress import Progress
+from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -51,6 +56,7 @@ def compress(
     log: PathLike | None = None,
     num_devices: int | None = 1,
     separate_evaluation: bool = False,
+    implementation: str = "auto",
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -80,6 +86,7 @@ def compress(
       num_devices: devices of each process to spread experts and samples over; all where None.
         `expert_batch` experts go to each.
       separate_evaluation: load the output again and evaluate it on the validation tokens.
+      implementation: of that evaluation's products with codes, as in `load_switch`.
       progress: show progress bars.
       settings: how to compress; the paper's ternary GPTQ where None.
       **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
@@ -104,9 +111,13 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    check_choice(implementation)
     run_log = RunLog(log)
-    work_folder = None if work_dir is None else local_path(work_dir, "work_dir")
-    buffers = None if buffer_dir is None else local_path(buffer_dir, "buffer_dir")
+    inputs = _paths(checkpoint, tokens, validation_tokens)
+    buffers, work_folder = _folder(buffer_dir, "buffer_dir"), _folder(work_dir, "work_dir")
+    if work_folder is not None:
+        check_is_no_input(work_folder, "work_dir", inputs)
+        check_journal_folder(work_folder)
     devices, processes = Devices.local(num_devices), Processes()
     source, config = _open(checkpoint, chosen, devices)
     calibration, validation, samples = None, None, None
@@ -121,12 +132,12 @@ def compress(
         )
     described = _describe(calibration)
     facts = _determining_facts(source, config, chosen, described, devices, processes)
-    bar = functools.partial(tqdm, disable=not (progress and processes.is_primary), leave=False)
+    show = functools.partial(show_progress, shown=progress and processes.is_primary)
     with contextlib.ExitStack() as stack:
         writer = CompressedCheckpointWriter(
             output,
             overwrite=overwrite,
-            inputs=_paths(checkpoint, tokens, validation_tokens),
+            inputs=inputs,
             is_primary=processes.is_primary,
         )
         work = writer.work_folder if work_folder is None else os.fspath(work_folder)
@@ -136,7 +147,7 @@ def compress(
             work = os.path.join(work, f"process_{processes.index}")
         journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
         processes.barrier("output claimed")
-        run = Run(source, config, chosen, writer, journal, devices, processes, bar)
+        run = Run(source, config, chosen, writer, journal, devices, processes, show)
         schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
         reader = stack.enter_context(KernelReader(source, run.kernel_names, reads))
@@ -151,7 +162,9 @@ def compress(
         if work_dir is not None:
             journal.clear()
     if separate_evaluation and validation is not None and processes.is_primary:
-        report.separate_validation = _evaluate_output(output, validation, chosen, bar)
+        report.separate_validation = _evaluate_output(
+            output, validation, chosen, implementation, show
+        )
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
     if processes.is_primary:
@@ -195,6 +208,17 @@ def _paths(*given: PathLike | TokenFile | None) -> list[PathLike]:
     return [path for path in given if isinstance(path, str | os.PathLike)]
 
 
+def _folder(path: PathLike | None, what: str) -> Path | None:
+    """Return a folder that the run may write to, before it does; None is none."""
+    if path is None:
+        return None
+    folder = local_path(path, what)
+    check_writable(folder, what)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{what} is {folder}, a file; give a folder")
+    return folder
+
+
 def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
     """Return the examples that this process sends through the model."""
     share = processes.share(len(tokens))
@@ -202,12 +226,18 @@ def _share(tokens: TokenFile, processes: Processes) -> TokenFile:
 
 
 def _evaluate_output(
-    output: PathLike, tokens: TokenFile, settings: CompressionSettings, bar: Any
+    output: PathLike,
+    tokens: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    show: Callable[..., Progress],
 ) -> LossReport:
-    module, variables = load_switch(output, settings.activation_dtype)
+    module, variables = load_switch(
+        output, settings.activation_dtype, implementation=implementation
+    )
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
-    with bar(batches, desc="separate evaluation", unit="batch") as shown:
-        return evaluate_loss(module, variables, shown)
+    shown = show(batches, title="separate evaluation", unit="batches")
+    return evaluate_loss(module, variables, shown)
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:

@@ -75,11 +75,11 @@ def run_expert_layer(
       CheckpointError: the source cannot be read or the output not be written.
     """
     title = f"{layer.stack} layer {layer.layer}: experts"
-    with run.progress(total=len(run.experts), desc=title, unit="expert") as bar:
+    with run.progress(total=len(run.experts), title=title, unit="experts", inner=True) as bar:
 
         def done(num_experts: int) -> None:
             if reader.seconds:
-                bar.set_postfix_str(f"{reader.num_bytes / reader.seconds / 1e9:.2f} GB/s read")
+                bar.note(f"{reader.num_bytes / reader.seconds / 1e9:.2f} GB/s read")
             bar.update(num_experts)
 
         steps = _steps(run, layer, norm_scale, tokens, done)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,13 +20,34 @@ import numpy as np
 
 from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.errors import CheckpointError
+from qmoe_jax.outputs import is_json_object
 from qmoe_jax.pipeline.schedule import Finished
-from qmoe_jax.run_folder import difference, lock_folder
+from qmoe_jax.run_folder import check_own_folder, difference, lock_folder
 
 _RUN = "run.json"
 _LAYER = ".layer.json"
 _BATCH = ".npz"
 _LOCK = "lock"
+_OWN = re.compile(r"\w+_layer_\d+(\.layer\.json|_experts_\d+_\d+\.npz)")
+
+
+def check_journal_folder(folder: Path) -> None:
+    """Refuse a user's folder with files that a journal would take for its own, and delete.
+
+    Args:
+      folder: need not be there; one of several processes has its journal in a folder below it.
+
+    Raises:
+      CheckpointError: such a folder.
+    """
+    is_run = is_json_object(folder / _RUN, ("checkpoint", "settings", "versions"))
+
+    def is_own(name: str) -> bool:
+        if name == _RUN:
+            return is_run
+        return not name.endswith((_BATCH, _LAYER)) or _OWN.fullmatch(name) is not None
+
+    check_own_folder(folder, is_own)
 
 
 class Journal:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint
@@ -10,6 +9,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.journal import Journal
 from qmoe_jax.pipeline.processes import Processes
+from qmoe_jax.progress import Progress
 from qmoe_jax.quantization.settings import CompressionSettings
 
 
@@ -25,7 +25,7 @@ class Run:
       journal: what is finished.
       devices: of this process.
       processes: that take part.
-      progress: makes a progress bar, with tqdm's arguments.
+      progress: shows how far a loop is: `progress.progress`, or one that shows nothing.
     """
 
     source: T5XCheckpoint
@@ -35,7 +35,7 @@ class Run:
     journal: Journal
     devices: Devices
     processes: Processes
-    progress: Callable[..., Any]
+    progress: Callable[..., Progress]
 
     @property
     def kernel_names(self) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.paths import local_path
+from qmoe_jax.outputs import output_file
 
 
 class RunLog:
@@ -23,8 +24,12 @@ class RunLog:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None):
-        """Open the log; None logs nothing."""
-        self._path = None if path is None else local_path(path, "the log")
+        """Open the log; None logs nothing.
+
+        Raises:
+          CheckpointError: nothing can be written there, or another file is there.
+        """
+        self._path = None if path is None else output_file(path, "the log", _is_log)
 
     def write(self, event: str, **fields: Any) -> None:
         """Add a line.
@@ -40,6 +45,15 @@ class RunLog:
                 file.write(line + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write the log {self._path}: {error}") from error
+
+
+def _is_log(file: Path) -> bool:
+    """Whether the file begins as a log does."""
+    try:
+        with open(file, "rb") as lines:
+            return "event" in json.loads(lines.readline())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def peak_host_bytes() -> int:

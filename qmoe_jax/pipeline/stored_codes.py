@@ -24,9 +24,7 @@ def encode_codes(
     return encode(codes, levels, coding)
 
 
-def stored_bits(
-    codes: UInt8[np.ndarray, "experts rows width"], levels: Levels, coding: str
-) -> int:
+def stored_bits(codes: UInt8[np.ndarray, "experts rows width"], levels: Levels, coding: str) -> int:
     """Return the bits that experts take where they are stored."""
     return int(expert_bits(encode_codes(codes, levels, coding)).sum())
 

@@ -13,7 +13,7 @@ from qmoe_jax.calibration.tokens import TokenFile
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape, parameter_shapes
 from qmoe_jax.checkpoints.read_config import read_config
-from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import TokensError
@@ -33,6 +33,7 @@ class ModelFacts:
       shapes: shape of every parameter.
       dtypes: name of its dtype.
       chunks: shape of its chunks; None where no checkpoint was opened.
+      source: the checkpoint; None where none was opened.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelFacts:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
     chunks: Mapping[str, Shape] | None
+    source: T5XCheckpoint | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "ModelFacts":
@@ -55,6 +57,7 @@ class ModelFacts:
             shapes=source.shapes,
             dtypes={name: dtype.name for name, dtype in source.dtypes.items()},
             chunks={name: source.chunk_shape(name) for name in source.names},
+            source=source,
         )
 
     @classmethod

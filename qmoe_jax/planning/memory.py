@@ -15,7 +15,7 @@ from qmoe_jax.host_threads import num_threads
 from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.public_checkpoints import Device
-from qmoe_jax.planning.sizes import layer_bytes, layer_settings
+from qmoe_jax.planning.sizes import ZeroShare, layer_bytes, layer_settings, most_layer_bytes
 from qmoe_jax.quantization import host_gptq
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -26,6 +26,8 @@ _PROGRAM_BYTES = 10**9  # Python, JAX, compiled programs; 0.25 GB on CPU, more w
 # float32 copies that GPTQ works on, per expert at once: of the kernel (the kernel itself, its
 # updated block, errors, codes) and of the Hessian (damped, factor, panel, corner).
 _GPTQ_COPIES = 4
+_JOURNAL_HEADERS = 16384  # of the arrays of a kernel of a batch in its file
+_EXPERT_RECORD = 1024  # what is known of an expert, in that file and in the record of its layer
 _ATTENTION_COPIES = 3  # scores, their bias, probabilities
 _HIDDEN_COPIES = 6  # residual stream, norm, query, key, value, attended
 
@@ -76,7 +78,6 @@ def host_memory(
     tokens: TokenFacts,
     settings: CompressionSettings,
     *,
-    zeros: Mapping[str, float],
     buffers_on_disk: bool,
 ) -> Parts:
     """Return what the host holds at its peak: in the decoder, when a batch of experts is done.
@@ -85,7 +86,6 @@ def host_memory(
       model: the checkpoint.
       tokens: what flows through it.
       settings: of the run.
-      zeros: share of zero weights, by grid.
       buffers_on_disk: hidden states are memory-mapped.
     """
     config = model.config
@@ -94,7 +94,7 @@ def host_memory(
     rows = max(tokens.tokens.values())
     file_bytes = 4 * (tokens.file_lengths["encoder"] + 3 * tokens.file_lengths["decoder"])
     expert_bytes = sum(math.prod(model.shapes[n]) for n in model.expert_names)
-    coded = coded_layer_bytes(model, settings, zeros) * batch // config.num_experts
+    coded = most_coded_layer_bytes(model, settings) * batch // config.num_experts
     batch_rows = settings.batch_size * max(tokens.lengths.values()) * config.embed_dim
     chunk_rows = batch * settings.token_chunk * config.embed_dim
     # Kernels become float32 as they are read.
@@ -126,11 +126,26 @@ def host_memory(
 
 
 def coded_layer_bytes(
-    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
+    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, ZeroShare]
 ) -> int:
     """Return the coded bytes of the largest sparse layer."""
     layers = layer_settings(model.config, settings).values()
     return round(max(layer_bytes(model.config, own, zeros) for own in layers))
+
+
+def most_coded_layer_bytes(model: ModelFacts, settings: CompressionSettings) -> int:
+    """Bound the coded bytes of the largest sparse layer, whatever its weights."""
+    layers = layer_settings(model.config, settings).values()
+    return max(most_layer_bytes(model.config, own) for own in layers)
+
+
+def most_journal_bytes(model: ModelFacts, settings: CompressionSettings) -> int:
+    """Bound the bytes of the batches of one layer that wait for the rest of it."""
+    config = model.config
+    batches = math.ceil(config.num_experts / settings.expert_batch)
+    kernels = batches * (len(config.wi_names) + 1)
+    records = kernels * _JOURNAL_HEADERS + config.num_experts * _EXPERT_RECORD
+    return most_coded_layer_bytes(model, settings) + records
 
 
 def device_memory(
@@ -250,7 +265,7 @@ def disk(
     settings: CompressionSettings,
     output_bytes: int,
     *,
-    zeros: Mapping[str, float],
+    zeros: Mapping[str, ZeroShare],
     buffers_on_disk: bool,
     journal: bool,
 ) -> tuple[Parts, Parts]:
@@ -272,13 +287,12 @@ def fits_memory(
     tokens: TokenFacts,
     settings: CompressionSettings,
     resources: Resources,
-    zeros: Mapping[str, float],
 ) -> bool:
     """Whether device and host have the memory, as far as it is known."""
     on_cpu = resources.device.is_host
     _, on_device = peak(device_memory(model, tokens, settings, on_cpu=on_cpu))
     buffers_on_disk = resources.buffers_on_disk
-    parts = host_memory(model, tokens, settings, zeros=zeros, buffers_on_disk=buffers_on_disk)
+    parts = host_memory(model, tokens, settings, buffers_on_disk=buffers_on_disk)
     on_host = sum(parts.values())
     if on_cpu:
         on_host += on_device
@@ -292,13 +306,12 @@ def largest_expert_batch(
     tokens: TokenFacts,
     settings: CompressionSettings,
     resources: Resources,
-    zeros: Mapping[str, float],
 ) -> int:
     """Return how many experts of a layer, up to all, fit as a batch; 0 where not even one does."""
 
     def fits(batch: int) -> bool:
         changed = dataclasses.replace(settings, expert_batch=batch)
-        return fits_memory(model, tokens, changed, resources, zeros)
+        return fits_memory(model, tokens, changed, resources)
 
     # Memory only grows with the batch: bisect between a size that fits and one that does not.
     low, high = 0, model.config.num_experts + 1

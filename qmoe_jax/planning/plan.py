@@ -12,6 +12,7 @@ from qmoe_jax.planning.memory import (
     disk,
     host_memory,
     largest_expert_batch,
+    most_journal_bytes,
     peak,
 )
 from qmoe_jax.planning.sizes import (
@@ -19,6 +20,7 @@ from qmoe_jax.planning.sizes import (
     ZeroShare,
     compressed_size,
     layer_settings,
+    most_output_bytes,
     published_size,
     zero_share,
 )
@@ -40,7 +42,8 @@ class Plan:
       bytes_to_read: decoded from the checkpoint.
       host: parts of the host's peak, without what a CPU device holds.
       device: parts of each phase on the device.
-      output_disk: parts of what is written to the output's folder, at its peak.
+      output_disk: parts of what is expected to be in the output's folder at its peak.
+      most_output_disk: a bound on that, whatever the weights.
       buffer_disk: parts of what is written to the folder of the buffers.
       sizes: of the compressed model, the chosen coding first; ternary ones also in the paper's
         coding and in the published layout.
@@ -59,6 +62,7 @@ class Plan:
     host: dict[str, int]
     device: dict[str, dict[str, int]]
     output_disk: dict[str, int]
+    most_output_disk: int
     buffer_disk: dict[str, int]
     sizes: tuple[CompressedSize, ...]
     work: dict[str, Work]
@@ -99,6 +103,7 @@ class Plan:
             "device_memory": self.device,
             "device_memory_peak": {"phase": phase, "num_bytes": num_bytes},
             "output_disk": self.output_disk,
+            "most_output_disk": self.most_output_disk,
             "buffer_disk": self.buffer_disk,
             "sizes": [
                 dataclasses.asdict(size)
@@ -124,7 +129,7 @@ def make_plan(
     settings: CompressionSettings,
     resources: Resources,
     *,
-    zeros: ZeroShare | None = None,
+    zeros: Mapping[str, ZeroShare] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -133,34 +138,32 @@ def make_plan(
       tokens: what flows through it.
       settings: how it is compressed.
       resources: what there is to run on.
-      zeros: expected share of zero weights; `sizes.zero_share` where None.
+      zeros: expected share of zero weights, by grid; `sizes.zero_share` where there is none.
 
     Raises:
       TokensError: settings that need other tokens.
       ValueError: a zero share that is not between 0 and 1.
     """
-    settings.check_layers(model.config.sparse_layers)
+    config = model.config
+    settings.check_layers(config.sparse_layers)
     check_tokens(tokens, settings)
-    layers = layer_settings(model.config, settings).values()
+    layers = layer_settings(config, settings).values()
     shares = {
-        own.grid: zeros
-        or zero_share(
-            model.config, own.grid, settings.target_bits_per_weight or typical_bits(own.step)
-        )
+        own.grid: (zeros or {}).get(own.grid)
+        or zero_share(config, own.grid, settings.target_bits_per_weight or typical_bits(own.step))
         for own in layers
         if own.method != "none"
     }
-    values = {grid: share.value for grid, share in shares.items()}
-    for value in values.values():
-        if not 0 < value < 1:
-            raise ValueError(f"zero_share is {value}; it must be above 0 and below 1")
-    sizes = _sizes(model, settings, values)
+    for share in shares.values():
+        if not 0 < share.value < 1:
+            raise ValueError(f"zero_share is {share.value}; it must be above 0 and below 1")
+    sizes = _sizes(model, settings, shares)
     output_disk, buffer_disk = disk(
         model,
         tokens,
         settings,
         sizes[0].total,
-        zeros=values,
+        zeros=shares,
         buffers_on_disk=resources.buffers_on_disk,
         journal=resources.journal,
     )
@@ -173,11 +176,11 @@ def make_plan(
         resources=resources,
         zero_shares=shares,
         bytes_to_read=bytes_to_read,
-        host=host_memory(
-            model, tokens, settings, zeros=values, buffers_on_disk=resources.buffers_on_disk
-        ),
+        host=host_memory(model, tokens, settings, buffers_on_disk=resources.buffers_on_disk),
         device=device_memory(model, tokens, settings, on_cpu=on_cpu),
         output_disk=output_disk,
+        most_output_disk=most_output_bytes(config, model.shapes, model.dtypes, settings)
+        + (most_journal_bytes(model, settings) if resources.journal else 0),
         buffer_disk=buffer_disk,
         sizes=sizes,
         work=device_work(model, tokens, settings),
@@ -191,14 +194,14 @@ def make_plan(
             read_bytes_per_second=resources.read_bytes_per_second,
             write_bytes_per_second=resources.write_bytes_per_second,
         ),
-        largest_expert_batch=largest_expert_batch(model, tokens, settings, resources, values),
+        largest_expert_batch=largest_expert_batch(model, tokens, settings, resources),
         problems=(),
     )
     return dataclasses.replace(plan, problems=tuple(_problems(plan)))
 
 
 def _sizes(
-    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, float]
+    model: ModelFacts, settings: CompressionSettings, zeros: Mapping[str, ZeroShare]
 ) -> tuple[CompressedSize, ...]:
     config = model.config
     sizes = [compressed_size(config, model.shapes, model.dtypes, settings, zeros)]
@@ -212,7 +215,7 @@ def _sizes(
             sizes.append(compressed_size(config, model.shapes, model.dtypes, plain, zeros))
         # Hugging Face's models have no gated experts, the published layout no groups.
         if len(config.wi_names) == 1 and whole_rows:
-            sizes.append(published_size(config, model.shapes, zeros["ternary"]))
+            sizes.append(published_size(config, model.shapes, zeros["ternary"].value))
     return tuple(sizes)
 
 
@@ -253,13 +256,14 @@ def _problems(plan: Plan) -> list[str]:
 def _disk_problems(plan: Plan) -> list[str]:
     resources = plan.resources
     output, buffers = sum(plan.output_disk.values()), sum(plan.buffer_disk.values())
-    needs = [("the output", output, resources.output_disk_bytes)]
+    needs = [("the output needs", output, resources.output_disk_bytes)]
     if buffers and resources.same_disk:
-        needs = [("output and buffers together", output + buffers, resources.output_disk_bytes)]
+        together = output + buffers
+        needs = [("output and buffers together need", together, resources.output_disk_bytes)]
     elif buffers:
-        needs.append(("the buffers", buffers, resources.buffer_disk_bytes))
+        needs.append(("the buffers need", buffers, resources.buffer_disk_bytes))
     return [
-        f"disk: {what} need {format_bytes(needed)}, and {format_bytes(free)} are free. Choose "
+        f"disk: {what} {format_bytes(needed)}, and {format_bytes(free)} are free. Choose "
         "another disk or make room."
         for what, needed, free in needs
         if free is not None and needed > free

@@ -120,7 +120,7 @@ def devices() -> dict[str, Device]:
 def _read(name: str) -> Any:
     path = CONFIGS / name
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: it comes with the package and with a checkout; install "

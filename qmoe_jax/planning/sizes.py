@@ -49,6 +49,8 @@ _TWO_BIT_CODES = np.array([[1, 2, 0, 3], [2, 1, 3, 0]], np.uint8)  # by the row'
 # Arrays beside codes that have entries for rows, or for blocks of rows.
 _GROWING_WITH_ROWS = ("levels", "row_lengths", "block_lengths")
 
+_OFFSET_BYTES = 4  # behind the last expert of a kernel
+_METADATA_BYTES = 4096  # of an array: its .zarray and its part of the manifest, at the most
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
 _PUBLISHED_ROW_BITS = 32 + 32  # an int32 offset, two bfloat16 levels
@@ -57,10 +59,18 @@ _PUBLISHED_EXPERT_BITS = 32  # the offset behind the last row
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShare:
-    """Expected share of zero weights, and where the figure is from."""
+    """Expected codes of a grid.
+
+    Attributes:
+      value: share of zero weights.
+      source: where the figure is from.
+      nonzero: how the others fall on the symbols of 2-bit codes: the two values beside zero, and
+        the fourth.
+    """
 
     value: float
     source: str
+    nonzero: tuple[float, float, float] = _TWO_BIT_NONZERO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,14 +158,14 @@ def layer_settings(
 
 
 def layer_bytes(
-    config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, float]
+    config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, ZeroShare]
 ) -> float:
     """Estimate the coded bytes of all experts of one sparse layer.
 
     Args:
       config: geometry.
       settings: of the layer.
-      zeros: share of zero weights, by grid.
+      zeros: what codes are expected, by grid.
     """
     if settings.method == "none":
         return 0.0
@@ -166,8 +176,43 @@ def layer_bytes(
     return config.num_experts * bits / 8
 
 
-def _expert_bits(coding: str, out: int, width: int, zeros: float) -> float:
-    sample = sample_bits(coding, out, width, zeros)
+def most_layer_bytes(config: SwitchConfig, settings: CompressionSettings) -> int:
+    """Bound the coded bytes of all experts of one sparse layer, whatever their weights.
+
+    Args:
+      config: geometry.
+      settings: of the layer.
+    """
+    if settings.method == "none":
+        return 0
+    coding = codings.get_coding(settings.coding)
+    total = 0
+    for out, width in expert_kernel_shapes(config).values():
+        rows = stored_shape(width, out, settings.group_size)
+        total += config.num_experts * coding.most_bytes(*rows) + _OFFSET_BYTES
+    return total
+
+
+def most_output_bytes(
+    config: SwitchConfig,
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
+    settings: CompressionSettings,
+) -> int:
+    """Bound the bytes of all files of the checkpoint that `compress` writes; see its arguments."""
+    layers = layer_settings(config, settings)
+    coded = sum(most_layer_bytes(config, own) for own in layers.values())
+    arrays = 0
+    for own in layers.values():
+        if own.method != "none":
+            stored = len(codings.get_coding(own.coding).array_names)
+            arrays += stored * len(expert_kernel_shapes(config))
+    dense = _dense_bytes(config, shapes, dtypes, settings)
+    return coded + dense + (arrays + len(shapes)) * _METADATA_BYTES
+
+
+def _expert_bits(coding: str, out: int, width: int, zeros: ZeroShare) -> float:
+    sample = sample_bits(coding, out, width, zeros.value, zeros.nonzero)
     codes = sample.codes_per_weight * REAL_OVER_INDEPENDENT.get(coding, 1.0)
     return out * (width * codes + sample.per_row) + sample.per_expert
 
@@ -182,7 +227,13 @@ class SampleBits:
 
 
 @functools.lru_cache(maxsize=256)
-def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
+def sample_bits(
+    coding: str,
+    out: int,
+    width: int,
+    zeros: float,
+    nonzero: tuple[float, float, float] = _TWO_BIT_NONZERO,
+) -> SampleBits:
     """Encode a fixed sample of independent codes; cached in the process.
 
     Args:
@@ -190,9 +241,10 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
       out: rows of an expert; fewer are sampled where that would be over a million weights.
       width: weights in a row.
       zeros: share of zeros.
+      nonzero: see `ZeroShare`.
     """
     rows = max(1, min(out, _SAMPLE_WEIGHTS // (_SAMPLE_EXPERTS * width)))
-    codes, levels = _independent_codes(coding, rows, width, zeros)
+    codes, levels = _independent_codes(coding, rows, width, zeros, nonzero)
     coded = encode(codes, levels, coding)
     kinds = codings.get_coding(coding).array_kinds
     in_codes = by_row = by_expert = 0
@@ -211,7 +263,7 @@ def sample_bits(coding: str, out: int, width: int, zeros: float) -> SampleBits:
 
 
 def _independent_codes(
-    coding: str, rows: int, width: int, zeros: float
+    coding: str, rows: int, width: int, zeros: float, nonzero: tuple[float, float, float]
 ) -> tuple[np.ndarray, Levels]:
     """Codes uint8 [experts, rows, width] and levels, of a fixed seed."""
     rng = np.random.default_rng(0)
@@ -225,13 +277,9 @@ def _independent_codes(
     if grid == "ternary":
         codes = (draws >= zeros).astype(np.uint8) + (draws >= (1 + zeros) / 2)
     else:
-        shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(_TWO_BIT_NONZERO)[:2])]
+        shares = [zeros, *(zeros + (1 - zeros) * np.cumsum(nonzero)[:2])]
         levels[..., 1] = rng.integers(1, 3, levels.shape[:2])
         codes = _TWO_BIT_CODES[levels[..., 1, None].astype(int) - 1, np.searchsorted(shares, draws)]
-    if grid == "lattice":
-        index = rng.integers(0, 64, (_SAMPLE_EXPERTS, width)).astype(np.uint8)
-        steps = {"step_index": index, "origin": np.ones(_SAMPLE_EXPERTS, np.float32)}
-        return codes.astype(np.uint8), steps
     return codes.astype(np.uint8), levels.astype(ml_dtypes.bfloat16)
 
 
@@ -240,7 +288,7 @@ def compressed_size(
     shapes: Mapping[str, Shape],
     dtypes: Mapping[str, str],
     settings: CompressionSettings,
-    zeros: Mapping[str, float],
+    zeros: Mapping[str, ZeroShare],
 ) -> CompressedSize:
     """Return the checkpoint that `compress` writes.
 
@@ -249,24 +297,44 @@ def compressed_size(
       shapes: of all parameters.
       dtypes: name of each parameter's dtype in the source.
       settings: of the run.
-      zeros: share of zero weights, by grid.
+      zeros: what codes are expected, by grid.
     """
-    layers = layer_settings(config, settings)
-    coded = {at: own for at, own in layers.items() if own.method != "none"}
-    weights = dense = 0
-    for name, shape in shapes.items():
-        if names.is_expert_kernel(name) and names.layer_of(name) in coded:
-            weights += math.prod(shape)
-            continue
-        dense += math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
+    coded = _coded_layers(config, settings)
+    weights = sum(math.prod(shapes[name]) for name in shapes if _is_coded(name, coded))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded.values()})),
         experts=round(sum(layer_bytes(config, own, zeros) for own in coded.values())),
-        dense=dense,
+        dense=_dense_bytes(config, shapes, dtypes, settings),
         expert_weights=weights,
         parameters=parameters,
         bfloat16_bytes=2 * parameters,
+    )
+
+
+def _coded_layers(
+    config: SwitchConfig, settings: CompressionSettings
+) -> dict[tuple[str, int], CompressionSettings]:
+    layers = layer_settings(config, settings)
+    return {at: own for at, own in layers.items() if own.method != "none"}
+
+
+def _is_coded(name: str, coded: Mapping[tuple[str, int], CompressionSettings]) -> bool:
+    return names.is_expert_kernel(name) and names.layer_of(name) in coded
+
+
+def _dense_bytes(
+    config: SwitchConfig,
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
+    settings: CompressionSettings,
+) -> int:
+    """Return the bytes of what is not compressed."""
+    coded = _coded_layers(config, settings)
+    return sum(
+        math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
+        for name, shape in shapes.items()
+        if not _is_coded(name, coded)
     )
 
 

@@ -19,7 +19,7 @@ def format_list() -> str:
         model = ModelFacts.from_registry(entry, "float32")
         config, zeros = model.config, zero_share(entry.config, "ternary")
         size = compressed_size(
-            config, model.shapes, model.dtypes, CompressionSettings(), {"ternary": zeros.value}
+            config, model.shapes, model.dtypes, CompressionSettings(), {"ternary": zeros}
         )
         is_assumed = zeros.source.startswith("assumed")
         assumed |= is_assumed
@@ -136,8 +136,9 @@ def _memory_lines(plan: Plan) -> list[str]:
              f"of {plan.model.config.num_experts} experts a layer"),
         "",
         "disk",
-        _row("output, at the most", format_bytes(sum(plan.output_disk.values()))),
+        _row("output, expected", format_bytes(sum(plan.output_disk.values()))),
         *_parts(plan.output_disk),
+        _row("output, at the most", format_bytes(plan.most_output_disk), "whatever the weights"),
     ]  # fmt: skip
     if plan.buffer_disk:
         lines.append(_row("buffers", format_bytes(sum(plan.buffer_disk.values()))))
@@ -173,4 +174,12 @@ def _verdict_lines(plan: Plan) -> list[str]:
     if not plan.resources.device.is_host:
         limits = {"device": plan.resources.device_bytes} | limits
     known = [f"{what} {format_bytes(limit)}" for what, limit in limits.items() if limit is not None]
-    return [f"The run fits ({', '.join(known) or 'nothing is known of its limits'})."]
+    verdict = f"The run fits ({', '.join(known) or 'nothing is known of its limits'})."
+    free, most = plan.resources.output_disk_bytes, plan.most_output_disk
+    if free is None or most <= free:
+        return [verdict]
+    return [
+        verdict,
+        f"Its output is expected to; for weights that code badly it could take {format_bytes(most)}"
+        f" and not fit the disk.",
+    ]

@@ -45,7 +45,8 @@ class CompressionSettings:
       kernel_steps: other steps for some kernels: a pattern as "encoder/layers_1/wo" or "*/wi" to a
         step. Of several patterns that match, later ones win.
       expert_coding: how codes are stored: "tunstall" or "qmoe" (the paper's dictionary) for
-        ternary, "tunstall_2bit" or "packed2" for 2bit, "lattice" for the lattice; "auto" is the first of each.
+        ternary, "tunstall_2bit" or "packed2" for 2bit, "lattice" for the lattice; "auto" is
+        the first of each.
       method: "gptq", "rtn" (round to nearest, the baseline), or "none" (experts stay dense).
       skip: "encoder" or "decoder" leaves the experts of that stack dense; "" skips nothing.
       layer_overrides: other settings for some sparse layers: a pattern as "decoder/layers_1" or

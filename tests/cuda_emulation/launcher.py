@@ -7,9 +7,11 @@ Everything but CuPy's compiling and launching is then the code that runs on a GP
 with the buffers of a jitted program, or DLPack outside of jit.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from cuda_emulation import emulator
 
@@ -31,6 +33,7 @@ class EmulatedLauncher:
 
     Attributes:
       calls: what was launched: (kernel, whether inside jit).
+      devices: where: one entry a launch outside of jit.
     """
 
     array_module = PoisonedArrays
@@ -38,6 +41,7 @@ class EmulatedLauncher:
     def __init__(self, max_shared_bytes: int = 232448, kind: str = "fast"):
         self.device = DeviceFacts("emulated", "9.0", max_shared_bytes)
         self.calls: list[tuple[str, bool]] = []
+        self.devices: list[jax.Device] = []
         self._module = emulator.EmulatedModule(emulator.build(kind=kind))
         self._prepared: dict[str, int] = {}
 
@@ -46,6 +50,11 @@ class EmulatedLauncher:
         self._module.get_function(call.name)
         assert call.shared_bytes <= self.device.max_shared_bytes
         self._prepared[call.name] = max(call.shared_bytes, self._prepared.get(call.name, 48 << 10))
+
+    @contextlib.contextmanager
+    def on_device(self, device: jax.Device) -> Iterator[None]:
+        self.devices.append(device)
+        yield
 
     def launch(self, call: KernelCall, pointers: Sequence[int], context: Any) -> None:
         assert call.shared_bytes <= self._prepared[call.name], "not prepared"

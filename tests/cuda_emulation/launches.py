@@ -78,6 +78,7 @@ def multiply(
     rows_per_warp: int = 4,
     rows_per_block: int = 16,
     threads: int = 64,
+    copies: int = 2,
     float32: bool = True,
     **options: Any,
 ) -> np.ndarray:
@@ -87,12 +88,55 @@ def multiply(
     shape = (len(x), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
     values = (x, order, token_experts, starts, y, spec.num_experts, spec.rows, spec.width)
-    values = (*values, len(x), tile_tokens, rows_per_block, int(float32))
+    values = (*values, len(x), tile_tokens, rows_per_block, copies, int(float32))
     get(kernels.fused_name(spec.coding, tile_tokens, rows_per_warp))(
         (len(x), -(-spec.rows // rows_per_block)),
         (threads,),
         [coding_argument(get, coded), Struct(kernels.PRODUCT, values)],
-        shared_mem=kernels.fused_shared_bytes(spec.coding, spec.width, tile_tokens, threads),
+        shared_mem=kernels.fused_shared_bytes(
+            spec.coding, spec.width, tile_tokens, threads, copies
+        ),
+        **options,
+    )
+    return y if float32 else y.view(ml_dtypes.bfloat16)
+
+
+def tile_tokens(order: Any, experts: np.ndarray, num_experts: int, size: int) -> tuple[Any, Any]:
+    """tile_experts and tile_starts of sorted tokens, plainly; two places without a tile behind."""
+    tiles = []
+    for expert in range(num_experts + 1):
+        own = np.flatnonzero(np.where(experts < 0, num_experts, experts)[order] == expert)
+        tiles += [(expert, own[first]) for first in range(0, len(own), size)]
+    tiles += [(-1, 0), (-1, 5)]
+    return tuple(np.array(part, np.int32) for part in zip(*tiles, strict=True))
+
+
+def matmul(
+    get: GetFunction,
+    coded: CodedTensor,
+    x: np.ndarray,
+    experts: np.ndarray,
+    *,
+    tile: int = 16,
+    copies: int = 4,
+    float32: bool = True,
+    **options: Any,
+) -> np.ndarray:
+    """Runs a product by tensor cores: y [tokens, out] of x bfloat16 [tokens, in]."""
+    spec = coded.spec
+    order, _, starts = sort_tokens(experts, spec.num_experts)
+    tiles = tile_tokens(order, experts, spec.num_experts, tile)
+    shape = (len(x), spec.rows)
+    y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
+    values = (x, order, starts, *tiles, y, spec.num_experts, spec.rows, spec.width)
+    get(f"matmul_{spec.coding}_t{tile}")(
+        (-(-spec.rows // kernels.MATMUL_ROWS), len(tiles[0])),
+        (512,),
+        [
+            coding_argument(get, coded),
+            Struct(kernels.MATMUL, (*values, len(x), copies, int(float32))),
+        ],
+        shared_mem=kernels.matmul_shared_bytes(spec.coding, copies),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)

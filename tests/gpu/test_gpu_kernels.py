@@ -76,10 +76,12 @@ class GpuKernels:
         self.cupy = launcher.array_module
 
     def __call__(self, name):
+        part, *rest = name.split("_")
+        while (rest[-1][:1] == "t" and rest[-1][1:].isdigit()) or rest[-1].startswith("rows"):
+            rest.pop()
         source = {"expand": "expand.cu", "encode": "encode.cu", "find": "encode.cu"}.get(
-            name.split("_")[0], "fused_" + "_".join(name.split("_")[1:-1]) + ".cu"
+            part, "_".join([part, *rest]) + ".cu"
         )
-        source = source.replace("_t2.cu", ".cu").replace("_t16.cu", ".cu")
 
         def launch(grid, block, args, *, shared_mem=0):
             arrays = []
@@ -169,15 +171,35 @@ def test_kernels(get, rng, coding, experts, out, width):
     for tile in (1, 2, 4, 8, 16):
         for rows in (1, 4):
             for threads, rows_per_block in ((32, 3), (256, 64)):
-                options = {"threads": threads, "rows_per_block": rows_per_block}
-                if kernels.fused_shared_bytes(coding, width, tile, threads) > 48 << 10:
-                    limit = LAUNCHER.device.max_shared_bytes
-                    if kernels.fused_shared_bytes(coding, width, tile, threads) > limit:
-                        continue
+                copies = int(rng.choice([1, 2, 4, 8, 16]))
+                options = {"threads": threads, "rows_per_block": rows_per_block, "copies": copies}
+                needed = kernels.fused_shared_bytes(coding, width, tile, threads, copies)
+                if needed > LAUNCHER.device.max_shared_bytes:
+                    continue
                 y = launches.multiply(
                     get, coded, x, index, tile_tokens=tile, rows_per_warp=rows, **options
                 )
                 assert_products(y, coded, weights, x, index)
+
+
+def matmul_codings():
+    return [name for name in coding_names() if (c := get_coding(name).cuda) and c.matmul_source]
+
+
+@pytest.mark.parametrize("coding", matmul_codings())
+@pytest.mark.parametrize(
+    ("experts", "out", "width"),
+    [(1, 1, 16), (3, 65, 1040), (2, 100, 768), (1, 70, 6144), (2, 2080, 96)],
+)
+def test_tensor_cores(get, rng, coding, experts, out, width):
+    """Products of every size of tile; experts with more tokens than a tile, and with none."""
+    coded = random_tensor(rng, coding, (experts, out, width), rng.choice([0.3, 0.8, 0.885, 0.97]))
+    weights = reference_weights(coded)
+    x = rng.normal(size=(75, width)).astype(BF16)
+    index = rng.integers(-1, experts, 75).astype(np.int32)
+    for tile in kernels.MATMUL_TILES:
+        y = launches.matmul(get, coded, x, index, tile=tile, copies=int(rng.choice([1, 16])))
+        assert_products(y, coded, weights, x, index)
 
 
 @pytest.mark.parametrize("coding", WITH_KERNELS)
@@ -194,6 +216,15 @@ def test_damaged_codes_stay_in_bounds(get, rng, coding):
     x = np.ones((3, 130), BF16)
     y = launches.multiply(get, damaged, x, np.arange(3, dtype=np.int32), tile_tokens=1)
     assert np.isfinite(y).all()
+    if coding in matmul_codings():
+        coded = random_tensor(rng, coding, (3, 70, 1040), 0.8)
+        arrays = {name: array.copy() for name, array in coded.arrays.items()}
+        for name in set(arrays) - {"levels"}:
+            raw = arrays[name].reshape(-1).view(np.uint8)
+            raw[rng.random(raw.size) < 0.1] = rng.integers(0, 256)
+        x = np.ones((9, 1040), BF16)
+        index = np.arange(9, dtype=np.int32) % 3
+        assert np.isfinite(launches.matmul(get, type(coded)(coded.spec, arrays), x, index)).all()
 
 
 @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
@@ -243,12 +274,44 @@ def test_products_through_jax(rng, coding, dtype, tokens):
         assert (np.abs(np.asarray(inside, np.float64) - expected) <= bound).all()
 
 
+@pytest.mark.skipif(
+    "graph_min_graph_size=1" not in os.environ.get("XLA_FLAGS", ""),
+    reason="needs XLA_FLAGS=--xla_gpu_graph_min_graph_size=1",
+)
+def test_launches_are_replayed_in_a_graph(rng, monkeypatch):
+    """XLA's command buffers hold the launch: Python runs less often than the program."""
+    experts, weights = make_experts(rng, "tunstall", 2, 64, 72)
+    launcher, launched = current_launcher(), []
+    launch = launcher.launch
+    monkeypatch.setattr(
+        launcher, "launch", lambda *given: (launched.append(given[0].name), launch(*given))[1]
+    )
+    run = jax.jit(
+        functools.partial(
+            compressed_product,
+            experts=experts,
+            num_experts=2,
+            out_features=64,
+            implementation="cuda",
+        )
+    )
+    index = jnp.asarray([0, 1, 1], jnp.int32)
+    for _ in range(12):
+        x = jnp.asarray(rng.normal(size=(3, 72)), jnp.bfloat16)
+        expected = np.einsum("toi,ti->to", weights[[0, 1, 1]].astype(float), np.asarray(x, float))
+        np.testing.assert_allclose(np.asarray(run(x, index), float), expected, atol=0.1)
+    print(f"{len(launched)} launches by Python in 12 runs")
+    assert 0 < len(launched) < 12
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("tokens", [3, 300])
-def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens):
+@pytest.mark.parametrize(("tokens", "way"), [(3, "fused"), (300, "matmul"), (300, "expanded")])
+def test_mlp_in_a_loop_equals_xla(rng, monkeypatch, dtype, tokens, way):
     """As in generation, and with many tokens: expansion inside XLA's loop over experts."""
-    if tokens > 100:
-        settings = launch_settings.LaunchSettings(fused_tokens_per_expert=1)
+    if way == "expanded":
+        settings = launch_settings.LaunchSettings(
+            fused_tokens_per_expert=1, matmul_most_per_expert=1
+        )
         monkeypatch.setattr(kernels, "launch_settings", lambda *_: settings)
     wi, _ = make_experts(rng, "tunstall", 5, 96, 64)
     wo, _ = make_experts(rng, "tunstall", 5, 64, 96)

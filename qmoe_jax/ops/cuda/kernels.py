@@ -23,6 +23,10 @@ from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
 
 TILES = (1, 2, 4, 8, 16)
 """Numbers of tokens of an expert that can share a decode."""
+MATMUL_TILES = (8, 16, 32, 64)
+"""The same by tensor cores."""
+MATMUL_ROWS = 64
+"""Rows of a block there."""
 PRODUCT = ArgumentStruct(
     "ProductArguments",
     (
@@ -37,6 +41,24 @@ PRODUCT = ArgumentStruct(
         ("num_tokens", "int"),
         ("tile_tokens", "int"),
         ("rows_per_block", "int"),
+        ("dictionary_copies", "int"),
+        ("y_is_float32", "int"),
+    ),
+)
+MATMUL = ArgumentStruct(
+    "MatmulArguments",
+    (
+        ("x", "const u16*"),
+        ("token_order", "const int*"),
+        ("expert_starts", "const int*"),
+        ("tile_experts", "const int*"),
+        ("tile_starts", "const int*"),
+        ("y", "void*"),
+        ("num_experts", "int"),
+        ("out_features", "int"),
+        ("in_features", "int"),
+        ("num_tokens", "int"),
+        ("dictionary_copies", "int"),
         ("y_is_float32", "int"),
     ),
 )
@@ -69,7 +91,21 @@ ENCODING = ArgumentStruct(
 )
 """Of encoding, which only benchmarks and tests launch."""
 _COLUMN_PADDING = 64
+# Blocks that a multiprocessor should have room for; more lanes at work beat fewer that wait.
+_FUSED_BLOCKS, _MATMUL_BLOCKS = 4, 2
 _MAX_GRID_Y = 65535
+
+
+class TokenTiles(NamedTuple):
+    """Tokens of an expert that are multiplied together, as many tiles as there may be.
+
+    Attributes:
+      experts: int32 [tiles], the expert; `num_experts` for tokens without one, -1 for no tile.
+      starts: int32 [tiles], the first token's place among the sorted.
+    """
+
+    experts: Array
+    starts: Array
 
 
 class TokenOrder(NamedTuple):
@@ -93,6 +129,55 @@ def sort_tokens(expert_index: Int[Array, "tokens"], num_experts: int) -> TokenOr
     experts = key[order]
     starts = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=jnp.int32))
     return TokenOrder(order, experts, starts.astype(jnp.int32))
+
+
+def tile_tokens(order: TokenOrder, num_experts: int, size: int) -> TokenTiles:
+    """Cut sorted tokens into tiles of at most `size` tokens of one expert, on the device."""
+    num_tokens = order.order.shape[0]
+    most = min(num_tokens, (num_tokens + (num_experts + 1) * (size - 1)) // size)
+    stops = jnp.append(order.starts[1:], jnp.int32(num_tokens))
+    tiles = (stops - order.starts + size - 1) // size
+    through = jnp.cumsum(tiles)
+    tile = jnp.arange(most, dtype=jnp.int32)
+    found = jnp.searchsorted(through, tile, side="right")
+    expert = jnp.minimum(found, num_experts).astype(jnp.int32)
+    before = tile - (through - tiles)[expert]
+    starts = (order.starts[expert] + size * before).astype(jnp.int32)
+    return TokenTiles(jnp.where(found > num_experts, -1, expert), starts)
+
+
+def has_matmul(launcher: Launcher, experts: CodedExperts) -> bool:
+    """Whether products of many tokens go through tensor cores: by coding, device and width."""
+    interface = cuda_interface(experts.spec.coding)
+    major = int(launcher.device.compute_capability.split(".")[0])
+    return (
+        interface.matmul_source is not None
+        and major >= 8  # bfloat16 in tensor cores
+        and experts.spec.width % 16 == 0
+        and matmul_shared_bytes(experts.spec.coding, 1) <= launcher.device.max_shared_bytes
+    )
+
+
+def matmul_shared_bytes(coding: str, copies: int) -> int:
+    """Dynamic shared memory of a product by tensor cores."""
+    dictionary = copies * cuda_interface(coding).dictionary_bytes
+    return dictionary + MATMUL_ROWS * (1024 + 64) + 2 * 4 * 64
+
+
+def dictionary_copies(max_shared_bytes: int, others: int, coding: str, blocks: int) -> int:
+    """Return how many copies of its dictionary a block keeps, so that lanes do not wait.
+
+    As many as leave room for `blocks` blocks on a multiprocessor beside `others`, at least one.
+
+    Args:
+      max_shared_bytes: of a block on the device: about what a multiprocessor has.
+      others: shared memory of a block without dictionaries.
+      coding: whose dictionary.
+      blocks: at a time.
+    """
+    size = cuda_interface(coding).dictionary_bytes
+    fitting = [n for n in (16, 8, 4, 2) if (n * size + others + 1024) * blocks <= max_shared_bytes]
+    return max(fitting, default=1) if size else 1
 
 
 def check_coded(experts: CodedExperts) -> None:
@@ -134,10 +219,12 @@ def settings_for(launcher: Launcher, experts: CodedExperts) -> LaunchSettings:
     return launch_settings(device.name, device.compute_capability, experts.spec.coding)
 
 
-def fused_shared_bytes(coding: str, in_features: int, tile_tokens: int, threads: int) -> int:
+def fused_shared_bytes(
+    coding: str, in_features: int, tile_tokens: int, threads: int, copies: int = 1
+) -> int:
     """Dynamic shared memory of a product kernel."""
     staged = (in_features + _COLUMN_PADDING) * max(4, 2 * tile_tokens)
-    return cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
+    return copies * cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
 
 
 def largest_tile(launcher: Launcher, experts: CodedExperts) -> int:
@@ -183,6 +270,22 @@ def fused_product(
     check_coded(experts)
     spec, num_tokens = experts.spec, x.shape[0]
     settings = settings_for(launcher, experts)
+    result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
+    if has_matmul(launcher, experts) and expected_tokens >= settings.matmul_tokens_per_expert:
+        wanted = min(2 * expected_tokens, num_tokens)
+        size = min([size for size in MATMUL_TILES if size >= wanted], default=MATMUL_TILES[-1])
+        tiles = tile_tokens(tokens, spec.num_experts, size)
+        call = matmul_call(
+            spec,
+            num_tokens=num_tokens,
+            num_tiles=tiles.experts.shape[0],
+            tile_tokens=size,
+            is_float32=result.dtype == jnp.float32,
+            codes=coding_argument(spec, experts.arrays),
+            max_shared_bytes=launcher.device.max_shared_bytes,
+        )
+        inputs = [*_coding_inputs(experts), x, tokens.order, tokens.starts, *tiles]
+        return run_kernel(launcher, call, inputs, result)
     most = largest_tile(launcher, experts)
     if not most:
         raise CudaError(
@@ -198,7 +301,6 @@ def fused_product(
     tile = min([tile for tile in TILES if tile >= wanted], default=TILES[-1])
     launch = settings.few if num_tokens <= settings.few_tokens else settings.many
     inputs = _coding_inputs(experts)
-    result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
     call = fused_call(
         spec,
         launch,
@@ -206,6 +308,7 @@ def fused_product(
         tile_tokens=min(tile, most),
         is_float32=result.dtype == jnp.float32,
         codes=coding_argument(spec, experts.arrays),
+        max_shared_bytes=launcher.device.max_shared_bytes,
     )
     return run_kernel(launcher, call, [*inputs, x, *tokens], result)
 
@@ -218,6 +321,7 @@ def fused_call(
     tile_tokens: int,
     is_float32: bool,
     codes: StructArgument,
+    max_shared_bytes: int,
 ) -> KernelCall:
     """Return a product's launch. Inputs: the coding's arrays, x, a `TokenOrder`; then y.
 
@@ -228,8 +332,11 @@ def fused_call(
       tile_tokens: one of TILES.
       is_float32: whether y is float32, not bfloat16.
       codes: of `coding_argument`.
+      max_shared_bytes: of a block on the device.
     """
     interface = cuda_interface(spec.coding)
+    others = fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads, 0)
+    copies = dictionary_copies(max_shared_bytes, others, spec.coding, _FUSED_BLOCKS)
     rows_per_block = max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
     numbers = {
         "num_experts": spec.num_experts,
@@ -238,6 +345,7 @@ def fused_call(
         "num_tokens": num_tokens,
         "tile_tokens": tile_tokens,
         "rows_per_block": rows_per_block,
+        "dictionary_copies": copies,
         "y_is_float32": int(is_float32),
     }
     return KernelCall(
@@ -245,8 +353,55 @@ def fused_call(
         name=fused_name(spec.coding, tile_tokens, launch.rows_per_warp),
         grid=(num_tokens, -(-spec.rows // rows_per_block)),
         threads=launch.threads,
-        shared_bytes=fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads),
+        shared_bytes=fused_shared_bytes(
+            spec.coding, spec.width, tile_tokens, launch.threads, copies
+        ),
         arguments=(codes, StructArgument.of(PRODUCT, numbers, len(interface.array_names))),
+    )
+
+
+def matmul_call(
+    spec: TensorSpec,
+    *,
+    num_tokens: int,
+    num_tiles: int,
+    tile_tokens: int,
+    is_float32: bool,
+    codes: StructArgument,
+    max_shared_bytes: int,
+) -> KernelCall:
+    """Return a launch of a product by tensor cores.
+
+    Inputs: the coding's arrays, x, order and starts of a `TokenOrder`, `TokenTiles`; then y.
+
+    Args:
+      spec: of the codes; its width a multiple of 16.
+      num_tokens: tokens in all.
+      num_tiles: tiles in all.
+      tile_tokens: one of MATMUL_TILES.
+      is_float32: whether y is float32, not bfloat16.
+      codes: of `coding_argument`.
+      max_shared_bytes: of a block on the device.
+    """
+    interface = cuda_interface(spec.coding)
+    others = matmul_shared_bytes(spec.coding, 0)
+    copies = dictionary_copies(max_shared_bytes, others, spec.coding, _MATMUL_BLOCKS)
+    assert interface.matmul_source is not None
+    numbers = {
+        "num_experts": spec.num_experts,
+        "out_features": spec.rows,
+        "in_features": spec.width,
+        "num_tokens": num_tokens,
+        "dictionary_copies": copies,
+        "y_is_float32": int(is_float32),
+    }
+    return KernelCall(
+        source=interface.matmul_source,
+        name=f"matmul_{spec.coding}_t{tile_tokens}",
+        grid=(-(-spec.rows // MATMUL_ROWS), num_tiles),
+        threads=512,
+        shared_bytes=matmul_shared_bytes(spec.coding, copies),
+        arguments=(codes, StructArgument.of(MATMUL, numbers, len(interface.array_names))),
     )
 
 

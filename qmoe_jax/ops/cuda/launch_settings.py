@@ -48,7 +48,8 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchSettings:
-    """What a coding's launches are like on a device. The defaults are estimates.
+    """What a coding's launches are like on a device. The defaults are those tuned for an H200
+    with "tunstall", but for `few_tokens`, `fused_tokens`: estimates.
 
     Attributes:
       few: products of at most `few_tokens` tokens: few blocks, so little work for each.
@@ -56,15 +57,20 @@ class LaunchSettings:
       few_tokens: see `few`.
       expand: expansion to dense kernels.
       fused_tokens_per_expert: with more tokens than that for each expert of the layer, on average,
-        experts are expanded and multiplied by XLA.
+        experts are expanded and multiplied by XLA; where no tensor cores do the product.
+      matmul_tokens_per_expert: with at least that many tokens for each expert, on average, tensor
+        cores do the product, where they can (`kernels.has_matmul`).
+      matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
     """
 
     few: Launch = Launch(256, 8, 1)
-    many: Launch = Launch(256, 64, 4)
-    few_tokens: int = 4
-    expand: Launch = Launch(256, 16)
-    fused_tokens_per_expert: int = 64
+    many: Launch = Launch(256, 128, 4)
+    few_tokens: int = 16
+    expand: Launch = Launch(128, 8)
+    fused_tokens_per_expert: int = 16
+    matmul_tokens_per_expert: int = 16
+    matmul_most_per_expert: int = 64
     fused_tokens: int = 8192
 
 

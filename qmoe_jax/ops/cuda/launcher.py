@@ -131,6 +131,10 @@ class Launcher(Protocol):
         """Load the kernel and allow it its shared memory, so that `launch` need not."""
         ...
 
+    def on_device(self, device: jax.Device) -> contextlib.AbstractContextManager[Any]:
+        """Inside, arrays are made and kernels are launched on that device."""
+        ...
+
     def launch(self, call: KernelCall, pointers: Sequence[int], context: Any) -> None:
         """Launch a prepared kernel: no allocation, no synchronisation.
 
@@ -265,7 +269,13 @@ class CupyLauncher:
                 self._allowed[key] = max(call.shared_bytes, 48 << 10)
                 if call.shared_bytes > 48 << 10:
                     kernel.max_dynamic_shared_size_bytes = call.shared_bytes
+                    # All of it to blocks; the driver would leave room for one block less.
+                    kernel.preferred_shared_memory_carveout = 100
                 self._functions[key] = kernel.kernel
+
+    def on_device(self, device: jax.Device) -> contextlib.AbstractContextManager[Any]:
+        """CuPy's device of that number."""
+        return self.array_module.cuda.Device(device.local_hardware_id or 0)
 
     def launch(self, call: KernelCall, pointers: Sequence[int], context: Any) -> None:
         """Launch on XLA's stream of `context`, or on CuPy's current one."""
@@ -347,16 +357,40 @@ def _run_eagerly(
     launcher: Launcher, call: KernelCall, inputs: Sequence[Operand], result: jax.ShapeDtypeStruct
 ) -> Array:
     module = launcher.array_module
-    borrowed = [_without_bfloat16(jnp.asarray(x)) for x in inputs]
-    views = [module.from_dlpack(x) for x in borrowed]
+    device = _device_of(inputs)
+    borrowed = [_without_bfloat16(jax.device_put(x, device)) for x in inputs]
     is_bfloat16 = result.dtype == jnp.bfloat16
-    output = module.empty(result.shape, np.uint16 if is_bfloat16 else result.dtype)
-    launcher.launch(call, [launcher.array_pointer(x) for x in (*views, output)], None)
-    # JAX does not know of the launch: it must neither reuse inputs nor read the output before.
-    launcher.synchronize()
-    del borrowed, views
-    y = jnp.from_dlpack(output)
+    with launcher.on_device(device):
+        views = [module.from_dlpack(x) for x in borrowed]
+        output = module.empty(result.shape, np.uint16 if is_bfloat16 else result.dtype)
+        launcher.launch(call, [launcher.array_pointer(x) for x in (*views, output)], None)
+        # JAX does not know of the launch: it must neither reuse inputs nor read the output before.
+        launcher.synchronize()
+        del borrowed, views
+        y = jnp.from_dlpack(output)
+    y = jax.device_put(y, device)
     return lax.bitcast_convert_type(y, jnp.bfloat16) if is_bfloat16 else y
+
+
+def _device_of(inputs: Sequence[Operand]) -> jax.Device:
+    """Return where the arrays lie; NumPy's, and those that JAX may move, follow the others.
+
+    Raises:
+      CudaError: they lie on several devices.
+    """
+    committed = {
+        device for x in inputs if isinstance(x, jax.Array) and x.committed for device in x.devices()
+    }
+    if len(committed) > 1:
+        raise CudaError(
+            "The operands of a kernel lie on several devices ("
+            f"{', '.join(sorted(map(str, committed)))}); it requires one. Move them with "
+            "jax.device_put, or shard the experts with jax.shard_map (ops/expert_parallel.py)."
+        )
+    if committed:
+        return committed.pop()
+    own = [x for x in inputs if isinstance(x, jax.Array)]
+    return next(iter(own[0].devices())) if own else jax.local_devices()[0]
 
 
 def _without_bfloat16(x: Array) -> Array:
