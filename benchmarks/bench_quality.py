@@ -3,11 +3,8 @@
     python benchmarks/bench_quality.py --seeds 0 1 2
 
 Every variant compresses the demo's checkpoint on calibration text of a seed; KL, agreement and the
-paired loss gap to the uncompressed model are measured on validation text. Bits of ternary and 2 bit
-are what is stored, everything counted. Bits of the lattice are what its codes would take at their
-entropy in column classes, with classes and steps counted (`quantization.code_bits`): row lengths,
-whole-bit words and frequency tables of a real coding are not in it. What is done already in the
-output is not done again.
+paired loss gap to the uncompressed model are measured on validation text. Bits are what is stored,
+everything counted. What is done already in the output is not done again.
 """
 
 import argparse
@@ -31,8 +28,10 @@ from qmoe_jax.formatting import format_table
 from qmoe_jax.models.load import dequantized, load_switch
 from qmoe_jax.pipeline.allocation import Probe, allocate, measure_probes
 from qmoe_jax.pipeline.compress import compress
+from qmoe_jax.quantization.settings import CompressionSettings
 
 DEMO = pathlib.Path(__file__).parent.parent / "tests/golden/switch_demo"
+LATTICE = CompressionSettings(grid="lattice")
 CHECKPOINT = DEMO / "checkpoint_4200"
 PAPER = {
     f"{method} {grid}": {"method": method.lower(), "grid": grid}
@@ -180,7 +179,7 @@ def main() -> None:
         for rest, seed in itertools.product((False, True), args.seeds):
             key, calibration = str(seed), texts[seed]
             if key not in document["probes"]:
-                measured = measure_probes(CHECKPOINT, calibration)
+                measured = measure_probes(*reference, calibration, LATTICE)
                 document["probes"][key] = [dataclasses.asdict(probe) for probe in measured]
                 write_json(args.output, document)
             probes = [Probe(**fields) for fields in document["probes"][key]]

@@ -9,9 +9,16 @@ budgets for its own experts. All of it follows from what the journal holds, so a
 the same steps.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.t5x import T5XCheckpoint
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.pipeline.run import Run
+from qmoe_jax.quantization.settings import CompressionSettings, size_in_bytes
 from qmoe_jax.quantization.step_search import moved_step, step_for_bits, typical_bits
 
 # Not less is asked of any kernel: the side information alone may take as much.
@@ -82,9 +89,55 @@ class BitBudget:
             self._found[kernel] = step, max(bits / num_weights, _LEAST_BITS)
 
 
+def target_bits(
+    source: T5XCheckpoint, config: SwitchConfig, settings: CompressionSettings
+) -> float | None:
+    """Return the bits a weight that a run's lattice codes shall take; None without a target.
+
+    Args:
+      source: the native checkpoint.
+      config: its geometry.
+      settings: of the run. Of a `target_size` what is not compressed is subtracted, and what other
+        grids take cannot be known.
+
+    Raises:
+      ValueError: a size that what is not compressed takes already, or with other grids beside.
+    """
+    if settings.target_size is None:
+        return settings.target_bits_per_weight
+    layers = {at: settings.for_layer(*at) for at in config.sparse_layers}
+    if any(own.method != "none" and not own.has_steps for own in layers.values()):
+        raise ValueError(
+            f"target_size is {settings.target_size!r}, but layer_overrides gives some layers "
+            'another grid than "lattice", whose size no step decides; set target_bits_per_weight, '
+            "which is of the lattice's layers alone"
+        )
+    coded = {
+        names.expert_kernel(*at, kernel)
+        for at, own in layers.items()
+        if own.method != "none"
+        for kernel in (*config.wi_names, "wo")
+    }
+    sizes = {name: math.prod(shape) for name, shape in source.shapes.items()}
+    dense = sum(
+        size * jnp.dtype(settings.stored_dtype(name, source.dtypes[name].name)).itemsize
+        for name, size in sizes.items()
+        if name not in coded
+    )
+    wanted, weights = size_in_bytes(settings.target_size), sum(sizes[name] for name in coded)
+    bits = 8 * (wanted - dense) / weights
+    if bits < _LEAST_BITS:
+        raise ValueError(
+            f"target_size is {settings.target_size!r}, {wanted} bytes, and what is not compressed "
+            f"takes {dense} alone; the experts need {math.ceil(_LEAST_BITS * weights / 8)} or more "
+            "beside it"
+        )
+    return bits
+
+
 def bit_budget(run: Run) -> BitBudget | None:
     """Return the budget of this process's experts; None without a target."""
-    target = run.settings.target_bits_per_weight
+    target = target_bits(run.source, run.config, run.settings)
     if target is None:
         return None
     weights, steps = {}, {}

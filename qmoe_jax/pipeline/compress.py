@@ -25,6 +25,8 @@ from qmoe_jax.models.load import load_switch
 from qmoe_jax.ops.products import check_choice
 from qmoe_jax.outputs import check_is_no_input, check_writable
 from qmoe_jax.paths import local_path
+from qmoe_jax.pipeline.allocation import allocate, measure_probes
+from qmoe_jax.pipeline.bit_budget import target_bits
 from qmoe_jax.pipeline.block_loop import BlockLoop
 from qmoe_jax.pipeline.devices import Devices
 from qmoe_jax.pipeline.journal import Journal, check_journal_folder
@@ -39,6 +41,7 @@ from qmoe_jax.progress import Progress
 from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.quantization.groups import num_groups
 from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.quantization.step_search import typical_bits
 
 PathLike = str | os.PathLike[str]
 
@@ -98,20 +101,22 @@ def compress(
       CheckpointError: the input is no readable Switch checkpoint; the output exists, cannot be
         written, or is being written; or it holds an unfinished run with other settings.
       TokensError: the tokens are unreadable, absent where needed, or of another vocabulary.
-      ValueError: a setting out of its range, or overrides of layers that do not exist.
+      ValueError: a setting out of its range, overrides of layers that do not exist, or a
+        target_size that cannot be.
     """
     started = time.monotonic()
     chosen = dataclasses.replace(settings or CompressionSettings(), **changes)
     if tokens is None and chosen.needs_tokens:
         raise TokensError(
-            'method="gptq" needs calibration tokens; pass tokens=, made by '
-            '`qmoe-jax prepare-tokens`, or use method="rtn"'
+            'method="gptq" needs calibration tokens, and so does allocation="measured"; pass '
+            'tokens=, made by `qmoe-jax prepare-tokens`, or use method="rtn"'
         )
     if tokens is None and validation_tokens is not None:
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
     check_choice(implementation)
+    allocation = chosen.allocation
     run_log = RunLog(log)
     inputs = _paths(checkpoint, tokens, validation_tokens)
     buffers, work_folder = _folder(buffer_dir, "buffer_dir"), _folder(work_dir, "work_dir")
@@ -119,7 +124,13 @@ def compress(
         check_is_no_input(work_folder, "work_dir", inputs)
         check_journal_folder(work_folder)
     devices, processes = Devices.local(num_devices), Processes()
+    if chosen.allocation == "measured" and processes.count > 1:
+        raise ValueError(
+            f'allocation is "measured" in {processes.count} processes, and it is measured in one; '
+            "take the kernel_steps of the manifest of a run in one process"
+        )
     source, config = _open(checkpoint, chosen, devices)
+    target = target_bits(source, config, chosen)
     calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config).first(num_examples)
@@ -147,6 +158,9 @@ def compress(
             work = os.path.join(work, f"process_{processes.index}")
         journal = stack.enter_context(contextlib.closing(Journal(work, facts, discard=overwrite)))
         processes.barrier("output claimed")
+        if chosen.allocation == "measured" and calibration is not None:
+            steps = _kernel_steps(checkpoint, calibration, chosen, target, journal, show)
+            chosen = dataclasses.replace(chosen, allocation="uniform", kernel_steps=steps)
         run = Run(source, config, chosen, writer, journal, devices, processes, show)
         schedule = _schedule(run, tell=progress)
         reads = kernel_reads(schedule, processes.index)
@@ -157,7 +171,8 @@ def compress(
         report = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:
-            writer.finish(config, {"settings": chosen.to_json(), "tokens": described})
+            told = chosen.to_json() | {"allocation": allocation}
+            writer.finish(config, {"settings": told, "tokens": described})
         processes.barrier("finished")
         if work_dir is not None:
             journal.clear()
@@ -165,6 +180,7 @@ def compress(
         report.separate_validation = _evaluate_output(
             output, validation, chosen, implementation, show
         )
+    report.settings["allocation"] = allocation
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
     if processes.is_primary:
@@ -185,6 +201,29 @@ def _open(
         for num_in in (config.embed_dim, config.expert_mlp_dim):
             num_groups(num_in, settings.for_layer(*layer).group_size)
     return source, config
+
+
+def _kernel_steps(
+    checkpoint: PathLike,
+    calibration: TokenFile,
+    settings: CompressionSettings,
+    target: float | None,
+    journal: Journal,
+    show: Callable[..., Progress],
+) -> dict[str, float]:
+    """Return the step of each kernel, measured once in a run."""
+    steps = journal.load_allocation()
+    if steps is None:
+        module, variables = load_switch(checkpoint, settings.activation_dtype)
+        probes = measure_probes(
+            *(module, variables, calibration, settings),
+            batch_size=settings.batch_size,
+            progress=functools.partial(show, title="allocation", unit="kernels"),
+        )
+        wanted = typical_bits(settings.step) if target is None else target
+        steps = allocate(probes, wanted)
+        journal.save_allocation(steps)
+    return steps
 
 
 def _schedule(run: Run, *, tell: bool) -> tuple[LayerSchedule, ...]:

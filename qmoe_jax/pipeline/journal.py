@@ -25,6 +25,7 @@ from qmoe_jax.pipeline.schedule import Finished
 from qmoe_jax.run_folder import check_own_folder, difference, lock_folder
 
 _RUN = "run.json"
+_ALLOCATION = "allocation.json"
 _LAYER = ".layer.json"
 _BATCH = ".npz"
 _LOCK = "lock"
@@ -43,7 +44,7 @@ def check_journal_folder(folder: Path) -> None:
     is_run = is_json_object(folder / _RUN, ("checkpoint", "settings", "versions"))
 
     def is_own(name: str) -> bool:
-        if name == _RUN:
+        if name in (_RUN, _ALLOCATION):
             return is_run
         return not name.endswith((_BATCH, _LAYER)) or _OWN.fullmatch(name) is not None
 
@@ -97,12 +98,13 @@ class Journal:
     def clear(self) -> None:
         """Delete what the journal has written, and the folder if nothing else is in it."""
         self._forget_all()
-        for name in (_RUN, _LOCK):
+        for name in (_RUN, _ALLOCATION, _LOCK):
             (self._folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds files of others
             self._folder.rmdir()
 
     def _forget_all(self) -> None:
+        (self._folder / _ALLOCATION).unlink(missing_ok=True)
         for pattern in ("*" + _BATCH, "*" + _LAYER):
             for path in self._folder.glob(pattern):
                 path.unlink()
@@ -117,6 +119,28 @@ class Journal:
                 for ending in (_LAYER, _BATCH)
             )
         )
+
+    def save_allocation(self, steps: Mapping[str, float]) -> None:
+        """Keep the steps that were chosen for the kernels: a resumed run takes the same."""
+        text = json.dumps(dict(steps), indent=1)
+        write_atomically(self._folder / _ALLOCATION, text.encode())
+
+    def load_allocation(self) -> dict[str, float] | None:
+        """Return the steps that were chosen for the kernels; None before.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        path = self._folder / _ALLOCATION
+        try:
+            steps = json.loads(path.read_text())
+            return {str(kernel): float(step) for kernel, step in steps.items()}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it, and the run measures again"
+            ) from error
 
     def load_batch(self, name: str, prefix: str) -> dict[str, np.ndarray]:
         """Read those arrays of a finished batch of experts whose names begin with `prefix`.

@@ -12,6 +12,7 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.stored_arrays import CHUNK_BYTES
 from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.host_threads import num_threads
+from qmoe_jax.pipeline.allocation import EXPERT_SHARE, HESSIAN_BYTES, NUM_KL_EXAMPLES
 from qmoe_jax.pipeline.kernel_reader import MAX_CACHE_BYTES
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.public_checkpoints import Device
@@ -187,7 +188,27 @@ def device_memory(
             "tokens": chunk * (row + embed * (activation + 2 * _FLOAT32)),
         }
         phases |= _dense_phases(model, tokens, settings, activation)
+    if settings.allocation == "measured":
+        phases["allocation"] = _allocation(model, tokens, settings)
     return phases
+
+
+def _allocation(model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings) -> Parts:
+    """Return what is held while an allocation is measured: the whole model, among others."""
+    config = model.config
+    experts = max(1, round(EXPERT_SHARE * config.num_experts))
+    squares = config.embed_dim**2 + config.expert_mlp_dim**2
+    layer = _FLOAT32 * experts * squares
+    layers = min(len(config.sparse_layers), max(1, HESSIAN_BYTES // layer))
+    kernel = config.embed_dim * config.expert_mlp_dim
+    logits = _FLOAT32 * tokens.lengths["decoder"] * config.num_embeddings
+    return {
+        "uncompressed model": sum(model.num_bytes().values()),
+        "kernel of all experts, some quantized": _FLOAT32 * config.num_experts * kernel,
+        "Hessians": layers * layer,
+        "experts that are quantized": 4 * _FLOAT32 * experts * kernel,
+        "logits": (NUM_KL_EXAMPLES + 3 * settings.batch_size) * logits,
+    }
 
 
 def _quantize(

@@ -168,6 +168,8 @@ def make_plan(
         journal=resources.journal,
     )
     bytes_to_read = model.bytes_to_read(settings.expert_batch)
+    if settings.allocation == "measured":
+        bytes_to_read += sum(model.num_bytes().values())
     on_cpu = resources.device.is_host
     plan = Plan(
         model=model,

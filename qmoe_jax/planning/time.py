@@ -8,6 +8,12 @@ of uneven routing, or of what runs beside it: an estimate, no promise.
 import dataclasses
 import math
 
+from qmoe_jax.pipeline.allocation import (
+    EXPERT_SHARE,
+    NUM_HESSIAN_EXAMPLES,
+    NUM_KL_EXAMPLES,
+    PROBE_STEPS,
+)
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.public_checkpoints import Device
 from qmoe_jax.planning.sizes import expert_kernel_shapes, layer_settings
@@ -61,11 +67,44 @@ def device_work(
             work[kind] = work[kind].plus(part) if kind in work else part
     if tokens.num_examples:
         work["dense parts"] = Work(_dense_flops(model, tokens), 0, settings.activation_dtype)
+    if settings.allocation == "measured" and tokens.num_examples:
+        work["allocation"] = _allocation_work(model, tokens, settings)
     if tokens.num_validation:
         config = model.config
         flops = 2 * tokens.validation_targets * config.embed_dim * config.num_embeddings
         work["validation logits"] = Work(flops, 0, "float32")
     return work
+
+
+def _allocation_work(model: ModelFacts, tokens: TokenFacts, settings: CompressionSettings) -> Work:
+    """Return the work of measuring an allocation: Hessians and sweeps of a sample, and the model
+    over some examples for each kernel."""
+    config = model.config
+    calibration = max(1, tokens.num_calibration)
+    shapes = list(expert_kernel_shapes(config).values())
+    lattice = [
+        own
+        for own in layer_settings(config, settings).values()
+        if own.method != "none" and own.has_steps
+    ]
+    kernels = len(lattice) * len(shapes) * len(PROBE_STEPS)
+    experts = max(1, round(EXPERT_SHARE * config.num_experts))
+    some = min(NUM_HESSIAN_EXAMPLES, calibration)
+    runs = some + min(NUM_KL_EXAMPLES, calibration) * (1 + kernels)
+    stacks = {"encoder": config.encoder_sparse_layers, "decoder": config.decoder_sparse_layers}
+    weights = sum(out * width for out, width in shapes)
+    in_experts = sum(2 * tokens.tokens[s] * weights * len(layers) for s, layers in stacks.items())
+    logits = 2 * tokens.tokens["decoder"] * config.embed_dim * config.num_embeddings
+    forward = (_dense_flops(model, tokens) + in_experts + logits) / tokens.num_examples * runs
+    hessians = sum(
+        2 * tokens.hessian_tokens[s] * EXPERT_SHARE * len(layers) * some / calibration
+        for s, layers in stacks.items()
+    ) * (config.embed_dim**2 + config.expert_mlp_dim**2)
+    sweeps = len(lattice) * experts * sum(w**3 / 3 + 4 * w**2 * out for out, w in shapes)
+    # Every run of the model reads its experts' kernels.
+    batches = math.ceil(runs / settings.batch_size)
+    read = 4 * batches * config.num_experts * weights * sum(map(len, stacks.values()))
+    return Work(forward + hessians + sweeps, read, "float32")
 
 
 def _layer_work(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,9 +40,13 @@ class CompressionSettings:
         0.85 bit a weight at 3, 0.63 at 4, 0.50 at 5. On the demo model the paper's ternary has
         the KL of 4.2, so that the default is no worse than it.
       target_bits_per_weight: what lattice codes and their side information shall take on average,
-        within 1 %; steps are searched during the run, and
-        `step` and `kernel_steps` then say only how kernels' steps are to each other. None takes
-        them as they are.
+        within 1 %; steps are searched during the run, and `step` and `kernel_steps` then say only
+        how kernels' steps are to each other. None takes them as they are.
+      target_size: the same for all arrays of the output, dense ones included: bytes, or text as
+        "12GB" (powers of 1000) or "12GiB" (of 1024).
+      allocation: "uniform", one step for all kernels but those in `kernel_steps`; or "measured",
+        steps by what an error in a kernel does to the predictions (`pipeline.allocation`), which
+        needs the uncompressed model in memory. Without a target it takes the bits of `step`.
       kernel_steps: other steps for some kernels: a pattern as "encoder/layers_1/wo" or "*/wi" to a
         step. Of several patterns that match, later ones win.
       expert_coding: how codes are stored: "tunstall" or "qmoe" (the paper's dictionary) for
@@ -73,6 +78,8 @@ class CompressionSettings:
     grid: str = "ternary"
     step: float = 4.0
     target_bits_per_weight: float | None = None
+    target_size: str | int | None = None
+    allocation: str = "uniform"
     kernel_steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     expert_coding: str = "auto"
     method: str = "gptq"
@@ -119,6 +126,30 @@ class CompressionSettings:
                 f'target_bits_per_weight is {target!r}, but no layer has grid="lattice"; the other '
                 "grids take what they take"
             )
+        if self.target_size is not None:
+            size_in_bytes(self.target_size)  # refuses what is none
+            if target is not None:
+                raise ValueError(
+                    f"target_bits_per_weight is {target!r} and target_size is "
+                    f"{self.target_size!r}; give one of the two"
+                )
+            if not self.has_steps:
+                raise ValueError(
+                    f'target_size is {self.target_size!r}, but no layer has grid="lattice"; the '
+                    "other grids take what they take"
+                )
+        _one_of("allocation", self.allocation, ("uniform", "measured"))
+        if self.allocation == "measured":
+            if not self.has_steps:
+                raise ValueError(
+                    'allocation is "measured", but no layer has grid="lattice"; the other grids '
+                    "have no steps"
+                )
+            if self.kernel_steps:
+                raise ValueError(
+                    f'allocation is "measured" and kernel_steps is {dict(self.kernel_steps)}; '
+                    'leave one of the two out ("uniform" takes kernel_steps as they are)'
+                )
         for pattern, step in self.kernel_steps.items():
             if not step > 0:
                 raise ValueError(f"kernel_steps[{pattern!r}] is {step!r}; it must be above 0")
@@ -159,7 +190,8 @@ class CompressionSettings:
 
     def _for_one(self, fields: Mapping[str, Any]) -> "CompressionSettings":
         """Return settings with other fields and without overrides; a target is of the whole run."""
-        return dataclasses.replace(self, layer_overrides={}, target_bits_per_weight=None, **fields)
+        whole = {"target_bits_per_weight": None, "target_size": None, "allocation": "uniform"}
+        return dataclasses.replace(self, layer_overrides={}, **whole, **fields)
 
     def step_of(self, kernel: str) -> float:
         """Return the step of a kernel, in the settings of its layer (`for_layer`)."""
@@ -217,9 +249,9 @@ class CompressionSettings:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether some layer may be quantized with GPTQ."""
+        """Whether some layer may be quantized with GPTQ, or predictions are looked at."""
         methods = {self.method} | {f.get("method") for f in self.layer_overrides.values()}
-        return "gptq" in methods
+        return "gptq" in methods or self.allocation == "measured"
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -229,3 +261,28 @@ class CompressionSettings:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base ** (power + 1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGTP")
+}
+
+
+def size_in_bytes(size: str | int) -> int:
+    """Return a size in bytes: a number, or text as "12GB" or "1.5 TiB".
+
+    Raises:
+      ValueError: it is neither, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    units = {unit.lower(): count for unit, count in _UNITS.items()}
+    count = 0
+    if found and found[2].lower() in units and not isinstance(size, bool):
+        count = round(float(found[1]) * units[found[2].lower()])
+    if count <= 0:
+        raise ValueError(
+            f'target_size is {size!r}; it must be bytes above 0, or text as "12GB" or "12GiB"'
+        )
+    return count
