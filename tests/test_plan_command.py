@@ -153,5 +153,14 @@ def test_the_lattice(tmp_path, capsys):
     plan = json.loads(file.read_text())
     assert plan["zero_shares"]["lattice"]["source"] == "codes of 0.50 bits a weight"
     assert 0.9 < plan["zero_shares"]["lattice"]["value"] < 0.95
+    assert plan["sizes"][0]["bits_per_weight"] == pytest.approx(0.5)
+    size = [*lattice, "--target_size", "700MB", "--json", str(file)]
+    assert main(["plan", "switch_base_8", *AMPLE, *size]) == 0
+    assert json.loads(file.read_text())["sizes"][0]["total"] == pytest.approx(700e6, rel=0.001)
+    measured = ["--grid", "lattice", "--allocation", "measured", "--json", str(file)]
+    assert main(["plan", "switch_base_8", *AMPLE, *measured]) == 0
+    plan, seconds = json.loads(file.read_text()), json.loads(file.read_text())["seconds"]
+    assert 0 < seconds["allocation"] < seconds["total"] / 4
+    assert plan["device_memory"]["allocation"]["uncompressed model"] > 1e9
     assert main(["plan", "switch_base_8", *AMPLE, "--kernel_steps", '{"*/wo": "5"}']) == 2
     assert "no object of numbers" in capsys.readouterr().err

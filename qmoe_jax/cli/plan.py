@@ -250,8 +250,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _without_none(hint: Any) -> Any:
-    """`int` of `int | None`; any other type as it is."""
+    """`int` of `int | None`, `str` of `str | int | None`; any other type as it is."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    if set(kinds) == {str, int}:
+        return str
     return kinds[0] if isinstance(hint, types.UnionType) and len(kinds) == 1 else hint
 
 

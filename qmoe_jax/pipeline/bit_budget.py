@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 
 from qmoe_jax.checkpoints import names
-from qmoe_jax.checkpoints.t5x import T5XCheckpoint
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.quantization.settings import CompressionSettings, size_in_bytes
@@ -90,12 +89,16 @@ class BitBudget:
 
 
 def target_bits(
-    source: T5XCheckpoint, config: SwitchConfig, settings: CompressionSettings
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    config: SwitchConfig,
+    settings: CompressionSettings,
 ) -> float | None:
     """Return the bits a weight that a run's lattice codes shall take; None without a target.
 
     Args:
-      source: the native checkpoint.
+      shapes: of every parameter of the native checkpoint.
+      dtypes: their names.
       config: its geometry.
       settings: of the run. Of a `target_size` what is not compressed is subtracted, and what other
         grids take cannot be known.
@@ -118,9 +121,9 @@ def target_bits(
         if own.method != "none"
         for kernel in (*config.wi_names, "wo")
     }
-    sizes = {name: math.prod(shape) for name, shape in source.shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     dense = sum(
-        size * jnp.dtype(settings.stored_dtype(name, source.dtypes[name].name)).itemsize
+        size * jnp.dtype(settings.stored_dtype(name, dtypes[name])).itemsize
         for name, size in sizes.items()
         if name not in coded
     )
@@ -137,7 +140,8 @@ def target_bits(
 
 def bit_budget(run: Run) -> BitBudget | None:
     """Return the budget of this process's experts; None without a target."""
-    target = target_bits(run.source, run.config, run.settings)
+    dtypes = {name: dtype.name for name, dtype in run.source.dtypes.items()}
+    target = target_bits(run.source.shapes, dtypes, run.config, run.settings)
     if target is None:
         return None
     weights, steps = {}, {}

@@ -130,7 +130,8 @@ def compress(
             "take the kernel_steps of the manifest of a run in one process"
         )
     source, config = _open(checkpoint, chosen, devices)
-    target = target_bits(source, config, chosen)
+    dtypes = {name: dtype.name for name, dtype in source.dtypes.items()}
+    target = target_bits(source.shapes, dtypes, config, chosen)
     calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config).first(num_examples)

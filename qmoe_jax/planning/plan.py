@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmoe_jax.formatting import format_bytes
+from qmoe_jax.pipeline.bit_budget import target_bits
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts, check_tokens
 from qmoe_jax.planning.memory import (
     Resources,
@@ -142,15 +143,16 @@ def make_plan(
 
     Raises:
       TokensError: settings that need other tokens.
-      ValueError: a zero share that is not between 0 and 1.
+      ValueError: a zero share that is not between 0 and 1, or a target_size that cannot be.
     """
     config = model.config
     settings.check_layers(config.sparse_layers)
     check_tokens(tokens, settings)
     layers = layer_settings(config, settings).values()
+    target = target_bits(model.shapes, model.dtypes, config, settings)
     shares = {
         own.grid: (zeros or {}).get(own.grid)
-        or zero_share(config, own.grid, settings.target_bits_per_weight or typical_bits(own.step))
+        or zero_share(config, own.grid, target or typical_bits(own.step))
         for own in layers
         if own.method != "none"
     }

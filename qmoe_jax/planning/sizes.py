@@ -66,11 +66,14 @@ class ZeroShare:
       source: where the figure is from.
       nonzero: how the others fall on the symbols of 2-bit codes: the two values beside zero, and
         the fourth.
+      bits: stored for a weight of the lattice, everything counted; None where the share of zeros is
+        all that is known.
     """
 
     value: float
     source: str
     nonzero: tuple[float, float, float] = _TWO_BIT_NONZERO
+    bits: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +123,12 @@ def zero_share(config: SwitchConfig, grid: str, bits: float | None = None) -> Ze
     Args:
       config: geometry.
       grid: "ternary" or "2bit"; or
-        "lattice": codes of one step up or down that take so many bits.
-      bits: a weight, of lattice codes.
+        "lattice": codes of one step up or down whose entropy is so many bits.
+      bits: stored for a weight of the lattice.
     """
     if grid == "lattice":
         assert bits is not None
-        return ZeroShare(_zeros_of_bits(bits), f"codes of {bits:.2f} bits a weight")
+        return ZeroShare(_zeros_of_bits(bits), f"codes of {bits:.2f} bits a weight", bits=bits)
     shares = PAPER_ZERO_SHARES[grid]
     width = min(shares, key=lambda known: abs(math.log(known / config.embed_dim)))
     known = {w: name for (w, _), name in _PAPER_MODELS.items()}[width]
@@ -169,10 +172,13 @@ def layer_bytes(
     """
     if settings.method == "none":
         return 0.0
-    bits = 0.0
+    bits, expected = 0.0, zeros[settings.grid]
     for out, width in expert_kernel_shapes(config).values():
+        if expected.bits is not None:
+            bits += out * width * expected.bits
+            continue
         rows, row_width = stored_shape(width, out, settings.group_size)
-        bits += _expert_bits(settings.coding, rows, row_width, zeros[settings.grid])
+        bits += _expert_bits(settings.coding, rows, row_width, expected)
     return config.num_experts * bits / 8
 
 
