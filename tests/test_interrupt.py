@@ -3,10 +3,10 @@
 A reader that closes its end of a pipe is no mistake either.
 """
 
+import os
 import signal
 import subprocess
 import sys
-import time
 
 import golden_data
 import pytest
@@ -14,29 +14,53 @@ from factories import same_tree
 
 pytest.importorskip("gin")
 CHECKPOINT = golden_data.DEMO / "checkpoint_4200"
-COMMAND = (
-    *(sys.executable, "-m", "qmoe_jax", "compress", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
+ARGUMENTS = (
+    *("compress", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
     *("--gin.TOKENS=None", "--gin.CompressionSettings.method='rtn'"),
+)
+COMMAND = (sys.executable, "-m", "qmoe_jax")
+
+# The same command, which waits for its signal in its second layer. A shell's background jobs begin
+# with the signal ignored, and so do their children.
+WAITING_COMMAND = (
+    sys.executable,
+    "-c",
+    """
+import runpy, signal, time
+from qmoe_jax.pipeline import expert_layer
+
+def quantize_batch(batch, *arguments, compute=expert_layer.quantize_batch, layers=[]):
+    if layers:
+        print("waiting", flush=True)
+        time.sleep(600)
+    layers.append(batch)
+    return compute(batch, *arguments)
+
+expert_layer.quantize_batch = quantize_batch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("qmoe_jax", run_name="__main__", alter_sys=True)
+""",
 )
 
 
 def test_an_interrupted_compression_goes_on(tmp_path):
-    def start(output):
+    def start(command, output):
         return subprocess.Popen(
-            [*COMMAND, f"--gin.OUTPUT='{output}'"],
+            [*command, *ARGUMENTS, f"--gin.OUTPUT='{output}'"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
         )
 
-    process = start("stopped")
-    deadline = time.monotonic() + 120
+    process = start(WAITING_COMMAND, "stopped")
+    assert process.stdout is not None
+    waiting = process.stdout.readline()
     # Layers are streamed into the unfinished output.
-    while not (tmp_path / "stopped.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    unfinished = (tmp_path / "stopped.partial").exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
+    assert (waiting, unfinished) == ("waiting\n", True), errors
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
@@ -44,7 +68,7 @@ def test_an_interrupted_compression_goes_on(tmp_path):
     assert not (tmp_path / "stopped").exists()
 
     for output in ("stopped", "undisturbed"):
-        process = start(output)
+        process = start(COMMAND, output)
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert same_tree(tmp_path / "stopped", tmp_path / "undisturbed")
@@ -52,13 +76,13 @@ def test_an_interrupted_compression_goes_on(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--list"]])
 def test_a_reader_that_has_had_enough(arguments):
-    process = subprocess.Popen(
-        [*COMMAND[:3], *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 141
-    assert errors == ""
+    closed, stdout = os.pipe()
+    os.close(closed)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(stdout)
+    assert done.returncode == 141
+    assert done.stderr == ""
