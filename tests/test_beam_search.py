@@ -21,7 +21,7 @@ EVAL_FACTOR = {"base": 2.0, "xxl": 4.0, "c": 2.0}
 EOS = 1
 
 
-@pytest.mark.parametrize("model", golden_data.MODELS)
+@pytest.mark.parametrize("model", ["base", "xxl", *slow("c")])
 @pytest.mark.parametrize("case", ["std_f32", *slow("nodrop_f32")])
 def test_t5x_s_own_beams(golden_checkpoint, model, case):
     golden = golden_data.load_golden(model)
