@@ -1,5 +1,6 @@
 """Token files and settings of small runs, and comparisons of what they wrote."""
 
+import dataclasses
 import filecmp
 import os
 
@@ -50,6 +51,30 @@ def same_tree(a, b):
     return not (mismatch or errors) and all(
         same_tree(os.path.join(a, d), os.path.join(b, d)) for d in compared.common_dirs
     )
+
+
+def shortened(module, variables, layers):
+    """A model of the first layers of both stacks: a program is compiled in a part of the time."""
+    config = module.config
+    config = dataclasses.replace(
+        config,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        encoder_sparse_layers=tuple(x for x in config.encoder_sparse_layers if x < layers),
+        decoder_sparse_layers=tuple(x for x in config.decoder_sparse_layers if x < layers),
+    )
+    left_out = {f"layers_{i}" for i in range(layers, 100)}
+    coded = tuple(item for item in module.coded if item[0].split("/")[1] not in left_out)
+    kept = {
+        collection: {
+            stack: {name: part for name, part in parts.items() if name not in left_out}
+            if stack in ("encoder", "decoder")
+            else parts
+            for stack, parts in stacks.items()
+        }
+        for collection, stacks in variables.items()
+    }
+    return module.clone(config=config, coded=coded), kept
 
 
 def codes_of(path):

@@ -6,6 +6,7 @@ import sys
 
 import golden_data
 import pytest
+from markers import slow
 
 from qmoe_jax.captured_stderr import captured_stderr
 
@@ -49,7 +50,7 @@ def test_without_a_stderr():
     assert (result.returncode, result.stdout) == (0, "done\n")
 
 
-@pytest.mark.parametrize("level", [None, "3", "0"])
+@pytest.mark.parametrize("level", [None, "0", *slow("3")])
 def test_tensorflow_starts_without_a_line(tmp_path, level):
     """Whatever its own setting is; also where it looks for GPUs, and where a data set ends."""
     pytest.importorskip("seqio")

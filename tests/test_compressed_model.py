@@ -1,4 +1,4 @@
-"""Whole compressed models: "cuda" beside "xla", with the kernels run by `cuda_emulation`."""
+"""Compressed models: "cuda" beside "xla", with the kernels run by `cuda_emulation`."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import shortened
 from golden_data import load_golden
 from markers import needs_compiler
 
@@ -27,6 +28,11 @@ def compressed(golden_checkpoint, tmp_path_factory):
     return output
 
 
+def load_layers(*arguments, **options):
+    """A dense and a sparse layer of both stacks."""
+    return shortened(*qmoe_jax.load_switch(*arguments, **options), 2)
+
+
 @pytest.fixture(scope="module")
 def inputs():
     """Tokens of the encoder, of the decoder, and targets."""
@@ -42,9 +48,7 @@ def logits_of(emulated, compressed, inputs):
     @functools.cache
     def run(implementation, dtype, in_jit=True):
         with use_launcher(emulated):
-            module, variables = qmoe_jax.load_switch(
-                compressed, dtype, implementation=implementation
-            )
+            module, variables = load_layers(compressed, dtype, implementation=implementation)
             apply = functools.partial(module.apply, enable_dropout=False)
             emulated.calls.clear()
             logits = np.asarray((jax.jit(apply) if in_jit else apply)(variables, *inputs))
@@ -102,7 +106,7 @@ class TestModel:
         assert np.abs(logits - exact).mean() <= 1.5 * rounding
 
     def test_without_derived_variables(self, launcher, compressed, inputs, logits_of):
-        module, variables = qmoe_jax.load_switch(compressed, implementation="cuda")
+        module, variables = load_layers(compressed, implementation="cuda")
         apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
         logits = apply({"params": variables["params"]}, *inputs)
         np.testing.assert_array_equal(logits, logits_of("cuda", "float32"))
@@ -110,7 +114,7 @@ class TestModel:
     def test_greedy_tokens(self, launcher, compressed, inputs):
         generated = {}
         for implementation in ("xla", "cuda"):
-            module, variables = qmoe_jax.load_switch(compressed, implementation=implementation)
+            module, variables = load_layers(compressed, implementation=implementation)
             generate = jax.jit(
                 functools.partial(greedy_generate, module, max_decode_length=4, eos_id=-1)
             )

@@ -200,7 +200,7 @@ class TestMatmul:
                 get, coded, seed=out, tiles=(8, 64), tokens=9, copies=1 if out == 1 else 16
             )
 
-    @pytest.mark.parametrize("dictionary", [0, 9, *slow(1, 2, 3, 4, 5, 6, 7, 8)])
+    @pytest.mark.parametrize("dictionary", [9, *slow(0, 1, 2, 3, 4, 5, 6, 7, 8)])
     def test_each_dictionary(self, get, coding, dictionary):
         coded = random_tensor(coding, (1, 4, 1200), ZERO_WEIGHTS[dictionary] / 1024, dictionary)
         check_matmul(get, coded, tokens=5, tiles=(16, 32))

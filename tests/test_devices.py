@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -151,10 +152,13 @@ def test_killed_processes_go_on_and_end_with_the_same_bytes(checkpoint, files, t
     """2 processes, both killed at a random moment, again and again, until a run gets to its end."""
     where, settings = (checkpoint, tmp_path / "out", files), {"expert_batch": 1}
     undisturbed = tmp_path / "undisturbed"
-    started = time.monotonic()
-    results = compress_in(2, 1, checkpoint, undisturbed, files, **settings)
-    duration = time.monotonic() - started
-    assert [result["replayed"] for result in results] == [0, 0]
+    duration = 0.0
+    for _ in range(2):  # the first one compiles, as those that are killed do not
+        shutil.rmtree(undisturbed, ignore_errors=True)
+        started = time.monotonic()
+        results = compress_in(2, 1, checkpoint, undisturbed, files, **settings)
+        duration = time.monotonic() - started
+        assert [result["replayed"] for result in results] == [0, 0]
 
     rng = random.Random(0)
     kills = 0
@@ -167,8 +171,9 @@ def test_killed_processes_go_on_and_end_with_the_same_bytes(checkpoint, files, t
         for process in processes:
             process.communicate()
         kills += bool(running)
-        if where[1].exists():
+        if where[1].exists() and kills:
             break
+        shutil.rmtree(where[1], ignore_errors=True)  # it was faster than any kill
     else:
         results = compress_in(2, 1, *where, **settings)
         assert all(result["replayed"] > 0 for result in results)

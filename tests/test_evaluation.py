@@ -7,12 +7,11 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 
 import golden_data
 import numpy as np
 import pytest
-from command import command, refusal
+from command import command, refusal, start_and_wait
 
 import qmoe_jax.evaluation.evaluate as evaluation
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens, write_tokens
@@ -159,25 +158,28 @@ def test_damaged_shards_and_folders_in_use(evaluate, tmp_path):
 @pytest.mark.slow
 def test_sigkill(demo_file, tmp_path):
     """A killed process loses at most the shard that it was computing."""
+    program = [sys.executable, "-m", "qmoe_jax"]
     arguments = [
-        *(sys.executable, "-m", "qmoe_jax", "evaluate", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
+        *("evaluate", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
         *(f"--gin.TOKENS='{demo_file}'", "--gin.OUTPUT='out'", "--gin.NUM_EXAMPLES=512"),
         *("--gin.BATCH_SIZE=8", "--gin.TENSORBOARD=False"),
     ]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = start_and_wait(
+        *("qmoe_jax.evaluation.shards", "_write_shard", 1),
+        *arguments,
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
     first = tmp_path / "out" / "checkpoint_4200" / "shard_00000.npz"
-    deadline = time.monotonic() + 300
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     written = first.stat().st_mtime_ns
-    subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*program, *arguments], cwd=tmp_path, check=True, capture_output=True)
     resumed = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert first.stat().st_mtime_ns == written
-    arguments[6] = "--gin.OUTPUT='whole'"
-    subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
+    arguments[3] = "--gin.OUTPUT='whole'"
+    subprocess.run([*program, *arguments], cwd=tmp_path, check=True, capture_output=True)
     whole = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert without_times(resumed) == without_times(whole)
 

@@ -17,16 +17,19 @@ from qmoe_jax.pipeline.devices import Devices
 _PROGRAM = """
 import json, sys
 job = json.loads(sys.argv[1])
+sys.path.insert(0, job["tests"])
 import jax, numpy as np
 import qmoe_jax
+from factories import shortened
 from qmoe_jax.generation.sampling import greedy_generate
 batch = np.load(job["batch"])
 out = {}
 for name, path in job["paths"].items():
     split = qmoe_jax.load_switch(path, "float32", num_devices=4)
     for factor in job["factors"][name]:
-        one = qmoe_jax.load_switch(path, "float32", factor)
-        split = qmoe_jax.load_switch(path, "float32", factor, num_devices=4)
+        # One layer of each kind in both stacks.
+        one = shortened(*qmoe_jax.load_switch(path, "float32", factor), 2)
+        split = shortened(*qmoe_jax.load_switch(path, "float32", factor, num_devices=4), 2)
         results = [
             jax.jit(lambda v, *b, module=module: module.apply(v, *b, enable_dropout=False))(
                 variables, batch["e"], batch["i"], batch["t"])
@@ -74,6 +77,7 @@ def run(golden_checkpoint, tmp_path_factory):
 
     def run(factors):
         job = {"paths": paths, "batch": str(folder / "batch.npz"), "factors": factors}
+        job["tests"] = os.path.dirname(__file__)
         process = subprocess.run(
             [sys.executable, "-c", _PROGRAM, json.dumps(job)],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},

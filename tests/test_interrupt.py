@@ -3,38 +3,34 @@
 A reader that closes its end of a pipe is no mistake either.
 """
 
+import os
 import signal
 import subprocess
 import sys
-import time
 
 import golden_data
 import pytest
+from command import start_and_wait
 from factories import same_tree
 
 pytest.importorskip("gin")
 CHECKPOINT = golden_data.DEMO / "checkpoint_4200"
-COMMAND = (
-    *(sys.executable, "-m", "qmoe_jax", "compress", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
+PROGRAM = (sys.executable, "-m", "qmoe_jax")
+ARGUMENTS = (
+    *("compress", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
     *("--gin.TOKENS=None", "--gin.CompressionSettings.method='rtn'"),
 )
 
 
 def test_an_interrupted_compression_goes_on(tmp_path):
-    def start(output):
-        return subprocess.Popen(
-            [*COMMAND, f"--gin.OUTPUT='{output}'"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
-
-    process = start("stopped")
-    deadline = time.monotonic() + 120
+    process = start_and_wait(
+        *("qmoe_jax.pipeline.expert_layer", "quantize_batch", 1),
+        *(*ARGUMENTS, "--gin.OUTPUT='stopped'"),
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
     # Layers are streamed into the unfinished output.
-    while not (tmp_path / "stopped.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert (tmp_path / "stopped.partial").exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -44,21 +40,26 @@ def test_an_interrupted_compression_goes_on(tmp_path):
     assert not (tmp_path / "stopped").exists()
 
     for output in ("stopped", "undisturbed"):
-        process = start(output)
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+        done = subprocess.run(
+            [*PROGRAM, *ARGUMENTS, f"--gin.OUTPUT='{output}'"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
     assert same_tree(tmp_path / "stopped", tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--list"]])
 def test_a_reader_that_has_had_enough(arguments):
-    process = subprocess.Popen(
-        [*COMMAND[:3], *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 141
-    assert errors == ""
+    closed, stdout = os.pipe()
+    os.close(closed)
+    try:
+        done = subprocess.run(
+            [*PROGRAM, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(stdout)
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from canary import tree
 from command import command, refusal
-from factories import CALIBRATION, QUICK, same_tree
+from factories import CALIBRATION, QUICK, same_tree, shortened
 
 import qmoe_jax
 from qmoe_jax.checkpoints import recode
@@ -21,7 +21,7 @@ def coding_of(path):
 
 
 def logits(path):
-    module, variables = qmoe_jax.load_switch(path)
+    module, variables = shortened(*qmoe_jax.load_switch(path), 2)
     batch = CALIBRATION.tokens
     ids = (batch.encoder_input_tokens[:4], batch.decoder_input_tokens[:4])
     call = jax.jit(lambda v, *ids: module.apply(v, *ids, batch.decoder_target_tokens[:4]))

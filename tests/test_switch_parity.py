@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jitted
 import numpy as np
 import pytest
+from factories import shortened
 from markers import slow
 
 import qmoe_jax
@@ -42,7 +43,17 @@ def at(tree, path):
     return tree
 
 
-@pytest.mark.parametrize(("model", "layout"), golden_data.LAYOUTS)
+# Parameters in bfloat16 are a program of their own: that of one model in the default run.
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(
+            *(model, layout),
+            marks=[pytest.mark.slow] * (model != "base" and "bfloat16" in layout),
+        )
+        for model, layout in golden_data.LAYOUTS
+    ],
+)
 def test_every_layout_loads_into_the_module(golden_checkpoint, model, layout):
     golden = golden_data.load_golden(model)
     module, variables = qmoe_jax.load_switch(
@@ -70,6 +81,13 @@ def cases(model):
 
 # Other numbers in the same code: of one model in the default run.
 LESS = ("group8_f32", "capfac1p5_f32")
+ALL_MODELS = pytest.mark.parametrize("model", golden_data.MODELS)
+# What does not depend on a model's form: `TestFullCases` goes through all forms.
+ONE_MODEL = pytest.mark.parametrize(
+    "model", [golden_data.MODELS[0], *slow(*golden_data.MODELS[1:])]
+)
+# "c" has nothing in bfloat16 that "xxl" has not.
+TWO_MODELS = pytest.mark.parametrize("model", ["base", "xxl", *slow("c")])
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +172,18 @@ class TestFullCases:
             )
 
 
-@pytest.mark.parametrize("model", golden_data.MODELS)
 class TestOtherCases:
     def load(self, golden_checkpoint, model, factor, layout="t5x_float32", dtype="float32"):
         return qmoe_jax.load_switch(golden_checkpoint(model, layout), dtype, factor)
 
+    @ONE_MODEL
     def test_training_capacity(self, golden_checkpoint, model):
         golden = golden_data.load_golden(model)
         module, variables = self.load(golden_checkpoint, model, EVAL_FACTOR[model])
         logits, _ = run(module, variables, batch_of(golden), enable_dropout=True)
         np.testing.assert_allclose(logits, golden["train_f32/logits"], atol=TOLERANCE, rtol=0)
 
+    @ONE_MODEL
     @pytest.mark.parametrize("case", ["std_f32_row0", *slow("nodrop_f32_row0")])
     def test_single_row(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
@@ -173,6 +192,7 @@ class TestOtherCases:
         logits, _ = run(module, variables, batch_of(golden, slice(0, 1)))
         np.testing.assert_allclose(logits, golden[f"{case}/logits"], atol=TOLERANCE, rtol=0)
 
+    @ALL_MODELS
     def test_out_of_range_ids(self, golden_checkpoint, model):
         golden = golden_data.load_golden(model)
         module, variables = self.load(golden_checkpoint, model, EVAL_FACTOR[model])
@@ -180,6 +200,7 @@ class TestOtherCases:
         logits, _ = run(module, variables, batch)
         np.testing.assert_allclose(logits, golden["oor/logits"], atol=TOLERANCE, rtol=0)
 
+    @ONE_MODEL
     def test_encoder_outputs(self, golden_checkpoint, model):
         golden = golden_data.load_golden(model)
         for case, factor in (("std_f32", EVAL_FACTOR[model]), ("nodrop_f32", None)):
@@ -193,6 +214,7 @@ class TestOtherCases:
             )
             np.testing.assert_allclose(encoded, golden[f"{case}/encoded"], atol=TOLERANCE, rtol=0)
 
+    @TWO_MODELS
     @pytest.mark.parametrize("case", ["std_bf16", *slow("nodrop_bf16")])
     def test_bfloat16_activations(self, golden_checkpoint, model, case):
         # Near ties route a few tokens differently under another order of summation, and in the
@@ -210,6 +232,7 @@ class TestOtherCases:
         total = float(jnp.sum(jnp.where(golden["batch/decoder_loss_weights"] > 0, losses, 0.0)))
         assert total == pytest.approx(float(golden[f"{case}/loss/ce_sum"]), rel=4e-3)
 
+    @ONE_MODEL
     @pytest.mark.parametrize("case", ["std_f32", *slow("nodrop_f32")])
     def test_greedy_tokens(self, golden_checkpoint, model, case):
         golden = golden_data.load_golden(model)
@@ -224,6 +247,7 @@ class TestOtherCases:
         )
         np.testing.assert_array_equal(generated, expected.reshape(generated.shape))
 
+    @ALL_MODELS
     def test_parameters_initialise_to_the_checkpoint_s_names(self, golden_checkpoint, model):
         golden = golden_data.load_golden(model)
         module, variables = self.load(golden_checkpoint, model, 2.0)
@@ -255,7 +279,8 @@ def test_demo_model_losses(factor, result):
 
 @pytest.fixture(scope="module")
 def model(golden_checkpoint):
-    return qmoe_jax.load_switch(golden_checkpoint("base", "t5x_float32"))
+    """A dense and a sparse layer of both stacks."""
+    return shortened(*qmoe_jax.load_switch(golden_checkpoint("base", "t5x_float32")), 2)
 
 
 class TestCallingConvention:
@@ -335,13 +360,15 @@ class TestCallingConvention:
 
     def test_bad_calls(self, model):
         module, variables = model
+        traced = jitted.apply.eval_shape  # nothing is compiled
         encoder = jnp.ones((2, 4), jnp.int32)
-        encoded = jitted.apply(module, variables, encoder, enable_dropout=False, method="encode")
+        encoded = traced(module, variables, encoder, enable_dropout=False, method="encode")
         one = jnp.ones((2, 1), jnp.int32)
         with pytest.raises(ValueError, match="needs max_decode_length"):
-            module.apply(variables, encoded, encoder, one, one, decode=True, method="decode")
+            traced(module, variables, encoded, encoder, one, one, decode=True, method="decode")
         with pytest.raises(ValueError, match="segment ids"):
-            module.apply(
+            traced(
+                module,
                 variables,
                 encoded,
                 encoder,
@@ -353,7 +380,7 @@ class TestCallingConvention:
                 max_decode_length=4,
                 method="decode",
             )
-        _, state = jitted.apply(
+        _, state = traced(
             module,
             variables,
             encoded,
@@ -366,7 +393,8 @@ class TestCallingConvention:
             mutable="cache",
         )
         with pytest.raises(ValueError, match="got 2 positions"):
-            module.apply(
+            traced(
+                module,
                 {**variables, **state},
                 encoded,
                 encoder,
@@ -375,7 +403,7 @@ class TestCallingConvention:
                 decode=True,
                 max_decode_length=4,
                 method="decode",
-                mutable=["cache"],
+                mutable="cache",
             )
 
     def test_bad_loading(self, golden_checkpoint):

@@ -25,8 +25,6 @@ import sys
 from collections.abc import Sequence
 
 from qmoe_jax.calibration import tokens
-from qmoe_jax.checkpoints.read_config import read_config
-from qmoe_jax.checkpoints.training_lengths import training_lengths
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import TokensError
 from qmoe_jax.outputs import check_no_input, check_writable
@@ -68,6 +66,10 @@ def _set_lengths(arguments: argparse.Namespace) -> str:
     )
     if arguments.checkpoint is None:
         return advice + ", --checkpoint finds them"
+    # Reading checkpoints imports JAX, which the rest of the command does without.
+    from qmoe_jax.checkpoints.read_config import read_config
+    from qmoe_jax.checkpoints.training_lengths import training_lengths
+
     read_config(arguments.checkpoint)  # refuses what is none, before the work
     trained = training_lengths(arguments.checkpoint)
     if trained is None:
