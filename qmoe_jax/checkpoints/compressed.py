@@ -20,7 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, check_manifest
+from qmoe_jax.checkpoints.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    check_manifest,
+    parse_manifest,
+)
 from qmoe_jax.checkpoints.storage import Folder, open_folder
 from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
 from qmoe_jax.codec import codings
@@ -138,14 +143,14 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
             "writing was cut off); give the output folder of qmoe_jax.compress"
         )
     try:
-        manifest = json.loads(content)
+        manifest = parse_manifest(content)
         kind, version = manifest["format"], manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder.url}/manifest.json is not a manifest ({type(error).__name__}: {error}): "
             "it is truncated or corrupt, copy it again"
         ) from error
-    if kind != FORMAT or version != FORMAT_VERSION:
+    if kind != FORMAT or type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder.url} has format {kind!r} version {version!r}; this version reads {FORMAT!r} "
             f"version {FORMAT_VERSION}. Use the qmoe_jax that wrote it, or compress again."
