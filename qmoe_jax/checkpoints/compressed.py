@@ -27,7 +27,12 @@ from qmoe_jax.checkpoints.manifest import (
     parse_manifest,
 )
 from qmoe_jax.checkpoints.storage import Folder, open_folder
-from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
+from qmoe_jax.checkpoints.stored_arrays import (
+    entry_bytes,
+    finish_read,
+    overhead_bytes,
+    start_read,
+)
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.config import SwitchConfig
@@ -53,6 +58,7 @@ class CompressedCheckpoint:
     dense_names: tuple[str, ...]
     _folder: Folder
     _manifest: Mapping[str, Any]
+    _manifest_bytes: int
 
     def fingerprint(self) -> str:
         """Digest its manifest, which holds the checksums of all arrays, to tell if it changed."""
@@ -84,6 +90,20 @@ class CompressedCheckpoint:
         coded = CodedTensor(self.specs[name], arrays)
         codings.validate(coded)
         return coded
+
+    def container_bytes(self) -> int:
+        """Bytes on disk beside arrays: the manifest, zarr's metadata, filler of the last chunks.
+
+        Reads the metadata of every array. Of compressed arrays there is no filler to count.
+
+        Raises:
+          CheckpointError: an array's metadata are missing or no JSON.
+        """
+        total = self._manifest_bytes
+        entries = list(self._manifest["dense"].values())
+        for tensor in self._manifest["coded"].values():
+            entries += tensor["arrays"].values()
+        return total + sum(overhead_bytes(self._folder, entry) for entry in entries)
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes stored for `dense` parameters and `coded` kernels."""
@@ -164,4 +184,5 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
         dense_names=tuple(manifest["dense"]),
         _folder=folder,
         _manifest=manifest,
+        _manifest_bytes=len(content),
     )

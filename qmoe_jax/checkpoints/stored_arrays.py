@@ -6,6 +6,8 @@ to its own. Several processes that write one array have a pair each.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,26 @@ _REMEDY = "copy the checkpoint again, or compress again"
 def entry_bytes(entry: Mapping[str, Any]) -> int:
     """Bytes of an array before compression, by its manifest entry."""
     return item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
+
+
+def overhead_bytes(folder: Folder, entry: Mapping[str, Any]) -> int:
+    """Bytes of an array's metadata, and where chunks are not compressed of the last ones' filler.
+
+    Raises:
+      CheckpointError: the metadata are missing or no JSON.
+    """
+    content = folder.child(entry["file"]).read(".zarray")
+    try:
+        metadata = json.loads(content or b"")
+        sizes = zip(entry["shape"], metadata["chunks"], strict=True)
+        padded = math.prod(-(-length // chunk) * chunk for length, chunk in sizes)
+        compressed = metadata["compressor"] is not None
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{folder.url}/{entry['file']}/.zarray is missing or damaged: {_REMEDY}"
+        ) from error
+    filler = item_bytes(entry["dtype"]) * padded - entry_bytes(entry)
+    return len(content or b"") + (0 if compressed else filler)
 
 
 def create_array(
