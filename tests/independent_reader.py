@@ -1,19 +1,26 @@
-"""A second reader of the format, written from `FORMAT.md` alone.
+"""A second reader of the format, by `FORMAT.md` alone.
 
 It shares no line with the package and imports nothing of it: where the two disagree, the document
 is unclear or one of them is wrong. It needs only the standard library, numpy and ml_dtypes, and is
 slow.
 
     codes, weights = read_tensor(spec, arrays)
+    parameters = read_checkpoint(folder)
 """
 
 from __future__ import annotations
 
 import decimal
 import functools
+import gzip
 import hashlib
 import heapq
 import itertools
+import json
+import math
+import re
+import zlib
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +32,9 @@ DTYPES = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
     "int32": np.dtype("<i4"),
+    "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
     "bfloat16": BFLOAT16,
 }
 
@@ -66,6 +75,11 @@ def check_spec(spec) -> tuple[str, int, int, int, int]:
         )
         numbers.append(value)
     experts, out, width, bound = numbers
+    require(width < 2**23, f"in_features is {width}; it must be less than 2^23")
+    require(
+        out * width < 2**31, f"an expert has {out * width} weights; it must have fewer than 2^31"
+    )
+    require(experts < 2**31, f"num_experts is {experts}; it must be less than 2^31")
     if coding in ("packed2", "lattice"):
         require(bound == 0, f"max_row_codewords is {bound}; {coding} requires 0")
     else:
@@ -534,3 +548,215 @@ def read_tensor(
     coding, experts, out, width, bound = check_spec(spec)
     codes, weights = READERS[coding](arrays, experts, out, width, bound)
     return codes, weights.astype(dtype)
+
+
+# Checkpoints
+
+MANIFEST = {
+    "format": str,
+    "format_version": int,
+    "config": dict,
+    "compression": dict,
+    "dense": dict,
+    "coded": dict,
+}
+CONFIG_INTEGERS = {
+    *("num_embeddings", "embed_dim", "mlp_dim", "expert_mlp_dim", "num_heads", "head_dim"),
+    *("num_experts", "num_encoder_layers", "num_decoder_layers", "relpos_buckets"),
+    *("relpos_max_distance", "max_group_size", "min_expert_capacity"),
+}
+CONFIG_OTHERS = {
+    *("encoder_sparse_layers", "decoder_sparse_layers", "mlp_activations", "tied_logits"),
+    *("train_capacity_factor", "eval_capacity_factor"),
+}
+
+
+def read_checkpoint(folder) -> dict[str, np.ndarray]:
+    """All parameters by name; expert kernels that are coded as float32 [experts, in, out]."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config, dense, coded = (manifest[key] for key in ("config", "dense", "coded"))
+    layers = check_config(config)
+    require(layers <= len(dense), f"{layers} layers, but {len(dense)} dense parameters")
+    dense_shapes, expert_shapes = parameter_shapes(config)
+    shapes = dense_shapes | expert_shapes
+    kernels = {f"{kernel}/kernel" for kernel in coded}
+    require(kernels <= set(expert_shapes), "a kernel is coded that is no expert kernel")
+    require(not kernels & set(dense), "a kernel is there twice")
+    require(kernels | set(dense) == set(shapes), "the parameters are not those of the config")
+    found = {}
+    for name, description in dense.items():
+        file = f"dense/{name.replace('/', '.')}"
+        array = read_array(folder, file, description)
+        require(array.shape == shapes[name], f"{name} has shape {array.shape}, not {shapes[name]}")
+        found[name] = array
+    for kernel, tensor in coded.items():
+        require(isinstance(tensor, dict) and set(tensor) == {"spec", "arrays"}, f"{kernel}: keys")
+        _, experts, rows, width, _ = check_spec(tensor["spec"])
+        n, num_in, num_out = shapes[f"{kernel}/kernel"]
+        fits = experts == n and num_in % width == 0 and rows * width == num_out * num_in
+        require(fits, f"the spec of {kernel} does not fit its config")
+        require(isinstance(tensor["arrays"], dict), f"the arrays of {kernel} are no object")
+        arrays = {
+            name: read_array(folder, f"coded/{kernel.replace('/', '.')}/{name}", description)
+            for name, description in tensor["arrays"].items()
+        }
+        _, weights = read_tensor(tensor["spec"], arrays)
+        # Groups of a row follow each other, so that rows of whole outputs are only a reshape away.
+        found[f"{kernel}/kernel"] = weights.reshape(n, num_out, num_in).swapaxes(1, 2)
+    return found
+
+
+def read_manifest(folder: Path) -> dict:
+    def unique(pairs):
+        require(len({key for key, _ in pairs}) == len(pairs), "a key is there twice")
+        return dict(pairs)
+
+    def no_number(name):
+        raise Refused(f"{name} is no number")
+
+    try:
+        manifest = json.loads(
+            (folder / "manifest.json").read_bytes().decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=no_number,
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"no manifest: {error}") from error
+    require(isinstance(manifest, dict), "the manifest is no object")
+    require(set(manifest) == set(MANIFEST), f"the manifest has the keys {sorted(manifest)}")
+    for key, kind in MANIFEST.items():
+        require(type(manifest[key]) is kind, f"{key} is {manifest[key]!r:.60}")
+    require(manifest["format"] == "qmoe_jax", f"the format is {manifest['format']!r}")
+    require(manifest["format_version"] == 2, f"the version is {manifest['format_version']}")
+    return manifest
+
+
+def check_config(config: dict) -> int:
+    """The number of layers."""
+    require(set(config) == CONFIG_INTEGERS | CONFIG_OTHERS, f"the config has {sorted(config)}")
+
+    def integer(value):
+        return type(value) is int and value >= 0
+
+    for key in CONFIG_INTEGERS:
+        require(integer(config[key]), f"{key} is {config[key]!r}")
+    require(type(config["tied_logits"]) is bool, "tied_logits")
+    require(type(config["train_capacity_factor"]) in (int, float), "train_capacity_factor")
+    factor = config["eval_capacity_factor"]
+    require(factor is None or type(factor) in (int, float), "eval_capacity_factor")
+    activations = config["mlp_activations"]
+    named = isinstance(activations, list) and all(isinstance(name, str) for name in activations)
+    require(named and len(activations) in (1, 2), f"mlp_activations are {activations!r:.60}")
+    total = 0
+    for stack in ("encoder", "decoder"):
+        layers, sparse = config[f"num_{stack}_layers"], config[f"{stack}_sparse_layers"]
+        total += layers
+        require(isinstance(sparse, list) and all(map(integer, sparse)), f"{stack}_sparse_layers")
+        rising = all(a < b for a, b in itertools.pairwise(sparse))
+        require(rising and all(layer < layers for layer in sparse), f"{stack}_sparse_layers")
+    return total
+
+
+def parameter_shapes(config: dict) -> tuple[dict, dict]:
+    """Dense parameters, and expert kernels."""
+    e, m, x = config["embed_dim"], config["mlp_dim"], config["expert_mlp_dim"]
+    heads, experts = config["num_heads"], config["num_experts"]
+    joined, embeddings = heads * config["head_dim"], config["num_embeddings"]
+    wis = ("wi",) if len(config["mlp_activations"]) == 1 else ("wi_0", "wi_1")
+    dense, expert = {"token_embedder/embedding": (embeddings, e)}, {}
+    if not config["tied_logits"]:
+        dense["decoder/logits_dense/kernel"] = (e, embeddings)
+    attentions = {
+        "encoder": {"attention": "attention"},
+        "decoder": {
+            "self_attention": "self_attention",
+            "encoder_decoder_attention": "cross_attention",
+        },
+    }
+    for stack in ("encoder", "decoder"):
+        dense[f"{stack}/{stack}_norm/scale"] = (e,)
+        dense[f"{stack}/relpos_bias/rel_embedding"] = (heads, config["relpos_buckets"])
+        for number in range(config[f"num_{stack}_layers"]):
+            layer = f"{stack}/layers_{number}"
+            dense[f"{layer}/pre_mlp_layer_norm/scale"] = (e,)
+            for attention, norm in attentions[stack].items():
+                dense[f"{layer}/pre_{norm}_layer_norm/scale"] = (e,)
+                for projection in ("query", "key", "value"):
+                    dense[f"{layer}/{attention}/{projection}/kernel"] = (e, joined)
+                dense[f"{layer}/{attention}/out/kernel"] = (joined, e)
+            if number in config[f"{stack}_sparse_layers"]:
+                dense[f"{layer}/mlp/router/router_weights/w/kernel"] = (e, experts)
+                for wi in wis:
+                    expert[f"{layer}/mlp/expert/{wi}/kernel"] = (experts, e, x)
+                expert[f"{layer}/mlp/expert/wo/kernel"] = (experts, x, e)
+            else:
+                for wi in wis:
+                    dense[f"{layer}/mlp/{wi}/kernel"] = (e, m)
+                dense[f"{layer}/mlp/wo/kernel"] = (m, e)
+    return dense, expert
+
+
+def read_array(folder: Path, file: str, description) -> np.ndarray:
+    """An array of a checkpoint, by its description in the manifest."""
+    require(isinstance(description, dict), f"{file} is described by {description!r:.60}")
+    keys = {"file", "dtype", "shape", "checksums"}
+    require(set(description) == keys, f"{file} is described by {sorted(description)}")
+    require(description["file"] == file, f"{description['file']!r} should be {file}")
+    name, shape = description["dtype"], description["shape"]
+    require(isinstance(name, str) and name in DTYPES, f"{file} has the dtype {name!r}")
+    sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    require(sizes and math.prod(shape) < 2**60, f"{file} has the shape {shape!r:.60}")
+    checksums = description["checksums"]
+    require(isinstance(checksums, list) and checksums, f"{file} has no checksums")
+    for pair in checksums:
+        require(isinstance(pair, list) and len(pair) == 2, f"{file} has the checksum {pair!r:.80}")
+        digest = isinstance(pair[1], str) and re.fullmatch("[0-9a-f]{64}", pair[1])
+        require(type(pair[0]) is int and digest, f"{file} has the checksum {pair!r:.80}")
+    stops = [pair[0] for pair in checksums]
+    require(stops[0] >= 0 and all(a < b for a, b in itertools.pairwise(stops)), f"{file}: stops")
+    require(stops[-1] == (shape[0] if shape else 1), f"{file} has checksums up to {stops[-1]}")
+    array = read_zarr(folder / file, DTYPES[name], shape)
+    start = 0
+    for stop, digest in checksums:
+        part = np.atleast_1d(array)[start:stop]
+        require(hashlib.sha256(part.tobytes()).hexdigest() == digest, f"{file} is altered")
+        start = stop
+    return array
+
+
+def read_zarr(path: Path, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+    try:
+        metadata = json.loads((path / ".zarray").read_bytes())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: {error}") from error
+    require(isinstance(metadata, dict), f"{path}: .zarray")
+    require(metadata.get("zarr_format") == 2 and metadata.get("shape") == shape, f"{path}: shape")
+    stored = "bfloat16" if dtype == BFLOAT16 else dtype.str
+    require(metadata.get("dtype") == stored, f"{path} is {metadata.get('dtype')}, not {stored}")
+    plain = (metadata.get("order"), metadata.get("filters"), metadata.get("fill_value"))
+    require(plain == ("C", None, None), f"{path}: order, filters or fill_value")
+    require(metadata.get("dimension_separator", ".") == ".", f"{path}: dimension_separator")
+    compressor = metadata.get("compressor")
+    zipped = isinstance(compressor, dict) and compressor.get("id") == "gzip"
+    require(compressor is None or zipped, f"{path} has the compressor {compressor}")
+    chunks = metadata.get("chunks")
+    whole = isinstance(chunks, list) and all(type(n) is int and n >= 1 for n in chunks)
+    require(whole and len(chunks) == len(shape), f"{path} has the chunks {chunks}")
+    size = math.prod(chunks) * dtype.itemsize
+    array = np.zeros(shape, dtype)
+    grid = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
+    for index in itertools.product(*map(range, grid)):
+        file = path / (".".join(map(str, index)) or "0")
+        try:
+            data = file.read_bytes()
+            data = gzip.decompress(data) if zipped else data
+        except (OSError, EOFError, zlib.error) as error:
+            raise Refused(f"{file}: {error}") from error
+        require(len(data) == size, f"{file} has {len(data)} bytes, not {size}")
+        chunk = np.frombuffer(data, dtype).reshape(chunks)
+        starts = [i * n for i, n in zip(index, chunks, strict=True)]
+        where = tuple(slice(a, a + n) for a, n in zip(starts, chunks, strict=True))
+        inside = tuple(slice(0, length - a) for a, length in zip(starts, shape, strict=True))
+        array[where] = chunk[inside]
+    return array
