@@ -318,7 +318,7 @@ def read_packed2(arrays, experts, out, width, bound):
     )
     levels = check_levels(arrays["levels"])
     codes = np.stack([arrays["packed"] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(
-        experts, out, -1
+        experts, out, 4 * ((width + 3) // 4)
     )
     require(not codes[..., width:].any(), "bits after a row's last code are set")
     codes = codes[..., :width]

@@ -59,16 +59,8 @@ class TensorSpec:
     max_row_codewords: int = 0
 
     def __post_init__(self) -> None:
-        for name, (stored, lowest) in _STORED.items():
-            value = getattr(self, name)
-            if lowest is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                also = "" if name == stored else f" (stored as {stored})"
-                raise CodecError(
-                    f"TensorSpec.{name}{also} is {value!r}; it must be an integer of at least "
-                    f"{lowest}."
-                )
+        for name in _STORED:
+            _check_number(name, getattr(self, name))
         # Decoders make room for what a spec says: a damaged one must not ask for all memory.
         if self.width >= MAX_WIDTH or max(1, self.rows) * self.width >= MAX_EXPERT_WEIGHTS:
             raise CodecError(
@@ -108,7 +100,19 @@ class TensorSpec:
             )
         if not isinstance(fields["coding"], str):
             raise CodecError(f"A tensor spec's coding is {fields['coding']!r}; it must be a name.")
+        for name, (stored, _) in _STORED.items():
+            _check_number(name, fields[stored])
         return cls(**{name: fields[stored] for name, (stored, _) in _STORED.items()})
+
+
+def _check_number(name: str, value: Any) -> None:
+    stored, lowest = _STORED[name]
+    if lowest is None or (type(value) is int and value >= lowest):
+        return
+    also = "" if name == stored else f" (stored as {stored})"
+    raise CodecError(
+        f"TensorSpec.{name}{also} is {value!r}; it must be an integer of at least {lowest}."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
