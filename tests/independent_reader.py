@@ -743,6 +743,8 @@ def read_zarr(path: Path, dtype: np.dtype, shape: list[int]) -> np.ndarray:
     chunks = metadata.get("chunks")
     whole = isinstance(chunks, list) and all(type(n) is int and n >= 1 for n in chunks)
     require(whole and len(chunks) == len(shape), f"{path} has the chunks {chunks}")
+    fit = all(n <= max(1, length) for n, length in zip(chunks, shape, strict=True))
+    require(fit, f"{path} has chunks of {chunks}, the array is {shape}")
     size = math.prod(chunks) * dtype.itemsize
     array = np.zeros(shape, dtype)
     grid = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]

@@ -199,6 +199,11 @@ DAMAGE = {
     "metadata of another shape": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(shape=[1])),
     "metadata of another dtype": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(dtype="<i4")),
     "chunks of 0": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(chunks=[0])),
+    "chunks without end": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(chunks=[2**40])),
+    "compressed chunks without end": rewrite(
+        f"{NORM_FILE}/.zarray", other_metadata(chunks=[2**62])
+    ),
+    "chunks larger than the array": rewrite(f"{NORM_FILE}/.zarray", other_metadata(chunks=[49])),
     "a compressed chunk that is none": rewrite(f"{NORM_FILE}/0", lambda content: bytes(96)),
     "a compressed chunk too short": rewrite(
         f"{NORM_FILE}/0", lambda content: gzip.compress(gzip.decompress(content)[:-2])

@@ -187,6 +187,10 @@ def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]
     )
     for key, entry in arrays.items():
         _check_entry(f"{kernel}/{key}", entry, coded_file(kernel, key))
+        _require(
+            max(entry["shape"], default=0) <= 2**31,
+            f"{kernel}/{key} has the shape {entry['shape']}; decoders count up to 2^31",
+        )
     return spec
 
 

@@ -201,6 +201,13 @@ def finish_read(
                 f"{what} in {where} is {store.dtype.name} {list(store.shape)}, but the "
                 f"manifest says {entry['dtype']} {entry['shape']}: {_REMEDY}"
             )
+        # TensorStore makes room for whole chunks, and ends the process where there is none.
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        if any(n > max(1, length) for n, length in zip(chunk, store.shape, strict=False)):
+            raise CheckpointError(
+                f"{what} in {where} has chunks of {list(chunk)}, but the array is "
+                f"{entry['shape']}: {_REMEDY}"
+            )
         array = np.asarray((store if part is None else store[part]).read().result())
     except CheckpointError:
         raise
