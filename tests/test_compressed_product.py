@@ -192,7 +192,7 @@ class TestProduct:
         assert launcher.calls == [(name, False)]
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_many_tokens_go_through_tensor_cores(self, launcher, monkeypatch, coding, dtype):
         """In jit and out of it; what has no such kernels is multiplied all the same."""
         rng = np.random.default_rng(5)
