@@ -1,10 +1,12 @@
 """What the kernels of a CPU need and numba does not have: unaligned words, bit deposits, vectors.
 
-Each is a few LLVM instructions for numba to compile where they are called. Vectors are LLVM's own, of
-16 floats: AVX-512 holds one in a register, any other machine in several. Addresses are not checked
-here: callers have buffers with room for them.
+Each is a few LLVM instructions for numba to compile where they are called. Vectors are LLVM's own,
+of 16 floats: AVX-512 holds one in a register, any other machine in several. Addresses are not
+checked here: callers have buffers with room for them.
 """
 
+import hashlib
+import importlib.resources
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 LANES = 16
@@ -31,22 +33,43 @@ def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Unwrapped, because a type-checking import hook may have put its own function around it.
     """
-    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(
-        inspect.unwrap(function)
-    )
+    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(inspect.unwrap(function))
+
+
+def kept(kernel: Any) -> Any:
+    """Keep a kernel's machine code on disk: compiling takes seconds, loading it a tenth of one.
+
+    In the folder that numba finds for its `cache=True`; without a writable one it is compiled in
+    every process. numba asks only whether the kernel's own file has changed; here all of this
+    folder count.
+    """
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+    try:
+        cache = FunctionCache(kernel.py_func)
+    except RuntimeError:
+        return kernel
+    sources = importlib.resources.files("qmoe_jax.ops.cpu").iterdir()
+    texts = sorted(source.read_bytes() for source in sources if source.name.endswith(".py"))
+    stamp = hashlib.sha256(b"\0".join(texts)).hexdigest()
+    cache._cache_file = IndexDataCacheFile(cache._cache_path, cache._impl.filename_base, stamp)
+    kernel._cache = cache
+    return kernel
 
 
 def host_has(feature: str) -> bool:
     """Whether numba may use a feature of this CPU, by LLVM's name."""
-    if numba.config.CPU_FEATURES is not None:
-        return f"+{feature}" in numba.config.CPU_FEATURES.split(",")
-    if numba.config.CPU_NAME not in (None, "", "host"):
+    features = getattr(config, "CPU_FEATURES", None)  # of the variable NUMBA_CPU_FEATURES
+    if features is not None:
+        return f"+{feature}" in features.split(",")
+    if getattr(config, "CPU_NAME", None) not in (None, "", "host"):
         return False
     return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
 
 
-MOST_TOKENS = 8 if host_has("avx512f") else 4
-"""Tokens whose sums stay in registers."""
+def _instructions(function: Callable[..., Any]) -> Any:
+    """Make numba take a function's instructions; for type checkers, with other arguments."""
+    return intrinsic(inspect.unwrap(function))
 
 
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
@@ -59,9 +82,9 @@ def _at(builder: Any, base: Any, offset: Any, kind: ir.Type) -> Any:
     return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
 
 
-@intrinsic
+@_instructions
 def get(typingctx, array, index):
-    """An element of a contiguous array, without numba's test for negative indices."""
+    """Load an element of a contiguous array, without numba's test for negative indices."""
 
     def generate(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -70,7 +93,7 @@ def get(typingctx, array, index):
     return array.dtype(array, types.int64), generate
 
 
-@intrinsic
+@_instructions
 def put(typingctx, array, index, value):
     """Store an element of a contiguous array."""
 
@@ -82,7 +105,7 @@ def put(typingctx, array, index, value):
     return types.void(array, types.int64, array.dtype), generate
 
 
-@intrinsic
+@_instructions
 def load_word(typingctx, array, offset):
     """Load 64 bits of a uint8 array from any byte on, the first byte lowest."""
 
@@ -95,7 +118,7 @@ def load_word(typingctx, array, offset):
     return types.uint64(array, types.int64), generate
 
 
-@intrinsic
+@_instructions
 def store_word(typingctx, array, offset, word):
     """Store 64 bits of a uint8 array from any byte on."""
 
@@ -107,7 +130,7 @@ def store_word(typingctx, array, offset, word):
     return types.void(array, types.int64, types.uint64), generate
 
 
-@intrinsic
+@_instructions
 def count_ones(typingctx, word):
     """Set bits of a word."""
 
@@ -117,9 +140,9 @@ def count_ones(typingctx, word):
     return types.int64(types.uint64), generate
 
 
-@intrinsic
+@_instructions
 def reverse_bits(typingctx, word):
-    """A word, its last bit first."""
+    """Return a word with its last bit first."""
 
     def generate(context, builder, signature, args):
         return builder.bitreverse(args[0])
@@ -127,7 +150,18 @@ def reverse_bits(typingctx, word):
     return types.uint64(types.uint64), generate
 
 
-@intrinsic
+@_instructions
+def bfloat16_value(typingctx, bits):
+    """Return the float32 that uint16 bits of a bfloat16 stand for."""
+
+    def generate(context, builder, signature, args):
+        wide = builder.shl(builder.zext(args[0], _HALF), ir.Constant(_HALF, 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@_instructions
 def _deposit_in_hardware(typingctx, bits, mask):
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(_WORD, [_WORD, _WORD])
@@ -161,7 +195,7 @@ def _splat(builder: Any, value: Any) -> Any:
 
 
 def _splat_half(builder: Any, word: Any, number: int) -> Any:
-    """The lower (0) or the upper half of a word in every lane."""
+    """Put the lower (0) or the upper half of a word into every lane."""
     if number:
         word = builder.lshr(word, _word(32))
     half = builder.trunc(word, _HALF)
@@ -183,7 +217,7 @@ def _lanes(builder: Any, halves: Any, half: int) -> Any:
 
 
 def _signs(builder: Any, halves: Any, half: int) -> Any:
-    """The same bits as signs of lanes."""
+    """Return the same bits as signs of lanes."""
     moved = builder.shl(halves, _each(31 - 16 * half - lane for lane in range(LANES)))
     return builder.and_(moved, _each([1 << 31] * LANES))
 
@@ -252,9 +286,7 @@ def _bits_at(builder: Any, base: Any, rank: Any) -> Any:
     )
     low.align = high.align = 1
     # Not as a funnel shift, which is slow on AMD's cores: bits that both have are the same.
-    return builder.or_(
-        builder.lshr(low, shift), builder.shl(high, builder.sub(_word(8), shift))
-    )
+    return builder.or_(builder.lshr(low, shift), builder.shl(high, builder.sub(_word(8), shift)))
 
 
 def _with_sign(builder: Any, vector: Any, signs: Any) -> Any:
@@ -315,25 +347,24 @@ class _Sums:
 
 
 def add_columns(tokens: int) -> Callable[..., None]:
-    """Return add_columns(entries, count, x, first, width, sums).
+    """Return add_columns(entries, count, x, columns, first, sums).
 
-    sums[first + t, r] += sum over columns c of +-x[c, first + t] where column c has a weight in row
-    r, for `tokens` t. Entry i is of the columns 2 p and 2 p + 1: uint64 `entries`[i] has a word of
-    32 rows of each that have a weight, one of those where it is negative, and p. `x` is float32
-    [columns, width], `sums` float32 [tokens, 32].
+    sums[first + t, r] += sum over columns c of +-x[c, t] where column c has a weight in row r, for
+    `tokens` t. Entry i is of the columns 2 p and 2 p + 1: uint64 `entries`[i] has a word of 32 rows
+    of each that have a weight, one of those where it is negative, and p. `x` is float32, tiles of
+    [columns, tokens of the tile] one after another; `sums` is float32 [all tokens, 32].
     """
 
-    @intrinsic
-    def kernel(typingctx, entries, count, x, first, width, sums):
+    @_instructions
+    def kernel(typingctx, entries, count, x, columns, first, sums):
         def generate(context, builder, signature, args):
             kinds = signature.args
             entries_at, x_at, sums_at = (
                 _data(context, builder, kinds[n], args[n]) for n in (0, 2, 5)
             )
-            _, count, _, first, width, _ = args
-            x_at = builder.gep(x_at, [builder.mul(first, _word(4))])
-            stride = builder.mul(width, _word(4))
-            step = builder.mul(stride, _word(2))
+            _, count, _, columns, first, _ = args
+            x_at = builder.gep(x_at, [builder.mul(builder.mul(first, columns), _word(4))])
+            stride, step = _word(4 * tokens), _word(8 * tokens)
             state = _Sums(tokens)
 
             def turn(index: Any, held: list[Any]) -> list[Any]:
@@ -357,30 +388,27 @@ def add_columns(tokens: int) -> Callable[..., None]:
 
 
 def deal_columns(tokens: int, *, keep: bool) -> Callable[..., int]:
-    """Return deal_columns(scratch, masks, signs, second, all_entries, entries, count, x, width, sums).
+    """Return deal_columns(scratch, masks, signs, second, every, some, count, x, sums).
 
     As `add_columns` of the first tokens and `count` pairs of columns, for which signs are dealt to
     masks on the way: integers and vectors keep different parts of a core busy. With `keep`, it
-    leaves the entries of all pairs in `all_entries`. Those of pairs of which `second` deals a bit to
-    some weight, with these bits instead of the masks, are left in `entries`; it returns how many.
+    leaves the entries of all pairs in `every`. Those of pairs of which `second` deals a bit to some
+    weight, with these bits instead of the masks, are left in `some`; it returns how many.
     Both have room for count + 1.
     """
 
-    @intrinsic
-    def kernel(
-        typingctx, scratch, masks, signs, second, all_entries, entries, count, x, width, sums
-    ):
+    @_instructions
+    def kernel(typingctx, scratch, masks, signs, second, every, some, count, x, sums):
         def generate(context, builder, signature, args):
             kinds = signature.args
             scratch_at, all_at, some_at, x_at, sums_at = (
-                _data(context, builder, kinds[n], args[n]) for n in (0, 4, 5, 7, 9)
+                _data(context, builder, kinds[n], args[n]) for n in (0, 4, 5, 7, 8)
             )
-            _, masks, signs, second, _, _, count, _, width, _ = args
+            _, masks, signs, second, _, _, count, _, _ = args
             masks_at, signs_at, second_at = (
                 builder.gep(scratch_at, [base]) for base in (masks, signs, second)
             )
-            stride = builder.mul(width, _word(4))
-            step = builder.mul(stride, _word(2))
+            stride, step = _word(4 * tokens), _word(8 * tokens)
             state = _Sums(tokens)
 
             def put_entry(base: Any, number: Any, values: tuple[Any, ...]) -> None:
@@ -390,9 +418,7 @@ def deal_columns(tokens: int, *, keep: bool) -> Callable[..., int]:
 
             def turn(index: Any, carried: list[Any]) -> list[Any]:
                 rank, found, *held = carried
-                ones = builder.load(
-                    _at(builder, masks_at, builder.mul(index, _word(8)), _WORD)
-                )
+                ones = builder.load(_at(builder, masks_at, builder.mul(index, _word(8)), _WORD))
                 ones.align = 1
                 minus = _deposit(context, builder, _bits_at(builder, signs_at, rank), ones)
                 large = _deposit(context, builder, _bits_at(builder, second_at, rank), ones)
@@ -401,10 +427,8 @@ def deal_columns(tokens: int, *, keep: bool) -> Callable[..., int]:
                 put_entry(some_at, found, (large, minus, index))
                 row = builder.gep(x_at, [builder.mul(index, step)])
                 state.add(builder, held, ones, minus, row, stride)
-                some = builder.zext(builder.icmp_unsigned("!=", large, _word(0)), _WORD)
-                return [
-                    builder.add(rank, builder.ctpop(ones)), builder.add(found, some), *held
-                ]
+                is_some = builder.zext(builder.icmp_unsigned("!=", large, _word(0)), _WORD)
+                return [builder.add(rank, builder.ctpop(ones)), builder.add(found, is_some), *held]
 
             _, found, *held = _loop(builder, count, [_word(0), _word(0), *state.values], turn)
             state.store(builder, held, sums_at, _word(0))
@@ -412,10 +436,94 @@ def deal_columns(tokens: int, *, keep: bool) -> Callable[..., int]:
 
         integer = types.int64
         return (
-            integer(
-                scratch, integer, integer, integer, all_entries, entries, integer, x, integer, sums
-            ),
+            integer(scratch, integer, integer, integer, every, some, integer, x, sums),
             generate,
         )
 
     return kernel
+
+
+def multiply_row(tokens: int) -> Callable[..., None]:
+    """Return multiply_row(bits, signs, words, low, high, x, width, first, sums).
+
+    sums[first + t] = sum over weights i of w[i] x[first + t, i] for `tokens` t, where w[i] is 0, or
+    where bit i of `bits` is set `low`, or `high` if its sign is: `signs` has one for each set bit.
+    Both are uint8, `bits` of `words` words of 64 bits; `x` is float32 [all tokens, width], at least
+    64 `words` wide; `sums` float32 [all tokens].
+    """
+    ways = {1: 4, 2: 2, 4: 2}.get(tokens, 1)  # sums apart, so that an addition need not wait
+
+    @_instructions
+    def kernel(typingctx, bits, signs, words, low, high, x, width, first, sums):
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            bits_at, signs_at, x_at, sums_at = (
+                _data(context, builder, kinds[n], args[n]) for n in (0, 1, 5, 8)
+            )
+            _, _, words, low, high, _, width, first, _ = args
+            stride = builder.mul(width, _word(4))
+            x_at = builder.gep(x_at, [builder.mul(first, stride)])
+            rows = [x_at]
+            for _ in range(tokens - 1):
+                rows.append(builder.gep(rows[-1], [stride]))
+            lower, upper = _splat(builder, low), _splat(builder, high)
+
+            def quarter(word: Any, number: int) -> Any:
+                if number:
+                    word = builder.lshr(word, _word(LANES * number))
+                short = builder.trunc(word, ir.IntType(LANES))
+                return builder.bitcast(short, ir.VectorType(ir.IntType(1), LANES))
+
+            def turn(index: Any, carried: list[Any]) -> list[Any]:
+                rank, *held = carried
+                ones = builder.load(_at(builder, bits_at, builder.mul(index, _word(8)), _WORD))
+                ones.align = 1
+                minus = _deposit(context, builder, _bits_at(builder, signs_at, rank), ones)
+                place = builder.mul(index, _word(4 * 64))
+                for number in range(4):
+                    value = builder.select(quarter(minus, number), upper, lower)
+                    value = builder.select(quarter(ones, number), value, _zeros())
+                    at = builder.add(place, _word(4 * LANES * number))
+                    for token, row in enumerate(rows):
+                        vector = _load(builder, _at(builder, row, at, _FLOATS))
+                        target = token * ways + number % ways
+                        held[target] = _multiply_add(builder, value, vector, held[target])
+                return [builder.add(rank, builder.ctpop(ones)), *held]
+
+            start = [_word(0)] + [_zeros()] * (tokens * ways)
+            _, *held = _loop(builder, words, start, turn)
+            for token in range(tokens):
+                own = held[token * ways : (token + 1) * ways]
+                while len(own) > 1:
+                    own = [builder.fadd(a, b) for a, b in zip(own[::2], own[1::2], strict=True)]
+                total = _sum_of_lanes(builder, own[0])
+                place = builder.mul(builder.add(first, _word(token)), _word(4))
+                builder.store(total, _at(builder, sums_at, place, ir.FloatType()))
+            return context.get_dummy_value()
+
+        integer, real = types.int64, types.float32
+        return (
+            types.void(bits, signs, integer, real, real, x, integer, integer, sums),
+            generate,
+        )
+
+    return kernel
+
+
+def _sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """Add halves until one is left."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        parts = [
+            builder.shuffle_vector(
+                vector,
+                ir.Constant(vector.type, ir.Undefined),
+                ir.Constant(
+                    ir.VectorType(_HALF, lanes), list(range(lanes * part, lanes * (part + 1)))
+                ),
+            )
+            for part in range(2)
+        ]
+        vector = builder.fadd(*parts)
+    return builder.extract_element(vector, ir.Constant(_HALF, 0))
