@@ -272,6 +272,19 @@ def test_dense_kernels_are_multiplied_by_xla():
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_bfloat16_kernels_are_not_all_converted(dtype):
+    """The program's own memory is that of an expert, not of all."""
+    kernel = jax.ShapeDtypeStruct((32, 64, 128), jnp.bfloat16)
+    x, index = jax.ShapeDtypeStruct((2, 64), dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def run(x, index, kernel):
+        return compressed_product(x, index, DenseExperts(kernel), num_experts=32, out_features=128)
+
+    compiled = jax.jit(run).lower(x, index, kernel).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * 64 * 128
+
+
 def test_only_where_jax_computes_on_a_cpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="JAX runs on 'gpu'; implementation='cpu' requires"):

@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.tensor import TensorSpec
@@ -35,30 +33,10 @@ class DenseExperts:
 
     def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
         """One expert's kernel in the activation dtype."""
-        if self.kernel.dtype == jnp.bfloat16:
-            return _take_bfloat16(self.kernel, expert).astype(dtype)
-        return lax.dynamic_index_in_dim(self.kernel, expert, keepdims=False).astype(dtype)
-
-
-@jax.custom_jvp
-def _take_bfloat16(
-    kernel: BFloat16[Array, "experts in out"], expert: Int[Array, ""]
-) -> BFloat16[Array, "in out"]:
-    """Take one expert's kernel, as bits.
-
-    XLA on a CPU computes in float32: from a slice of bfloat16 it would convert all experts, at
-    every call. As integers only the slice is touched.
-    """
-    bits = lax.bitcast_convert_type(kernel, jnp.uint16)
-    own = lax.dynamic_index_in_dim(bits, expert, keepdims=False)
-    return lax.bitcast_convert_type(own, jnp.bfloat16)
-
-
-@_take_bfloat16.defjvp
-def _take_bfloat16_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> Any:
-    kernel, expert = primals
-    change = lax.dynamic_index_in_dim(tangents[0], expert, keepdims=False)
-    return _take_bfloat16(kernel, expert), change
+        # Behind a barrier that the loop's own expert goes through. Else XLA on a CPU, which
+        # computes in float32, converts bfloat16 kernels of all experts first, at every call.
+        kernel, expert = lax.optimization_barrier((self.kernel, expert))
+        return lax.dynamic_index_in_dim(kernel, expert, keepdims=False).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

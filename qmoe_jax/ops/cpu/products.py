@@ -29,9 +29,8 @@ CODINGS = ("lattice", "tunstall")
 MOST_TOKENS = 128
 """Tokens of an expert that share a decode; their x, by column, should stay in a core's cache."""
 _BLOCK_ROWS = 32
-# Bytes times what a byte costs, in units of a token's share of it; about 0.1 ms of a core.
+# Least work of a piece, as `cut_work` counts it; about 0.1 ms of a core.
 _PIECE = 300_000
-_DECODE = 7
 _PIECES_A_THREAD = 4
 
 
@@ -41,7 +40,8 @@ class _Work(NamedTuple):
     order: Int64[np.ndarray, "tokens"]
     starts: Int64[np.ndarray, "experts+1"]
     busy: Int64[np.ndarray, "busy"]
-    cuts: Int64[np.ndarray, "pieces+1"]
+    cuts: Int64[np.ndarray, "cuts"]
+    pieces: int
     most: int
 
 
@@ -171,31 +171,31 @@ def _cut(
     spec: TensorSpec,
     expert_index: np.ndarray,
     expert_offsets: np.ndarray,
-    block_lengths: np.ndarray | None,
+    block_lengths: np.ndarray,
 ) -> _Work:
     """Sort tokens by expert and cut the blocks of those that have some into pieces."""
-    key = np.where(
-        (expert_index < 0) | (expert_index >= spec.num_experts), spec.num_experts, expert_index
+    from qmoe_jax.ops.cpu.work_sharing import cut_work
+
+    most_pieces = _PIECES_A_THREAD * num_threads()
+    order = np.empty(expert_index.size, np.int64)
+    starts = np.empty(spec.num_experts + 1, np.int64)
+    busy = np.empty(spec.num_experts, np.int64)
+    cuts = np.empty(most_pieces + 1, np.int64)
+    num_busy, pieces, busiest = cut_work(
+        expert_index,
+        expert_offsets,
+        block_lengths,
+        -(-spec.rows // _BLOCK_ROWS),
+        MOST_TOKENS,
+        _PIECE,
+        most_pieces,
+        order,
+        starts,
+        busy,
+        cuts,
     )
-    order = np.argsort(key, kind="stable")
-    starts = np.searchsorted(key[order], np.arange(spec.num_experts + 1)).astype(np.int64)
-    counts = np.diff(starts)
-    busy = np.flatnonzero(counts)
-    most = min(MOST_TOKENS, int(counts.max(initial=0)))
-    blocks = -(-spec.rows // _BLOCK_ROWS)
-    own = counts[busy]
-    a_byte = _DECODE * -(-own // MOST_TOKENS) + own
-    if block_lengths is None:
-        sizes = 4 * np.diff(expert_offsets.astype(np.int64))[busy]
-        costs = np.repeat(np.maximum(sizes, 0) * a_byte / blocks, blocks)
-    else:
-        costs = (block_lengths[busy] * a_byte[:, None].astype(np.float64)).reshape(-1)
-    through = np.cumsum(costs)
-    total = float(through[-1]) if through.size else 0.0
-    pieces = int(min(max(total // _PIECE, 1), _PIECES_A_THREAD * num_threads()))
-    inner = np.searchsorted(through, total * np.arange(1, pieces) / pieces)
-    cuts = np.concatenate([[0], inner, [through.size]]).astype(np.int64)
-    return _Work(order, starts, busy, cuts, most)
+    pieces = pieces if num_busy else 0
+    return _Work(order, starts, busy[:num_busy], cuts, pieces, min(MOST_TOKENS, busiest))
 
 
 _local = threading.local()
@@ -235,7 +235,8 @@ def _multiply_lattice(
 
     words, expert_offsets, block_lengths, *others = arrays
     work = _cut(spec, expert_index, expert_offsets, block_lengths)
-    y[work.order[work.starts[-1] :]] = 0
+    if work.starts[-1] < len(x):
+        y[work.order[work.starts[-1] :]] = 0
     pairs = (spec.width + 1) // 2
     data = words.view(np.uint8)
 
@@ -264,7 +265,7 @@ def _multiply_lattice(
             _scratch("sums", (work.most, _BLOCK_ROWS), np.float32),
         )
 
-    share(run, work.cuts.size - 1 if work.busy.size else 0)
+    share(run, work.pieces)
 
 
 def _multiply_tunstall(
@@ -277,8 +278,10 @@ def _multiply_tunstall(
     from qmoe_jax.ops.cpu import tunstall_kernel as kernel
 
     words, expert_offsets, dictionaries, shortest_rows, row_lengths, levels = arrays
-    work = _cut(spec, expert_index, expert_offsets, None)
-    y[work.order[work.starts[-1] :]] = 0
+    no_lengths = row_lengths[:, :0]
+    work = _cut(spec, expert_index, expert_offsets, np.ascontiguousarray(no_lengths))
+    if work.starts[-1] < len(x):
+        y[work.order[work.starts[-1] :]] = 0
     data = words.view(np.uint8)
     bits_of_levels = levels.view(np.uint16)
 
@@ -305,4 +308,4 @@ def _multiply_tunstall(
             _scratch("sums", (work.most,), np.float32),
         )
 
-    share(run, work.cuts.size - 1 if work.busy.size else 0)
+    share(run, work.pieces)
