@@ -105,9 +105,8 @@ class Bench:
                         x, index, DenseExperts(k), self.count, self.rows, name
                     )
                 )
-            return functools.partial(
-                lambda f, k, x, i: f(x, i, k), self.jitted[key], experts.kernel
-            )
+            dense, kernel = self.jitted[key], experts.kernel
+            return lambda x, index: dense(x, index, kernel)
         key = f"{kind} {name}"
         spec = experts.spec
         if key not in self.jitted:
