@@ -53,6 +53,7 @@ def cut_work(
         places[expert] += 1
 
     total = 0.0
+    found = pieces = 1
     for turn in range(2):
         # First the sum of all costs, then the places where it passes a piece.
         cost = 0.0
