@@ -177,7 +177,7 @@ def random_codes(coding: str, shape: tuple[int, int, int], seed: int = 0) -> tup
     """
     rng = np.random.default_rng(seed)
     if get_coding(coding).grid == "lattice":
-        scales = np.exp(rng.normal(-1.1, 0.35, (shape[0], 1, shape[2]))).astype(np.float32)
+        scales = np.exp(rng.normal(-1.25, 0.5, (shape[0], 1, shape[2]))).astype(np.float32)
         multiples = np.rint(rng.standard_normal(shape, np.float32) * scales).astype(np.int16)
         codes = np.where(multiples < 0, -2 * multiples - 1, 2 * multiples).astype(np.uint8)
         steps = rng.integers(0, 16, (shape[0], shape[2])).astype(np.uint8)

@@ -20,6 +20,9 @@ constexpr u32 LATTICE_TABLE_WORDS = 2 * 256 * LATTICE_DICTIONARIES;  // the step
 constexpr u32 LATTICE_DICTIONARY_BYTES = 4 * LATTICE_TABLE_WORDS;    // of a copy in shared memory
 constexpr u32 LATTICE_TASK = 256;   // visited columns
 constexpr u32 LATTICE_CHUNK = 128;  // of a task, decoded at a time
+// A string in shared memory has a word for each of a chunk's columns, two more that windows reach, one for
+// bits that nobody wants, and one for alignment.
+constexpr u32 STRING_WORDS = LATTICE_CHUNK + 4;
 constexpr u32 ZERO_COLUMN = 255;
 
 // A tensor of all experts of a layer, coding "lattice": what every kernel takes first. Fields are those
@@ -215,13 +218,22 @@ QMOE_DEVICE void read_string(const LatticeExpert& expert, const Table& table, u3
   while (at < stop) {
     const u32 codewords = next;
     next = load(number + PER_LANE * 32);
+    u32 numbers[PER_LANE];  // of entries in the table
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k) numbers[k] = dictionary << 8 | (codewords >> 8 * k & 255);
+    if (number + PER_LANE > end) {  // seldom
+#pragma unroll
+      for (int k = 0; k < PER_LANE; ++k) {
+        while (number + k >= end && dictionary < LATTICE_DICTIONARIES - 1)
+          end = shared_load<u32>(ends + 4 * ++dictionary);
+        numbers[k] = dictionary << 8 | (codewords >> 8 * k & 255);
+      }
+    }
     Pair32 entries[PER_LANE];
     u32 sum = 0;
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) {
-      while (number + k >= end && dictionary < LATTICE_DICTIONARIES - 1)
-        end = shared_load<u32>(ends + 4 * ++dictionary);
-      entries[k] = table.look_up(dictionary << 8 | (codewords >> 8 * k & 255));
+      entries[k] = table.look_up(numbers[k]);
       sum += entries[k].x & 255;
     }
     const u32 through = inclusive_scan<32>(sum);
@@ -230,9 +242,9 @@ QMOE_DEVICE void read_string(const LatticeExpert& expert, const Table& table, u3
     u32 inside = 0, inside_bits = 0;  // entries that end within the wanted bits
 #pragma unroll
     for (int k = 0; k < PER_LANE; ++k) {
-      const u32 low = entries[k].x, high = entries[k].y;
-      if (here < stop)
-        visit(here + static_cast<int>(low >> 8 & 255), __funnelshift_r(low, high, 16), high >> 16);
+      const u32 low = entries[k].x, high = here < stop ? entries[k].y : 0;
+      visit(here + static_cast<int>(low >> 8 & 255),
+            here < stop ? __funnelshift_r(low, high, 16) : 0, high >> 16);
       here += static_cast<int>(low & 255);
       if (here <= stop) {
         ++inside;
@@ -262,8 +274,10 @@ struct BitScatter {
     const u32 third = high >> 1 >> (31 - shift);
     if (third != 0) put(word + 2, third);
   }
+  // Without a branch, as few are outside: these go to the string's last word, which nobody reads.
   QMOE_DEVICE_MEMBER void put(int word, u32 bits) const {
-    if (bits != 0 && static_cast<u32>(word) < num_words) shared_or(target + 4 * word, bits);
+    const u32 place = static_cast<u32>(word) < num_words ? word : STRING_WORDS - 1;
+    shared_or(target + 4 * place, bits);
   }
 };
 
@@ -358,9 +372,8 @@ QMOE_DEVICE u32 firsts_from(const LatticeExpert& expert, u32 begin, u32 number) 
 
 // --- A task ---
 
-// Shared memory of a warp: five strings, and 64 words for a visitor. A string has two words more than
-// a chunk has columns, as windows reach beyond, and then some for alignment.
-constexpr u32 STRING_BYTES = 4 * (LATTICE_CHUNK + 4);
+// Shared memory of a warp: five strings, and 64 words for a visitor.
+constexpr u32 STRING_BYTES = 4 * STRING_WORDS;
 constexpr u32 LATTICE_WARP_BYTES = 5 * STRING_BYTES + 4 * 64;
 
 // A block's part of 32 columns, one a lane; words have a bit for each row.

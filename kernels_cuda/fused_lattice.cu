@@ -57,13 +57,13 @@ struct LatticeSums {
 
   // A column of the words, whose tokens lie at `at`; of a single one also as bits in `only`.
   QMOE_DEVICE_MEMBER void add_column(u32 nonzero, u32 negative, u32 large, u32 only, u32 at) {
-    const u32 lane = lane_of_warp();
     // 1 or 2, and the sign.
-    const u32 weight = 0x3f800000u + ((large >> lane & 1) << 23) | (negative >> lane & 1) << 31;
+    const u32 own = 1u << lane_of_warp(), sign = negative << (31 - lane_of_warp()) & 0x80000000u;
+    const u32 weight = (large & own ? 0x40000000u : 0x3f800000u) | sign;
     float values[TOKENS];
     if constexpr (TOKENS == 1) values[0] = __uint_as_float(only);
     else load(at, values);
-    add(nonzero >> lane & 1, __uint_as_float(weight), values);
+    add((nonzero & own) != 0, __uint_as_float(weight), values);
   }
 
   QMOE_DEVICE_MEMBER void visit(const LatticeColumns& found) {
