@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-quality fuzz gpu-check notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality fuzz gpu-check notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,7 +39,7 @@ format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: bench-codec bench-gptq bench-engine bench-generation ## all benchmarks; results in benchmarks/results/
+bench: bench-codec bench-gptq bench-engine bench-generation bench-cpu ## all benchmarks; results in benchmarks/results/
 
 # Real codes for the benchmark: those of the demo model.
 demo_out/gptq_2bit/manifest.json:
@@ -60,6 +60,9 @@ bench-engine: $(VENV)/.installed-dev ## memory and speed of whole runs; 5 GB of 
 
 bench-generation: $(VENV)/.installed-dev ## tokens per second with and without the KV cache
 	$(BIN)/python benchmarks/bench_generation.py --json benchmarks/results/generation.json
+
+bench-cpu: $(VENV)/.installed-dev ## products with codes beside dense ones; 6 GB of memory
+	$(BIN)/python benchmarks/bench_cpu.py --json benchmarks/results/cpu.json
 
 # An hour or two. What is in the result already is not measured again.
 bench-quality: $(VENV)/.installed-dev ## KL and loss against bits on the demo model, and a plot

@@ -239,6 +239,18 @@ class TestSpec:
         with pytest.raises(CodecError, match="num_experts is -1"):
             TensorSpec("qmoe", -1, 1, 1)
 
+    @pytest.mark.parametrize("coding", codings.coding_names())
+    def test_refuses_what_nothing_could_decode(self, coding):
+        """Before anything is allocated: a manifest may say so, and have empty arrays."""
+        for rows, width in ((0, 10**12), (1, 2**23), (2**16, 2**15), (2**31, 1), (2**70, 2**22)):
+            fields = TensorSpec(coding, 1, 1, 1).to_json()
+            fields |= {"out_features": rows, "in_features": width}
+            with pytest.raises(CodecError, match=r"fewer than 2\^23 weights, and an expert fewer"):
+                TensorSpec.from_json(fields)
+        with pytest.raises(CodecError, match=r"says 2147483648 experts; .* fewer than 2\^31"):
+            TensorSpec(coding, 2**31, 1, 1)
+        TensorSpec(coding, 2**31 - 1, 2**8 - 1, 2**23 - 1)
+
     def test_refuses_json_of_another_version(self):
         fields = TensorSpec("qmoe", 1, 1, 1).to_json()
         with pytest.raises(CodecError, match="requires exactly"):

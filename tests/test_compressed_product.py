@@ -207,7 +207,7 @@ class TestProduct:
         assert launcher.calls == [(name, False)]
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("coding", coding_names())
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_many_tokens_go_through_tensor_cores(self, launcher, monkeypatch, coding, dtype):
         """In jit and out of it; what has no such kernels is multiplied all the same."""
         rng = np.random.default_rng(5)
@@ -383,7 +383,7 @@ class TestUnsupported:
     def test_unknown_implementation(self):
         experts = make_experts("tunstall", 1, 2, 3)
         with pytest.raises(
-            ValueError, match="implementation is 'gpu'; it must be one of xla, cuda"
+            ValueError, match="implementation is 'gpu'; it must be one of xla, cpu, cuda"
         ):
             product(experts, "gpu")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
 

@@ -21,6 +21,7 @@ from qmoe_jax.cli.inspect import format_report
 from qmoe_jax.codec import encode
 from qmoe_jax.codec.codings import coding_names
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.errors import CheckpointError
 
 CONFIG = SwitchConfig(
     num_embeddings=20,
@@ -110,6 +111,47 @@ def test_text_of_a_compressed_checkpoint(tmp_path, capsys):
     assert float(entropy) / float(total) == pytest.approx(float(share[:-1]) / 100, abs=1e-3)
     assert zeros == f"{bits['zero_share']:.2%}"
     assert f"{report['model']['compression']:.2f}x smaller" in text
+
+
+@pytest.mark.parametrize("coding", coding_names())
+def test_bits_by_part(tmp_path, coding, capsys):
+    path = tmp_path / "compressed"
+    write(path, coding)
+    report = inspect_checkpoint(path)
+    own = {"tunstall": {"codewords", "signs", "filler"}, "qmoe": {"codes", "filler"}}
+    for holder in (*report["kernels"], report["experts"]):
+        parts, bits = holder["parts"], holder["bits"]
+        assert sum(part["bits"] for part in parts) == bits["total"]
+        for kind, counted in (("codes", "codes"), ("levels", "levels"), ("lengths", "offsets")):
+            assert sum(p["bits"] for p in parts if p["kind"] == kind) == bits[counted]
+        names_of_codes = {part["name"] for part in parts if part["kind"] == "codes"}
+        assert names_of_codes == own.get(coding, names_of_codes)
+    # What is on disk, but for the contents of arrays that are compressed there.
+    coded = sum(f.stat().st_size for f in (path / "coded").rglob("*") if f.is_file())
+    dense = sum(f.stat().st_size for f in (path / "dense").rglob(".zarray"))
+    manifest = (path / "manifest.json").stat().st_size
+    assert report["container"] == coded + dense + manifest - report["num_bytes"]["experts"]
+
+    assert command("inspect")([str(path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    weights = report["parameters"]["experts"]
+    for part in report["experts"]["parts"]:
+        shown = [w for w in lines if w[: 1 + len(part["name"].split())][1:] == part["name"].split()]
+        share = f"{part['bits'] / report['experts']['bits']['total']:.1%}"
+        if part["bits"]:
+            assert [w[-2:] for w in shown] == [[f"{part['bits'] / weights:.4f}", share]]
+        else:
+            assert not shown
+    assert [words[0] for words in lines if words].count("container") == 1
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"{}", b'{"chunks": [0], "compressor": null}'])
+def test_damaged_metadata(tmp_path, damaged):
+    write(tmp_path / "compressed")
+    checkpoint = open_compressed_checkpoint(tmp_path / "compressed")
+    (tmp_path / "compressed/dense/encoder.encoder_norm.scale/.zarray").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"encoder_norm.scale/.zarray is missing or damaged"):
+        checkpoint.container_bytes()
 
 
 @pytest.mark.parametrize(

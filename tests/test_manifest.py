@@ -79,7 +79,7 @@ DAMAGE = {
     "spec lacks a field": (edit("coded", WI, "spec", "coding", drop=True), "fields"),
     "num_experts": (edit("coded", WI, "spec", "num_experts", to=7), "7 experts, but its config 8"),
     "rows": (edit("coded", WI, "spec", "out_features", to=63), "rows of"),
-    "width": (edit("coded", WI, "spec", "in_features", to=10**12), "rows of"),
+    "width": (edit("coded", WI, "spec", "in_features", to=10**12), r"fewer than 2\^23 weights"),
     "coding": (edit("coded", WI, "spec", "coding", to="lz4"), "'lz4' is unknown"),
     "an array is missing": (edit(*WORDS, drop=True), "requires"),
     "no checksums": (edit(*WORDS, "checksums", drop=True), "has .*not"),
@@ -93,6 +93,26 @@ DAMAGE = {
     "huge shape": (edit(*WORDS, "shape", to=[2**62]), "no memory holds|end at"),
     "shape of a norm": (edit("dense", NORM, "shape", to=[63]), "end at|implies"),
     "unknown key": (edit(*WORDS, "compressor", to="gzip"), "has .*not"),
+    "unknown key of a kernel": (edit("coded", WI, "scale", to=1), "unknown keys .'scale'"),
+    "unknown key of all": (edit("signature", to="abc"), "unknown keys .'signature'"),
+    "dtype of objects": (edit("dense", NORM, "dtype", to="object"), "has the dtype 'object'"),
+    "layers without end": (
+        edit("config", "num_encoder_layers", to=10**15),
+        "its config has 10+4 layers, but 'dense' names",
+    ),
+    "experts without end": (
+        edit("coded", WI, "spec", "num_experts", to=2**31),
+        "there must be fewer than 2.31",
+    ),
+    "sparse layers": (edit("config", "encoder_sparse_layers", to=[1, 1]), "they must rise"),
+    "a sparse layer behind the last": (
+        edit("config", "decoder_sparse_layers", to=[1, 7]),
+        "they must rise and be below the number of layers, 4",
+    ),
+    "three activations": (
+        edit("config", "mlp_activations", to=["gelu", "linear", "relu"]),
+        "has 3 mlp_activations",
+    ),
 }
 
 
@@ -113,6 +133,33 @@ def test_damage_is_named_when_it_is_opened(manifest, tmp_path, case):
             open_it(tmp_path)
         text = str(refusal.value)
         assert re.search(r"manifest\.json: .*damaged: copy the checkpoint again", text)
+
+
+NO_JSON = {
+    "a key twice": (b'{"format": "qmoe_jax", "format": "qmoe_jax"}', "'format' is there twice"),
+    "a nested key twice": (b'{"dense": {"a": {}, "a": {}}}', "'a' is there twice"),
+    "NaN": (b'{"format": NaN}', "NaN is no number"),
+    "Infinity": (b'{"format": -Infinity}', "-Infinity is no number"),
+    "UTF-16": ('{"format": "qmoe_jax"}'.encode("utf-16"), "UnicodeDecodeError"),
+    "depth": (b"[" * 100_000, "RecursionError"),
+    "truncated": (b'{"format": "qmoe', "JSONDecodeError"),
+    "a list": (b"[]", "TypeError"),
+}
+
+
+@pytest.mark.parametrize("case", NO_JSON)
+def test_what_is_no_json_is_no_manifest(tmp_path, case):
+    content, message = NO_JSON[case]
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"is not a manifest .*{message}"):
+        open_compressed_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2", None, True, 2.0])
+def test_other_versions_are_refused(manifest, tmp_path, version):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": version}))
+    with pytest.raises(CheckpointError, match="this version reads 'qmoe_jax' version 2"):
+        open_compressed_checkpoint(tmp_path)
 
 
 def test_kernels_in_groups_that_change_places_are_found(base, tmp_path):

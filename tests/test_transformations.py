@@ -47,7 +47,13 @@ def load(path, factor, num_devices=1):
 
     A third of the layers compiles in a third of the time.
     """
-    module, variables = qmoe_jax.load_switch(path, "float32", factor, num_devices=num_devices)
+    module, variables = qmoe_jax.load_switch(
+        path,
+        "float32",
+        factor,
+        num_devices=num_devices,
+        implementation="xla",  # which takes all of these; test_cpu_product.py has those of "cpu"
+    )
     config = dataclasses.replace(
         module.config,
         num_encoder_layers=1,

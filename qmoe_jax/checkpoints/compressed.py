@@ -20,9 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, check_manifest
+from qmoe_jax.checkpoints.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    check_manifest,
+    parse_manifest,
+)
 from qmoe_jax.checkpoints.storage import Folder, open_folder
-from qmoe_jax.checkpoints.stored_arrays import entry_bytes, finish_read, start_read
+from qmoe_jax.checkpoints.stored_arrays import (
+    entry_bytes,
+    finish_read,
+    overhead_bytes,
+    start_read,
+)
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.config import SwitchConfig
@@ -48,6 +58,7 @@ class CompressedCheckpoint:
     dense_names: tuple[str, ...]
     _folder: Folder
     _manifest: Mapping[str, Any]
+    _manifest_bytes: int
 
     def fingerprint(self) -> str:
         """Digest its manifest, which holds the checksums of all arrays, to tell if it changed."""
@@ -79,6 +90,20 @@ class CompressedCheckpoint:
         coded = CodedTensor(self.specs[name], arrays)
         codings.validate(coded)
         return coded
+
+    def container_bytes(self) -> int:
+        """Bytes on disk beside arrays: the manifest, zarr's metadata, filler of the last chunks.
+
+        Reads the metadata of every array. Of compressed arrays there is no filler to count.
+
+        Raises:
+          CheckpointError: an array's metadata are missing or no JSON.
+        """
+        total = self._manifest_bytes
+        entries = list(self._manifest["dense"].values())
+        for tensor in self._manifest["coded"].values():
+            entries += tensor["arrays"].values()
+        return total + sum(overhead_bytes(self._folder, entry) for entry in entries)
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes stored for `dense` parameters and `coded` kernels."""
@@ -138,14 +163,14 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
             "writing was cut off); give the output folder of qmoe_jax.compress"
         )
     try:
-        manifest = json.loads(content)
+        manifest = parse_manifest(content)
         kind, version = manifest["format"], manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder.url}/manifest.json is not a manifest ({type(error).__name__}: {error}): "
             "it is truncated or corrupt, copy it again"
         ) from error
-    if kind != FORMAT or version != FORMAT_VERSION:
+    if kind != FORMAT or type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder.url} has format {kind!r} version {version!r}; this version reads {FORMAT!r} "
             f"version {FORMAT_VERSION}. Use the qmoe_jax that wrote it, or compress again."
@@ -159,4 +184,5 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
         dense_names=tuple(manifest["dense"]),
         _folder=folder,
         _manifest=manifest,
+        _manifest_bytes=len(content),
     )

@@ -91,11 +91,11 @@ class CompressedCheckpointWriter:
 
     def write_dense(self, name: str, array: np.ndarray) -> None:
         """Write a parameter as it is, under its '/'-joined name."""
-        self._dense[name] = write_array(self.folder, dense_file(name), array)
+        self._dense[name] = write_array(self.folder, dense_file(name), array, compressed=True)
 
     def create_dense(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Make room for a parameter whose parts follow; by one process, before the others."""
-        create_array(self.folder, dense_file(name), dtype, shape)
+        create_array(self.folder, dense_file(name), dtype, shape, compressed=True)
 
     def dense_part(self, name: str, start: int) -> ArrayPartWriter:
         """Write a created parameter from an index of its first axis on."""

@@ -11,6 +11,8 @@ from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec import stats
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.progress import progress as show_progress
 
 BFLOAT16_BYTES = 2
@@ -24,9 +26,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], progress: bool = False) -> 
 
       compression: how it was made, as recorded.
       kernels: for each expert kernel `name`, `coding`, `num_experts`, `out_features`,
-        `in_features`, and `bits`, which is that of `codec.stats.bits`.
+        `in_features`, `bits`, which is that of `codec.stats.bits`, and `parts`: for each part of
+        what is stored its `name`, `kind` (codes, levels or lengths) and `bits`.
       experts: `bits` over all kernels (codes, levels, offsets, total, bits_per_weight, zero_share,
-        entropy_share) and `compression` against bfloat16.
+        entropy_share), `parts` likewise, and `compression` against bfloat16.
+      container: bytes on disk beside arrays: the manifest, metadata, filler of chunks.
       model: `compression` of the whole model against bfloat16.
 
     and a native one `layout`, `step` and `dtypes`, the number of parameters of each dtype.
@@ -56,6 +60,7 @@ def _compressed(path: str | os.PathLike[str], progress: bool) -> dict[str, Any]:
                 "out_features": coded.spec.rows,
                 "in_features": coded.spec.width,
                 "bits": stats.bits(coded),
+                "parts": _parts(coded),
             }
         )
     parameters = _split(parameter_shapes(checkpoint.config))
@@ -72,10 +77,31 @@ def _compressed(path: str | os.PathLike[str], progress: bool) -> dict[str, Any]:
         "kernels": kernels,
         "experts": {
             "bits": _sum_of_bits(kernels),
+            "parts": _sum_of_parts(kernels),
             "compression": ratio(BFLOAT16_BYTES * parameters["experts"], stored["experts"]),
         },
+        "container": checkpoint.container_bytes(),
         "model": {"compression": ratio(BFLOAT16_BYTES * parameters["total"], stored["total"])},
     }
+
+
+def _parts(coded: CodedTensor) -> list[dict[str, Any]]:
+    """Parts of a tensor, its code array's first; those without bits, too."""
+    kinds = get_coding(coded.spec.coding).array_kinds
+    return [
+        {"name": name, "kind": kinds.get(name, "codes"), "bits": bits}
+        for name, bits in stats.bits_by_part(coded).items()
+    ]
+
+
+def _sum_of_parts(kernels: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parts of all kernels by name, in the order in which they first come."""
+    sums: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        for part in kernel["parts"]:
+            entry = sums.setdefault(part["name"], part | {"bits": 0})
+            entry["bits"] += part["bits"]
+    return list(sums.values())
 
 
 def _sum_of_bits(kernels: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
@@ -133,6 +159,3 @@ def _split(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def ratio(a: int | float, b: int | float) -> float:
     """Divide; 0 where there is nothing to divide by."""
     return a / b if b else 0.0
-
-
-# --- Text ---

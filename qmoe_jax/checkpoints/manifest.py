@@ -4,12 +4,11 @@ Nothing is loaded by a manifest that contradicts itself: a missing or misplaced 
 the checkpoint is opened, and not by a model that computes something else.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import parameter_shapes
@@ -21,7 +20,10 @@ from qmoe_jax.errors import CheckpointError, CodecError
 FORMAT = "qmoe_jax"
 FORMAT_VERSION = 2
 
+_KEYS = {"format", "format_version", "config", "compression", "dense", "coded"}
+_TENSOR_KEYS = {"spec", "arrays"}
 _ENTRY_KEYS = {"file", "dtype", "shape", "checksums"}
+_DTYPES = {"uint8", "uint16", "uint32", "int32", "float16", "bfloat16", "float32", "float64"}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -33,6 +35,30 @@ def dense_file(name: str) -> str:
 def coded_file(kernel: str, array: str) -> str:
     """Name an array of a coded expert kernel."""
     return f"coded/{kernel.replace('/', '.')}/{array}"
+
+
+def parse_manifest(content: bytes) -> Any:
+    """Parse JSON in UTF-8; keys that are there twice, NaN and Infinity are no JSON.
+
+    Raises:
+      ValueError: it is none.
+    """
+    return json.loads(
+        content.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number
+    )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice in an object")
+        found[key] = value
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def check_manifest(
@@ -48,9 +74,13 @@ def check_manifest(
       CheckpointError: it lacks something, or contradicts itself.
     """
     try:
+        _require(
+            manifest.keys() <= _KEYS, f"it has the unknown keys {sorted(manifest.keys() - _KEYS)}"
+        )
         config = _config(manifest.get("config"))
         dense, coded = (_object(manifest.get(key), key) for key in ("dense", "coded"))
         _object(manifest.get("compression"), "compression")
+        _check_layers(config, len(dense))
         shapes = parameter_shapes(config)
         _check_names(dense, coded, shapes)
         for name, entry in dense.items():
@@ -82,6 +112,31 @@ def _config(fields: Any) -> SwitchConfig:
     return SwitchConfig.from_json(_object(fields, "config"))
 
 
+def _check_layers(config: SwitchConfig, num_dense: int) -> None:
+    """Refuse sizes that no manifest with so few names can have, before names are made of them."""
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    _require(
+        layers <= num_dense,
+        f"its config has {layers} layers, but 'dense' names {num_dense} parameters, of which each "
+        "layer has several",
+    )
+    for stack in ("encoder", "decoder"):
+        sparse = list(getattr(config, f"{stack}_sparse_layers"))
+        _require(
+            sparse == sorted(set(sparse)) and max(sparse, default=-1) < _layers_of(config, stack),
+            f"{stack}_sparse_layers are {sparse!s:.60}; they must rise and be below the number of "
+            f"layers, {_layers_of(config, stack)}",
+        )
+    _require(
+        len(config.mlp_activations) <= 2,
+        f"its config has {len(config.mlp_activations)} mlp_activations; there are one or two",
+    )
+
+
+def _layers_of(config: SwitchConfig, stack: str) -> int:
+    return getattr(config, f"num_{stack}_layers")
+
+
 def _check_names(
     dense: Mapping[str, Any], coded: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> None:
@@ -109,6 +164,10 @@ def _first(found: Any) -> str:
 def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]) -> TensorSpec:
     """Check the spec and the array entries of a coded kernel."""
     tensor = _object(tensor, kernel)
+    _require(
+        tensor.keys() <= _TENSOR_KEYS,
+        f"{kernel} has the unknown keys {sorted(tensor.keys() - _TENSOR_KEYS)}",
+    )
     spec = TensorSpec.from_json(_object(tensor.get("spec"), f"{kernel}/spec"))
     num_experts, num_in, num_out = shapes[f"{kernel}/kernel"]
     _require(
@@ -128,6 +187,10 @@ def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]
     )
     for key, entry in arrays.items():
         _check_entry(f"{kernel}/{key}", entry, coded_file(kernel, key))
+        _require(
+            max(entry["shape"], default=0) <= 2**31,
+            f"{kernel}/{key} has the shape {entry['shape']}; decoders count up to 2^31",
+        )
     return spec
 
 
@@ -137,7 +200,8 @@ def _check_entry(what: str, entry: Any, file: str) -> None:
     _require(entry.keys() == _ENTRY_KEYS, f"{what} has {sorted(entry)}, not {sorted(_ENTRY_KEYS)}")
     # Two kernels whose entries changed places would load, and compute something else.
     _require(entry["file"] == file, f"{what} lies in {entry['file']!r}, but belongs in {file!r}")
-    _require(_is_dtype(entry["dtype"]), f"{what} has the dtype {entry['dtype']!r}")
+    known = isinstance(entry["dtype"], str) and entry["dtype"] in _DTYPES
+    _require(known, f"{what} has the dtype {entry['dtype']!r}")
     shape = entry["shape"]
     _require(
         isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape),
@@ -164,12 +228,3 @@ def _check_entry(what: str, entry: Any, file: str) -> None:
         stops == sorted(set(stops)) and stops[0] >= 0 and stops[-1] == length,
         f"the checksums of {what} end at {stops}, but it has {length} entries",
     )
-
-
-def _is_dtype(name: Any) -> bool:
-    if name == "bfloat16":
-        return True
-    try:
-        return isinstance(name, str) and np.dtype(name).name == name
-    except TypeError:
-        return False

@@ -1,4 +1,4 @@
-"""Arrays of a compressed checkpoint: zarr without compression, with checksums over their entries.
+"""Arrays of a compressed checkpoint: zarr, with checksums over their entries.
 
 A manifest entry says what an array is: `file`, `dtype`, `shape`, and `checksums`: pairs
 [stop, sha256]. A pair covers the entries, along the first axis, from the previous stop (at first 0)
@@ -6,6 +6,8 @@ to its own. Several processes that write one array have a pair each.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,12 +23,41 @@ _REMEDY = "copy the checkpoint again, or compress again"
 
 
 def entry_bytes(entry: Mapping[str, Any]) -> int:
-    """Bytes of an array, by its manifest entry."""
+    """Bytes of an array before compression, by its manifest entry."""
     return item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
 
 
-def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) -> None:
+def overhead_bytes(folder: Folder, entry: Mapping[str, Any]) -> int:
+    """Bytes of an array's metadata, and where chunks are not compressed of the last ones' filler.
+
+    Raises:
+      CheckpointError: the metadata are missing or no JSON.
+    """
+    content = folder.child(entry["file"]).read(".zarray")
+    try:
+        metadata = json.loads(content or b"")
+        sizes = zip(entry["shape"], metadata["chunks"], strict=True)
+        padded = math.prod(-(-length // chunk) * chunk for length, chunk in sizes)
+        compressed = metadata["compressor"] is not None
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{folder.url}/{entry['file']}/.zarray is missing or damaged: {_REMEDY}"
+        ) from error
+    filler = item_bytes(entry["dtype"]) * padded - entry_bytes(entry)
+    return len(content or b"") + (0 if compressed else filler)
+
+
+def create_array(
+    folder: Folder, name: str, dtype: str, shape: Sequence[int], *, compressed: bool = False
+) -> None:
     """Create an array without contents; what was stored under its name is deleted.
+
+    Args:
+      folder: where.
+      name: of the array.
+      dtype: by name.
+      shape: of the array.
+      compressed: its chunks, as T5X's are. Codes are near their entropy.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -36,7 +67,7 @@ def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) ->
             "shape": list(shape),
             "chunks": _chunk_shape(dtype, shape),
             "dtype": "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str,
-            "compressor": None,  # codes are near their entropy; sizes on disk are sizes counted
+            "compressor": {"id": "gzip", "level": 1} if compressed else None,
             "order": "C",
         },
         "create": True,
@@ -48,9 +79,11 @@ def create_array(folder: Folder, name: str, dtype: str, shape: Sequence[int]) ->
         raise _cannot_write(folder, name, error) from error
 
 
-def write_array(folder: Folder, name: str, array: np.ndarray) -> dict[str, Any]:
+def write_array(
+    folder: Folder, name: str, array: np.ndarray, *, compressed: bool = False
+) -> dict[str, Any]:
     """Create and write an array; return its manifest entry."""
-    create_array(folder, name, array.dtype.name, array.shape)
+    create_array(folder, name, array.dtype.name, array.shape, compressed=compressed)
     writer = ArrayPartWriter(folder, name, 0 if array.ndim else None)
     writer.append(array)
     stop = array.shape[0] if array.ndim else 1
@@ -168,6 +201,13 @@ def finish_read(
                 f"{what} in {where} is {store.dtype.name} {list(store.shape)}, but the "
                 f"manifest says {entry['dtype']} {entry['shape']}: {_REMEDY}"
             )
+        # TensorStore makes room for whole chunks, and ends the process where there is none.
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        if any(n > max(1, length) for n, length in zip(chunk, store.shape, strict=False)):
+            raise CheckpointError(
+                f"{what} in {where} has chunks of {list(chunk)}, but the array is "
+                f"{entry['shape']}: {_REMEDY}"
+            )
         array = np.asarray((store if part is None else store[part]).read().result())
     except CheckpointError:
         raise
@@ -227,11 +267,13 @@ def _spec(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
-    """Whole trailing axes, and as many entries of the first as fit a chunk."""
+    """Whole trailing axes, and so many entries of the first that few chunks hold them all."""
     if not shape:
         return []
     row_bytes = max(1, item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
-    first = min(max(1, shape[0]), max(1, CHUNK_BYTES // row_bytes))
+    length, most = max(1, shape[0]), max(1, CHUNK_BYTES // row_bytes)
+    # Even chunks: the last one is stored in full length, whatever is left for it.
+    first = -(-length // -(-length // most))
     return [first, *(max(1, n) for n in shape[1:])]
 
 

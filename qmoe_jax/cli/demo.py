@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--implementation",
         default="auto",
-        help="of products with codes: xla, cuda (the CUDA kernels; needs an NVIDIA GPU and CuPy), "
-        "or auto: cuda where it can be and xla elsewhere (%(default)s)",
+        help="of products with codes: xla, cpu (straight from stored codes), cuda (the CUDA "
+        "kernels; needs an NVIDIA GPU and CuPy), or auto, the fastest there is (%(default)s)",
     )
     return parser

@@ -5,8 +5,9 @@
 
 Of a compressed checkpoint, every expert kernel is read and checked, one at a time: its coding,
 share of zeros, entropy, bits a weight for codes, levels and lengths (offsets included), and how
-close that is to the entropy, which no code of independent weights can go below. Of a native one
-only metadata is read.
+close that is to the entropy, which no code of independent weights can go below. Then all experts'
+bits by part, such as signs and steps, and beside these what files take apart from arrays. Of a
+native one only metadata is read.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def format_report(report: Mapping[str, Any]) -> str:
                 f"{format_bytes(report['num_bytes'][part]):>12}"
             )
         return "\n".join(lines)
-    lines += ["", *_kernel_lines(report), ""]
+    lines += ["", *_kernel_lines(report), "", *_part_lines(report), ""]
     for part, title in (("experts", "experts"), ("dense", "dense"), ("total", "whole model")):
         parameters, num_bytes = report["parameters"][part], report["num_bytes"][part]
         in_bfloat16 = BFLOAT16_BYTES * parameters
@@ -85,6 +86,30 @@ def _kernel_lines(report: Mapping[str, Any]) -> list[str]:
     widths = (0, 13, 7, 8, 7, 7, 8, 12, 9)
     table = format_table(rows, min_widths=widths, separator=" ", num_left=2, rule="line")
     return table.splitlines()
+
+
+def _part_lines(report: Mapping[str, Any]) -> list[str]:
+    """Where the bits of all experts go, and beside these the container of the whole model."""
+    bits = report["experts"]["bits"]
+    weights = ratio(bits["total"], bits["bits_per_weight"])
+    parts = [(part["kind"], part["name"], part["bits"]) for part in report["experts"]["parts"]]
+    parts.append(("container", "manifest, metadata, filler", 8 * report["container"]))
+    rows = [("of experts", "part", "bytes", "bits/weight", "share")]
+    rows += [
+        (
+            kind,
+            name,
+            format_bytes(n // 8),
+            f"{ratio(n, weights):.4f}",
+            f"{ratio(n, bits['total']):.1%}",
+        )
+        for kind, name, n in parts
+        if n
+    ]
+    widths = (0, 0, 10, 12, 7)
+    return format_table(
+        rows, min_widths=widths, separator=" ", num_left=2, rule="line"
+    ).splitlines()
 
 
 def _bits_row(name: str, coding: str, bits: Mapping[str, Any]) -> tuple[str, ...]:

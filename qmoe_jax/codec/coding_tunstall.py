@@ -255,6 +255,12 @@ class TunstallCoding(RowLevels):
         np.add.at(counts, codes.reshape(-1, 4), by_symbol)
         return counts[: self.num_symbols]
 
+    def code_parts(self, coded: CodedTensor) -> dict[str, int]:
+        """Return the bytes of codewords, escapes among them, and of sign bits."""
+        codewords = int(self._walk(coded).num_codewords.sum(dtype=np.int64))
+        num_bytes = int(_row_bytes(coded.arrays).sum())
+        return {"codewords": codewords, "signs": num_bytes - codewords}
+
     def _codes_of_symbols(self, levels: np.ndarray) -> UInt8[np.ndarray, "experts rows 4"]:
         zero = zero_codes(levels) if self._has_escapes else np.zeros(levels.shape[:2], int)
         return _CODES_OF_SYMBOLS[zero]

@@ -55,7 +55,7 @@ def dictionary() -> Dictionary:
         found = sha256_little_endian(array)
         if found != expected:
             raise CodecError(
-                f"The dictionary's {name} has sha256 {found}, but format version 1 requires "
+                f"The dictionary's {name} has sha256 {found}, but the format requires "
                 f"{expected}. The order of entries needs IEEE float64 products without extended "
                 "precision or fused multiply-add: run a Python built for such a platform."
             )

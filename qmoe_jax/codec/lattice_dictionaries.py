@@ -57,7 +57,7 @@ def lattice_dictionaries() -> LatticeDictionaries:
     found = hashlib.sha256(table.astype("<u4").tobytes()).hexdigest()
     if found != _SHA256:
         raise CodecError(
-            f"The 'lattice' dictionaries have sha256 {found}, but format version 1 requires "
+            f"The 'lattice' dictionaries have sha256 {found}, but the format requires "
             f"{_SHA256}. Restore codec/lattice_dictionaries.py."
         )
     dictionaries = LatticeDictionaries(table, trie)

@@ -17,8 +17,10 @@ def bits(coded: CodedTensor) -> dict[str, int | float]:
 
 
 def bits_by_part(coded: CodedTensor) -> dict[str, int]:
-    """Count the stored bits of a valid tensor by part: the code array as its coding divides it, and
-    every other array by name. Filler is the parts' rest of the code array.
+    """Count the stored bits of a valid tensor by part.
+
+    Parts are those that the coding divides its code array into, with what is left of it as
+    "filler", and every other array by name. They add up to the total of `bits`.
     """
     coding = get_coding(coded.spec.coding)
     parts: dict[str, int] = {}

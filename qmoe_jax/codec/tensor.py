@@ -24,6 +24,11 @@ Of ternary and 2-bit codes: bfloat16 [experts, rows, 2]. Of lattice codes: `step
 [experts, width] and `origin` float32 [experts].
 """
 
+MAX_WIDTH = 2**23
+"""Rows are narrower: decoders count their weights in float32."""
+MAX_EXPERT_WEIGHTS = 2**31
+"""An expert has fewer weights, and a tensor fewer experts: decoders count them in int32."""
+
 # Fields of a spec -> the keys that manifests store them under, and the minimum of numbers.
 _STORED = {
     "coding": ("coding", None),
@@ -54,17 +59,20 @@ class TensorSpec:
     max_row_codewords: int = 0
 
     def __post_init__(self) -> None:
-        for name, (stored, lowest) in _STORED.items():
-            value = getattr(self, name)
-            if lowest is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                also = "" if name == stored else f" (stored as {stored})"
-                raise CodecError(
-                    f"TensorSpec.{name}{also} is {value!r}; it must be an integer of at least "
-                    f"{lowest}."
-                )
-        # Decoders make room for this many: a damaged manifest must not ask for all memory.
+        for name in _STORED:
+            _check_number(name, getattr(self, name))
+        # Decoders make room for what a spec says: a damaged one must not ask for all memory.
+        if self.width >= MAX_WIDTH or max(1, self.rows) * self.width >= MAX_EXPERT_WEIGHTS:
+            raise CodecError(
+                f"A tensor spec says {self.rows} rows of {self.width} weights an expert "
+                "(out_features, in_features); a row must have fewer than 2^23 weights, and "
+                "an expert fewer than 2^31. Split the kernel."
+            )
+        if self.num_experts >= MAX_EXPERT_WEIGHTS:
+            raise CodecError(
+                f"A tensor spec says {self.num_experts} experts; there must be fewer than 2^31. "
+                "Split the tensor."
+            )
         most = 2 * self.width + 64
         if self.max_row_codewords > most:
             raise CodecError(
@@ -87,12 +95,24 @@ class TensorSpec:
         expected = {stored for stored, _ in _STORED.values()}
         if set(fields) != expected:
             raise CodecError(
-                f"A tensor spec has the fields {sorted(fields)}; format version 1 requires exactly "
+                f"A tensor spec has the fields {sorted(fields)}; the format requires exactly "
                 f"{sorted(expected)}. The manifest is damaged or of another version."
             )
         if not isinstance(fields["coding"], str):
             raise CodecError(f"A tensor spec's coding is {fields['coding']!r}; it must be a name.")
+        for name, (stored, _) in _STORED.items():
+            _check_number(name, fields[stored])
         return cls(**{name: fields[stored] for name, (stored, _) in _STORED.items()})
+
+
+def _check_number(name: str, value: Any) -> None:
+    stored, lowest = _STORED[name]
+    if lowest is None or (type(value) is int and value >= lowest):
+        return
+    also = "" if name == stored else f" (stored as {stored})"
+    raise CodecError(
+        f"TensorSpec.{name}{also} is {value!r}; it must be an integer of at least {lowest}."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +221,7 @@ def check_array(
     """Return arrays[name] after checking dtype and shape; None in the shape is any length."""
     array, dtype = arrays[name], np.dtype(dtype)
     if array.dtype != dtype:
-        raise CodecError(f"Array '{name}' is {array.dtype}; format version 1 requires {dtype}.")
+        raise CodecError(f"Array '{name}' is {array.dtype}; the format requires {dtype}.")
     fits = array.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(array.shape, shape, strict=True)
     )

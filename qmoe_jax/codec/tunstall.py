@@ -67,7 +67,7 @@ def tunstall_family(num_escapes: int) -> TunstallFamily:
     if found != _SHA256[num_escapes]:
         raise CodecError(
             f"The 'tunstall' dictionaries with {num_escapes} escapes have sha256 {found}, but "
-            f"format version 1 requires {_SHA256[num_escapes]}. Restore codec/tunstall.py."
+            f"the format requires {_SHA256[num_escapes]}. Restore codec/tunstall.py."
         )
     family = TunstallFamily(num_escapes, table, lengths, nonzeros, trie)
     for array in family[1:]:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from qmoe_jax import atomic_file
+from qmoe_jax.evaluation.divergence import DivergenceReport
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_table
 from qmoe_jax.generation.text import Filled
@@ -26,6 +27,7 @@ _COLUMNS = (
     ("loss", "loss", "{:.4f}"),
     ("gap", "gap", "{:+.4f}"),
     ("+-", "gap_standard_error", "{:.4f}"),
+    ("KL", "kl", "{:.5f}"),
     ("bits/weight", "bits_per_weight", "{:.3f}"),
     ("experts", "expert_compression", "{:.2f}x"),
     ("model size", "model_compression", "{:.2f}x"),
@@ -53,6 +55,9 @@ def baseline_row(loss: LossReport, filled: Sequence[Filled], seconds: float) -> 
         "num_target_tokens": int(loss.num_target_tokens.sum()),
         "gap": 0.0,
         "gap_standard_error": 0.0,
+        "kl": 0.0,
+        "kl_standard_error": 0.0,
+        "agreement": 1.0,
         "bits_per_weight": 16.0,
         "expert_compression": 1.0,
         "model_compression": 1.0,
@@ -65,8 +70,7 @@ def baseline_row(loss: LossReport, filled: Sequence[Filled], seconds: float) -> 
 def variant_row(
     name: str,
     report: CompressionReport,
-    loss: LossReport,
-    baseline: LossReport,
+    divergence: DivergenceReport,
     filled: Sequence[Filled],
 ) -> Row:
     """Return the row of a compressed model; its `seconds` are those of the compression alone.
@@ -74,14 +78,10 @@ def variant_row(
     Args:
       name: in the table.
       report: of its compression.
-      loss: on the validation tokens.
-      baseline: loss of the uncompressed model on the same tokens.
+      divergence: from the uncompressed model on the validation tokens.
       filled: the prompts with their blanks filled.
-
-    Raises:
-      ValueError: the two losses are over other examples.
     """
-    gap, standard_error = loss.gap_to(baseline)
+    loss = divergence.losses
     compression = report.to_json()
     compression.pop("output")
     return {
@@ -89,8 +89,7 @@ def variant_row(
         "loss": loss.loss,
         "accuracy": loss.accuracy,
         "num_target_tokens": int(loss.num_target_tokens.sum()),
-        "gap": gap,
-        "gap_standard_error": standard_error,
+        **divergence.to_json(),
         "bits_per_weight": report.bits_per_weight,
         "expert_compression": report.expert_compression,
         "model_compression": report.model_compression,
@@ -108,6 +107,8 @@ def document(rows: list[Row], **facts: Any) -> dict[str, Any]:
             "loss": "nats per target token, dropless routing",
             "gap": "loss above the uncompressed model on the same tokens, with paired standard "
             "error",
+            "kl": "nats per target token from the uncompressed model's predictions",
+            "agreement": "share of target tokens at which both find the same token most probable",
             "bits_per_weight": "stored bits per expert weight: codes, levels and offsets",
             "expert_compression": "bfloat16 size over stored size of the experts",
             "model_compression": "bfloat16 size over stored size of the whole model",
@@ -183,7 +184,7 @@ img {{ max-width: 100% }}
 validation target tokens, {document["num_calibration_examples"]:,} calibration examples.</p>
 <table><tr>{head}</tr>{body}</table>
 <ul>{units}</ul>
-<img alt="Loss against bits, error and zeros per layer" src="data:image/png;base64,{image}">
+<img alt="KL against bits, error and zeros per layer" src="data:image/png;base64,{image}">
 <h2>Filled blanks</h2>{samples}
 """
     with atomic_file.open_atomically(path) as file:
@@ -194,29 +195,30 @@ def _plots(document: dict[str, Any]) -> bytes:
     """Loss against bits, relative layer error and zeros per kernel, as PNG."""
     compressed = [row for row in document["models"] if "compression" in row]
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    loss, error, zeros = figure.subplots(1, 3)
+    divergence, error, zeros = figure.subplots(1, 3)
 
-    loss.axhline(document["models"][0]["loss"], color="gray", linestyle="--", label="uncompressed")
     for index, row in enumerate(compressed):
-        loss.errorbar(
+        divergence.errorbar(
             row["bits_per_weight"],
-            row["loss"],
-            yerr=row["gap_standard_error"],
-            fmt="o",
+            row["kl"],
+            yerr=row["kl_standard_error"],
+            fmt="s" if row["name"].startswith("lattice") else "o",
             capsize=3,
             color=f"C{index}",
             label=row["name"],
         )
-    loss.set(xlabel="stored bits per expert weight", ylabel="loss (nats per target token)")
-    loss.set_title("Loss against size")
-    loss.legend()
+    divergence.set(xlabel="stored bits per expert weight", yscale="log")
+    divergence.set(ylabel="KL from the uncompressed model (nats per target token)")
+    divergence.set_title("Predictions against size, bars: standard error")
+    divergence.legend()
 
     names = [kernel["name"] for kernel in compressed[0]["compression"]["kernels"]]
     labels = [name.replace("/layers_", " ").replace("/mlp/expert/", "\n") for name in names]
     for index, row in enumerate(compressed):
         kernels = row["compression"]["kernels"]
-        places = [i + (index - (len(compressed) - 1) / 2) * 0.2 for i in range(len(names))]
-        style = {"width": 0.18, "color": f"C{index}", "label": row["name"]}
+        apart = 0.8 / len(compressed)
+        places = [i + (index - (len(compressed) - 1) / 2) * apart for i in range(len(names))]
+        style = {"width": 0.9 * apart, "color": f"C{index}", "label": row["name"]}
         error.bar(places, [k["relative_layer_error"] or 0.0 for k in kernels], **style)
         zeros.bar(places, [k["zeros"] for k in kernels], **style)
     error.set(ylabel="|(W - Q) X|² / |W X|²", title="Layer error on calibration tokens")

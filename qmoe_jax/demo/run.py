@@ -1,8 +1,8 @@
 """The whole road on a small trained model, with a table at its end.
 
 Reads a native T5X checkpoint, harvests calibration text from the installed packages, compresses
-with round-to-nearest and GPTQ to ternary and 2 bit, stores the codes, loads them again and compares
-all on the same validation text.
+with round-to-nearest and GPTQ to the paper's ternary and 2 bit and to the lattice at three sizes,
+stores the codes, loads them again and compares all on the same validation text.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.demo import report as demo_report
 from qmoe_jax.demo.docstrings import corpus_versions, demo_tokens
 from qmoe_jax.errors import CheckpointError
-from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
-from qmoe_jax.generation.text import Filled, Vocabulary, check_vocabulary, fill_prompts
+from qmoe_jax.evaluation.divergence import measure_divergence
+from qmoe_jax.evaluation.metrics import evaluate_loss
+from qmoe_jax.generation.text import Vocabulary, check_vocabulary, fill_prompts
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.ops.products import check_choice
 from qmoe_jax.outputs import check_writable, output_file
@@ -51,6 +52,14 @@ VARIANTS = (
     Variant("GPTQ ternary", "gptq_ternary", {"grid": "ternary", "method": "gptq"}),
     Variant("RTN 2 bit", "rtn_2bit", {"grid": "2bit", "method": "rtn"}),
     Variant("GPTQ 2 bit", "gptq_2bit", {"grid": "2bit", "method": "gptq"}),
+    *(
+        Variant(
+            f"lattice, {bits:g} bit",
+            f"lattice_{bits:g}".replace(".", "_"),
+            {"grid": "lattice", "allocation": "measured", "target_bits_per_weight": bits},
+        )
+        for bits in (1.0, 0.6, 0.4)
+    ),
 )
 
 
@@ -91,27 +100,24 @@ def run_demo(
     calibration = _tokens(vocabulary, folder, "train", num_examples, seed)
     validation = _tokens(vocabulary, folder, "validation", num_validation_examples, seed)
 
-    def measure(
-        label: str, path: PathLike, implementation: str
-    ) -> tuple[LossReport, list[Filled], float]:
-        """Load a checkpoint, evaluate it and let it fill the prompts."""
-        started = time.monotonic()
-        module, variables = load_switch(path, implementation=implementation)
-        batches = [batch.arrays() for batch in validation.batches(32)]
-        loss = evaluate_loss(module, variables, batches, progress=f"evaluate {label}")
-        filled = fill_prompts(module, variables, words, PROMPTS, max_decode_length=24)
-        return loss, filled, time.monotonic() - started
-
-    baseline, filled, seconds = measure("uncompressed", checkpoint, "xla")
-    rows = [demo_report.baseline_row(baseline, filled, seconds)]
+    batches = [batch.arrays() for batch in validation.batches(32)]
+    measuring = time.monotonic()
+    reference = load_switch(checkpoint, implementation="xla")
+    baseline = evaluate_loss(*reference, batches, progress="evaluate uncompressed")
+    filled = fill_prompts(*reference, words, PROMPTS, max_decode_length=24)
+    rows = [demo_report.baseline_row(baseline, filled, time.monotonic() - measuring)]
     for variant in VARIANTS:
         path = folder / variant.folder
         report = compress(checkpoint, path, calibration, overwrite=True, **variant.settings)
         for warning in report.warnings():
             print(f"warning: {warning}", file=sys.stderr)
         # From disk, through the codes: what a user of the compressed checkpoint gets.
-        loss, filled, _ = measure(variant.name, path, implementation)
-        rows.append(demo_report.variant_row(variant.name, report, loss, baseline, filled))
+        module, variables = load_switch(path, implementation=implementation)
+        divergence = measure_divergence(
+            *(module, variables, *reference, batches), progress=f"evaluate {variant.name}"
+        )
+        filled = fill_prompts(module, variables, words, PROMPTS, max_decode_length=24)
+        rows.append(demo_report.variant_row(variant.name, report, divergence, filled))
     document = demo_report.document(
         rows,
         checkpoint=os.path.relpath(checkpoint),

@@ -26,6 +26,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CudaError
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.cpu.products import is_supported
 from qmoe_jax.ops.cuda.kernels import check_coded, derive
 from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
@@ -67,8 +68,10 @@ def load_switch(
         for the next two (`checkpoints.geometry.infer_config` has the rule).
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: minimum capacity of an expert in a token group.
-      implementation: of products with codes: "xla"; "cuda", the kernels in `kernels_cuda/`, on a
-        GPU with CuPy installed; or "auto", "cuda" where that can be and "xla" elsewhere.
+      implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
+        host's cores (differentiation and export need "xla"); "cuda", the kernels in
+        `kernels_cuda/`, on a GPU with CuPy installed; or "auto": "cuda" where that can be, "cpu" on
+        a CPU if all codes are of codings that it multiplies, and "xla" elsewhere.
 
     Returns:
       The module and its variables, `{"params": ...}`. `module.apply(variables,
@@ -156,11 +159,15 @@ def _on_device(name: str, array: np.ndarray, mesh: Mesh | None) -> jax.Array:
 
 
 def _choose_implementation(implementation: str, config: SwitchConfig, coded: CodedKernels) -> str:
-    if implementation == "xla" or (implementation == "auto" and not cuda_is_available()):
-        return "xla"
+    if implementation in ("xla", "cpu"):
+        return implementation
+    kernels = [CodedExperts(spec, {}, _in_features(config, name)) for name, spec in coded]
+    if implementation == "auto" and not cuda_is_available():
+        on_cpu = jax.default_backend() == "cpu" and all(map(is_supported, kernels))
+        return "cpu" if on_cpu else "xla"
     try:
-        for name, spec in coded:
-            check_coded(CodedExperts(spec, {}, _in_features(config, name)))
+        for kernel in kernels:
+            check_coded(kernel)
     except CudaError:
         if implementation == "auto":
             return "xla"

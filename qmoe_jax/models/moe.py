@@ -100,7 +100,7 @@ class MoeLayer(nn.Module):
       coded: expert kernels that are stored as codes.
       dtype: activation dtype of the experts; the result is float32 (the combine
         weights are float32 and promote it).
-      implementation: of the experts' products, "xla" or "cuda" (`ops.products`).
+      implementation: of the experts' products, "xla", "cpu" or "cuda" (`ops.products`).
       mesh: over which experts are split (`ops.expert_parallel`); None: they are not.
     """
 

@@ -33,7 +33,10 @@ class DenseExperts:
 
     def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
         """One expert's kernel in the activation dtype."""
-        return lax.dynamic_index_in_dim(self.kernel, expert, keepdims=False).astype(dtype)
+        # Behind a barrier that the loop's own expert goes through. Else XLA on a CPU, which
+        # computes in float32, converts bfloat16 kernels of all experts first, at every call.
+        kernel, expert = lax.optimization_barrier((self.kernel, expert))
+        return lax.dynamic_index_in_dim(kernel, expert, keepdims=False).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

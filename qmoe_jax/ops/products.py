@@ -1,19 +1,22 @@
-"""Experts' products with tokens, grouped matmuls: by "xla" anywhere, by "cuda" on NVIDIA's GPUs.
+"""Experts' products with tokens, grouped matmuls: by "xla" anywhere, else by "cpu" or "cuda".
 
-"xla" expands an expert when its tokens are reached. "cuda" has two ways, and which is taken follows
+"xla" expands an expert when its tokens are reached. "cpu" multiplies on the cores of the host
+straight from stored codes (`ops/cpu/products.py`), in float32, and expands the codings that it does
+not have. "cuda", for NVIDIA's GPUs, has two ways, and which is taken follows
 from shapes alone, so nothing waits for the host:
 
 - few tokens for each expert: one launch a kernel decodes and multiplies, for all experts at once;
 - many: an expert is expanded to bfloat16 by a kernel, and XLA multiplies, as with "xla".
 
-Both round as the model's activation dtype does. bfloat16 tokens are multiplied as they are, and
-sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its products are
-float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit codes rounded, where
+Both of "cuda" round as the model's activation dtype does. bfloat16 tokens are multiplied as they
+are, and sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its products
+are float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit codes rounded, where
 "xla" with float32 activations has them unrounded).
 """
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -25,7 +28,7 @@ from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
 from qmoe_jax.ops.experts import CodedExperts, Experts
 from qmoe_jax.ops.grouped_mlp import KernelFetch, dot_precision, grouped_apply, grouped_mlp
 
-IMPLEMENTATIONS = ("xla", "cuda")
+IMPLEMENTATIONS = ("xla", "cpu", "cuda")
 # What a user may choose; "auto" becomes one of the others when a model is loaded.
 CHOICES = ("auto", *IMPLEMENTATIONS)
 
@@ -49,15 +52,18 @@ def compressed_product(
       experts: dense kernels (multiplied by XLA in any case) or codes.
       num_experts: number of experts.
       out_features: width of the result.
-      implementation: "xla" or "cuda".
+      implementation: "xla", "cpu" or "cuda".
 
     Returns:
       Products in the order and dtype of `x`.
 
     Raises:
       CudaError: "cuda" without a GPU or CuPy, or a case that its kernels do not have.
+      ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
+    if implementation == "cpu" and (multiply := _stored_product(x, [experts])):
+        return multiply(x, expert_index, experts)
     if implementation == "cuda" and isinstance(experts, CodedExperts) and x.shape[0]:
         launcher = current_launcher()
         if _is_fused(launcher, x, [experts], num_experts):
@@ -95,15 +101,19 @@ def expert_mlp(
       wo: kernels `wo`.
       activation: maps the list of input projections [tokens, mlp] to the hidden layer; of a zero
         row it makes a zero row.
-      implementation: "xla" or "cuda".
+      implementation: "xla", "cpu" or "cuda".
 
     Returns:
       Outputs in the order and dtype of `x`.
 
     Raises:
       CudaError: "cuda" without a GPU or CuPy, or a case that its kernels do not have.
+      ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
+    if implementation == "cpu" and (multiply := _stored_product(x, [*wi, wo])):
+        hidden = activation([multiply(x, expert_index, kernel) for kernel in wi])
+        return multiply(hidden, expert_index, wo)
     coded = [kernel for kernel in (*wi, wo) if isinstance(kernel, CodedExperts)]
     if implementation == "cuda" and len(coded) == len(wi) + 1 and x.shape[0]:
         launcher = current_launcher()
@@ -123,10 +133,15 @@ def expert_mlp(
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise ValueError for a name that is no implementation."""
+    """Raise ValueError for a name that is no implementation, and for "cpu" on another device."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "cpu" and jax.default_backend() != "cpu":
+        raise ValueError(
+            f"JAX runs on {jax.default_backend()!r}; implementation='cpu' requires the CPU. "
+            "Use implementation='auto' or 'xla' here, or set JAX_PLATFORMS=cpu."
         )
 
 
@@ -134,7 +149,7 @@ def check_choice(implementation: str) -> None:
     """Refuse what no model can be loaded with, before anything is read.
 
     Raises:
-      ValueError: a name that is none of `CHOICES`.
+      ValueError: a name that is none of `CHOICES`, or "cpu" where JAX computes on something else.
       CudaError: "cuda" without a GPU or CuPy.
     """
     if implementation not in CHOICES:
@@ -143,6 +158,22 @@ def check_choice(implementation: str) -> None:
         )
     if implementation == "cuda":
         current_launcher()
+    if implementation == "cpu":
+        check_implementation(implementation)
+
+
+def _stored_product(x: Array, kernels: Sequence[Experts]) -> Callable[..., Array] | None:
+    """Return the product from stored codes, if all kernels have one.
+
+    `jax.export` may leave the number of tokens open; the callback behind the product may not.
+    """
+    from qmoe_jax.ops.cpu import products as on_cpu
+
+    if isinstance(x.shape[0], int) and all(
+        isinstance(kernel, CodedExperts) and on_cpu.is_supported(kernel) for kernel in kernels
+    ):
+        return on_cpu.stored_product
+    return None
 
 
 def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> KernelFetch:

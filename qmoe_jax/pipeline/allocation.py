@@ -10,6 +10,11 @@ It is a sample in every respect, so that it costs a small part of the run: some 
 Hessians, some experts, one step, few examples for the KL. How KL and bits go with the step is then
 that of most kernels: KL with the step to the power 2.5, bits as `step_search.typical_bits`. The
 uncompressed model is in memory meanwhile. The result is a run's `kernel_steps`.
+
+On the demo model, at 0.60 stored bits: KL 0.00282 with one step for all, 0.00163 with these. All
+experts at three steps, on twice the text, cost four times as much and gave 0.00262: an encoder's
+errors now and then send tokens to other experts, so that a kernel's KL jumps between steps, and
+curves through three points follow the jumps.
 """
 
 import dataclasses

@@ -1,0 +1,254 @@
+"""The reader by FORMAT.md alone agrees with ours: golden files, whole checkpoints."""
+
+import gzip
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import independent_reader
+import numpy as np
+import pytest
+from factories import CALIBRATION, QUICK
+from independent_reader import DTYPES, Refused
+from test_inspect import write
+
+import qmoe_jax
+from qmoe_jax.checkpoints import names
+from qmoe_jax.codec.codings import coding_names, validate
+from qmoe_jax.codec.decode import decode_expert_weights
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
+from qmoe_jax.errors import CheckpointError, CodecError
+from qmoe_jax.models.load import dequantized
+
+FOLDER = Path(__file__).parent / "golden" / "codec"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+BROKEN = [name for name in NAMES if name.startswith("broken_")]
+
+
+def read(name):
+    """Spec, arrays and, of a valid file, codes."""
+    stored = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    arrays = {
+        key: np.frombuffer(bytes.fromhex(array["bytes"]), DTYPES[array["dtype"]]).reshape(
+            array["shape"]
+        )
+        for key, array in stored["arrays"].items()
+    }
+    codes = np.array([[int(code) for code in row] for row in stored.get("codes", [])])
+    return stored["spec"], arrays, codes
+
+
+def our_weights(spec, arrays):
+    coded = CodedTensor(TensorSpec.from_json(spec), arrays)
+    validate(coded)
+    weights = np.zeros((spec["num_experts"], spec["out_features"], spec["in_features"]), np.float32)
+    for expert in range(len(weights)):
+        weights[expert] = decode_expert_weights(coded.spec, arrays, expert, np.float32)
+    return weights
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BROKEN])
+def test_valid(name):
+    spec, arrays, stored = read(name)
+    codes, weights = independent_reader.read_tensor(spec, arrays)
+    np.testing.assert_array_equal(codes.reshape(stored.shape), stored)
+    np.testing.assert_array_equal(weights, our_weights(spec, arrays))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name):
+    spec, arrays, _ = read(name)
+    with pytest.raises(Refused):
+        independent_reader.read_tensor(spec, arrays)
+
+
+def test_it_stands_alone():
+    text = Path(independent_reader.__file__).read_text("utf-8")
+    imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
+    assert imported <= sys.stdlib_module_names | {"numpy", "ml_dtypes"}
+
+
+def assert_same_parameters(path):
+    """Ours, and the independent reader's."""
+    _, dense = dequantized(*qmoe_jax.load_switch(path))
+    ours = names.flatten(dense["params"])
+    found = independent_reader.read_checkpoint(path)
+    assert found.keys() == ours.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(found[name].astype(np.float32), np.float32(array), name)
+
+
+@pytest.mark.parametrize("coding", coding_names())
+def test_checkpoints(tmp_path, coding):
+    write(tmp_path / "out", coding)
+    assert_same_parameters(tmp_path / "out")
+
+
+def test_a_compressed_model(gptq):
+    assert_same_parameters(gptq[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grid": "lattice", "step": 3.0},
+        {"grid": "2bit", "group_size": 32},
+        {"expert_coding": "qmoe", "skip": "encoder", "dense_dtype": "source"},
+    ],
+    ids=["lattice", "groups", "dense experts"],
+)
+def test_settings(base, tmp_path, settings):
+    qmoe_jax.compress(base, tmp_path / "out", CALIBRATION[:8], method="rtn", **QUICK, **settings)
+    assert_same_parameters(tmp_path / "out")
+
+
+# --- Damaged checkpoints ---
+
+WI = "encoder/layers_1/mlp/expert/wi"
+NORM = "encoder/encoder_norm/scale"
+
+
+def edit(*path, to):
+    """Set a value of the manifest; what `to` returns for it, if it is a function."""
+
+    def change(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        place = manifest
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to(place[path[-1]]) if callable(to) else to
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def drop(*path):
+    def change(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        place = manifest
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def rewrite(file, to):
+    """Set a file's contents; what `to` returns for them."""
+    return lambda folder: (folder / file).write_bytes(to((folder / file).read_bytes()))
+
+
+def twice(content):
+    return content.replace(b'"format":', b'"format": "qmoe_jax", "format":', 1)
+
+
+def other_metadata(**values):
+    return lambda content: json.dumps(json.loads(content) | values).encode()
+
+
+def flip(content):
+    return content[:7] + bytes([content[7] ^ 1]) + content[8:]
+
+
+WORDS = ("coded", WI, "arrays", "words")
+WORDS_FILE = f"coded/{WI.replace('/', '.')}/words"
+NORM_FILE = f"dense/{NORM.replace('/', '.')}"
+DAMAGE = {
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "truncated": rewrite("manifest.json", lambda content: content[:-9]),
+    "UTF-16": rewrite("manifest.json", lambda content: content.decode().encode("utf-16")),
+    "a key twice": rewrite("manifest.json", twice),
+    "NaN": edit("config", "train_capacity_factor", to=float("nan")),
+    "format": edit("format", to="qmoe"),
+    "version": edit("format_version", to=1),
+    "version as a fraction": edit("format_version", to=2.0),
+    "another key": edit("more", to=1),
+    "no compression": drop("compression"),
+    "a config of more layers": edit("config", "num_encoder_layers", to=3),
+    "a config of 10^15 layers": edit("config", "num_encoder_layers", to=10**15),
+    "a config without a field": drop("config", "tied_logits"),
+    "true for a number": edit("config", "num_heads", to=True),
+    "sparse layers fall": edit("config", "encoder_sparse_layers", to=[1, 0]),
+    "three activations": edit("config", "mlp_activations", to=["relu"] * 3),
+    "no kernel": drop("coded", WI),
+    "no norm": drop("dense", NORM),
+    "another norm": edit("dense", to=lambda dense: dense | {"encoder/more": dense[NORM]}),
+    "coding": edit("coded", WI, "spec", "coding", to="lz4"),
+    "width": edit("coded", WI, "spec", "in_features", to=10**12),
+    "experts": edit("coded", WI, "spec", "num_experts", to=4),
+    "groups that do not fit": edit("coded", WI, "spec", "in_features", to=7),
+    "a spec of more": edit("coded", WI, "spec", to=lambda spec: spec | {"more": 0}),
+    "a bound too high": edit("coded", WI, "spec", "max_row_codewords", to=161),
+    "no array": drop(*WORDS),
+    "file": edit(*WORDS, "file", to="../words"),
+    "dtype": edit(*WORDS, "dtype", to="int32"),
+    "dtype that is none": edit("dense", NORM, "dtype", to="object"),
+    "shape": edit(*WORDS, "shape", to=lambda shape: [shape[0] - 1]),
+    "shape without end": edit(*WORDS, "shape", to=[2**62]),
+    "checksum": edit(*WORDS, "checksums", 0, 1, to="0" * 64),
+    "checksum that is none": edit(*WORDS, "checksums", 0, 1, to="0" * 63),
+    "checksum of less": edit(*WORDS, "checksums", 0, 0, to=lambda stop: stop - 1),
+    "no checksum": edit(*WORDS, "checksums", to=[]),
+    "a flipped bit": rewrite(f"{WORDS_FILE}/0", flip),
+    "a chunk too short": rewrite(f"{WORDS_FILE}/0", lambda content: content[:-1]),
+    "no chunk": lambda folder: (folder / WORDS_FILE / "0").unlink(),
+    "no metadata": lambda folder: (folder / WORDS_FILE / ".zarray").unlink(),
+    "metadata of another shape": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(shape=[1])),
+    "metadata of another dtype": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(dtype="<i4")),
+    "chunks of 0": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(chunks=[0])),
+    "chunks without end": rewrite(f"{WORDS_FILE}/.zarray", other_metadata(chunks=[2**40])),
+    "compressed chunks without end": rewrite(
+        f"{NORM_FILE}/.zarray", other_metadata(chunks=[2**62])
+    ),
+    "chunks larger than the array": rewrite(f"{NORM_FILE}/.zarray", other_metadata(chunks=[49])),
+    "a compressed chunk that is none": rewrite(f"{NORM_FILE}/0", lambda content: bytes(96)),
+    "a compressed chunk too short": rewrite(
+        f"{NORM_FILE}/0", lambda content: gzip.compress(gzip.decompress(content)[:-2])
+    ),
+    "another value": rewrite(
+        f"{NORM_FILE}/0",
+        lambda content: gzip.compress(b"\0" + gzip.decompress(content)[1:]),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "out"
+    write(path, "tunstall")
+    return path
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage(small, tmp_path, case):
+    """Both readers refuse it."""
+    path = shutil.copytree(small, tmp_path / "copy")
+    DAMAGE[case](path)
+    with pytest.raises(Refused):
+        independent_reader.read_checkpoint(path)
+    with pytest.raises((CheckpointError, CodecError)):
+        qmoe_jax.load_switch(path)
+
+
+def test_what_readers_must_accept(small, tmp_path):
+    """Other chunks, gzip for any array, files of others, any key order, anything in compression."""
+    path = shutil.copytree(small, tmp_path / "copy")
+    folder = path / WORDS_FILE
+    words = np.frombuffer((folder / "0").read_bytes(), "<u4")
+    size = words.size // 2 + 1
+    second = np.append(words[size:], np.full(2 * size - words.size, 7, "<u4"))
+    for name, part in (("0", words[:size]), ("1", second)):
+        (folder / name).write_bytes(gzip.compress(part.astype("<u4").tobytes(), 9))
+    metadata = other_metadata(chunks=[size], compressor={"id": "gzip", "level": 9})
+    rewrite(f"{WORDS_FILE}/.zarray", metadata)(path)
+    (path / "README").write_text("mine")
+    edit("compression", to={"anything": [None, {"a": 1.5}]})(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
+    assert_same_parameters(path)
+    expected = independent_reader.read_checkpoint(small)
+    for name, array in independent_reader.read_checkpoint(path).items():
+        np.testing.assert_array_equal(array, expected[name], name)
