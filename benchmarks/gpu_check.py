@@ -57,7 +57,7 @@ SANITIZED = (
 )
 # CuPy and XLA probe for what a driver may lack: such calls are no fault of a kernel.
 SANITIZER = ["--error-exitcode", "9", "--target-processes", "all", "--report-api-errors", "no"]
-OUR_KERNELS = ("fused_", "matmul_", "expand_", "encode_", "find_row_block_starts")
+OUR_KERNELS = ("fused_", "matmul_", "expand_", "encode_", "find_")
 TABLE_LINES = 60
 
 

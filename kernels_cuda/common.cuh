@@ -45,6 +45,11 @@ template <class T>
 QMOE_DEVICE void shared_store(u32 address, T value) {
   *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
+
+// Sets bits of the word at a shared address, whatever others set there.
+QMOE_DEVICE void shared_or(u32 address, u32 bits) {
+  asm volatile("red.shared.or.b32 [%0], %1;" : : "r"(address), "r"(bits) : "memory");
+}
 #endif
 
 // The value at a shared address that is valid if `present`; else zeros. On the device without a branch:

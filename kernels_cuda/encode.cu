@@ -1,5 +1,6 @@
-// Codes to stored rows, byte for byte as qmoe_jax.codec.encode, and the starting points of rows that the
-// decoders need. README.md in this folder has launch sizes and the order of calls.
+// Codes to stored rows, byte for byte as qmoe_jax.codec.encode, and the starting points of rows and of
+// bit strings that the decoders need. README.md in this folder has launch sizes and the order of calls.
+#include "coding_lattice.cuh"
 #include "common.cuh"
 
 using namespace qmoe;
@@ -195,5 +196,96 @@ extern "C" __global__ void __launch_bounds__(32)
             : 0;
     // Damaged lengths stop at 2^28, which no expert reaches (codewords: 2^31 - 1).
     start = min_of(start + __shfl_sync(ALL_LANES, inclusive_scan<32>(length), 31), 0x7fffffffu);
+  }
+}
+
+// Once after loading, for "lattice": where the bit strings of a block of 32 rows begin, and where they
+// stand at each of its tasks. A warp a block of rows; grid (blocks of rows, experts). Shared memory:
+// LATTICE_ENDS_BYTES, and 16 bytes for each task that there may be.
+extern "C" __global__ void __launch_bounds__(32)
+    find_lattice_cursors(const LatticeArrays arrays,  // whose `cursors` are not read
+                         u32* cursors,                // as there; every element is written
+                         int num_experts,             // at least 1
+                         int out_features,            // at least 1
+                         int in_features) {           // at least 1
+  const Shape shape = {num_experts, out_features, in_features};
+  const u32 block = blockIdx.x, lane = lane_of_warp();
+  const LatticeExpert expert(arrays, shape, blockIdx.y);
+  const LatticeTable table = {arrays.table};
+  const u32 ends = shared_begin(), tasks = expert.tasks(), most = most_lattice_tasks(shape);
+  // What each task has of: flags that are 1; weights that are not 0; those of 2 and 3 and more; remainders.
+  const u32 flags_at = ends + LATTICE_ENDS_BYTES, ones_at = flags_at + 4 * most;
+  const u32 large_at = ones_at + 4 * most, third_at = large_at + 4 * most;
+  const u32 fourth_at = flags_at;
+  const u64 own = static_cast<u64>(expert.index) * lattice_blocks(shape) + block;
+  u32* const of_block = cursors + own * (1 + most) * CURSOR_WORDS;
+  for (u32 at = lane; at < (1 + most) * CURSOR_WORDS; at += 32) of_block[at] = 0;
+  stage_lattice_ends(arrays, blockIdx.y, ends);
+  __syncwarp();
+
+  const auto put = [&](u32 entry, u32 field, u32 value) {
+    if (lane == field) of_block[entry * CURSOR_WORDS + field] = value;
+  };
+  u32 at = static_cast<u32>(arrays.row_block_starts[own]);  // the next byte
+  LatticeCursor cursor = {0, 0};
+  // Reads what a task has of a string, and counts the ones.
+  const auto read = [&](u32 string, u32 task, u32 field, u32 wanted) {
+    put(1 + task, field, cursor.packed());
+    BitCounter counter = {static_cast<int>(wanted)};
+    read_string<1>(expert, table, ends + 4 * LATTICE_DICTIONARIES * string, at, cursor, wanted,
+                   counter);
+    return warp_total(counter.ones);
+  };
+  const auto keep = [&](u32 address, u32 task, u32 value) {
+    if (lane == 0) shared_store<u32>(address + 4 * task, value);
+  };
+  // The next string: it begins behind the codewords of this one.
+  const auto begin_next = [&](u32 field) {
+    at += cursor.used();
+    cursor = {0, 0};
+    put(0, field, at);
+    __syncwarp();
+  };
+
+  u32 flags = 0;  // ones among them
+  for (u32 task = 0; task < expert.grouped_tasks(); ++task) {
+    put(1 + task, 1, flags);
+    const u32 ones = read(FLAGS, task, 0, 4 * LatticeTask(expert, task).columns);
+    keep(flags_at, task, ones);
+    flags += ones;
+  }
+  begin_next(0);
+  const u32 firsts = at;
+  at += (3 * flags + 7) / 8;
+  put(0, 1, at);
+  flags = 0;
+  for (u32 task = 0; task < expert.grouped_tasks(); ++task) {
+    const u32 count = shared_load<u32>(flags_at + 4 * task);
+    u32 rests = 0;
+    for (u32 first = lane; first < count; first += 32)
+      rests += 7 - (firsts_from(expert, firsts, flags + first) & 7);
+    flags += count;
+    keep(ones_at, task, count + read(RESTS, task, 2, warp_total(rests)));
+  }
+  begin_next(2);
+  for (u32 task = expert.grouped_tasks(); task < tasks; ++task)
+    keep(ones_at, task, read(PLANE_1, task, 0, 32 * LatticeTask(expert, task).columns));
+  begin_next(3);
+  for (u32 task = 0; task < tasks; ++task)
+    keep(large_at, task, read(PLANE_2, task, 3, shared_load<u32>(ones_at + 4 * task)));
+  begin_next(4);
+  for (u32 task = 0; task < tasks; ++task)
+    keep(third_at, task, read(PLANE_3, task, 4, shared_load<u32>(large_at + 4 * task)));
+  begin_next(5);
+  for (u32 task = 0; task < tasks; ++task)
+    keep(fourth_at, task, read(PLANE_4, task, 5, shared_load<u32>(third_at + 4 * task)));
+  begin_next(6);
+  for (u32 task = 0; task < tasks; ++task)
+    read(SIGNS, task, 6, shared_load<u32>(ones_at + 4 * task));
+  begin_next(7);
+  u32 remainders = 0;
+  for (u32 task = 0; task < tasks; ++task) {
+    put(1 + task, 7, remainders);
+    remainders += shared_load<u32>(fourth_at + 4 * task);
   }
 }

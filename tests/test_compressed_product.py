@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_emulation.tensors import lattice_codes
 from markers import needs_compiler
 
 from qmoe_jax.codec import reference
+from qmoe_jax.codec.coding_lattice import find_visits
 from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
@@ -43,12 +45,20 @@ def make_experts(coding, num_experts, out, width, seed=0) -> CodedExperts:
     """Codes whose levels make products of order 1; the zero of 2-bit rows is any code."""
     rng = np.random.default_rng(seed)
     shape = (num_experts, out, width)
+    if coding == "lattice":
+        coded = encode(*lattice_codes(rng, shape, 0.8), coding)
+        return CodedExperts(coded.spec, device_arrays(coded), width)
     codes = np.where(rng.random(shape) < 0.8, 0, rng.integers(1, 3, shape)).astype(np.uint8)
     levels = rng.normal(size=(num_experts, out, 2)).astype(ml_dtypes.bfloat16)
     if coding in ("packed2", "tunstall_2bit"):
         levels[..., 1] = rng.choice([0.0, 1.0, 2.0, 3.0], size=(num_experts, out))
     coded = encode(codes, levels, coding)
     return CodedExperts(coded.spec, device_arrays(coded), width)
+
+
+def launches_of_products(launcher) -> list[bool]:
+    """Whether in jit, of each launch but those that find derived arrays."""
+    return [in_jit for name, in_jit in launcher.calls if not name.startswith("find_")]
 
 
 def reference_weights(experts) -> np.ndarray:
@@ -100,9 +110,9 @@ class TestProduct:
         weights = np.concatenate([reference_weights(experts), np.zeros((1, out, width))])
         expected = np.einsum("toi,ti->to", weights[index], np.asarray(x, np.float64))
         outside = product(experts, "cuda")(x, index)
-        assert [in_jit for _, in_jit in launcher.calls] == [False]
+        assert launches_of_products(launcher) == [False]
         inside = jax.jit(product(experts, "cuda"))(x, index)
-        assert [in_jit for _, in_jit in launcher.calls] == [False, True]
+        assert launches_of_products(launcher) == [False, True]
         np.testing.assert_array_equal(inside, outside)
         assert inside.dtype == dtype
         assert_close(inside, expected, experts, x)
@@ -169,14 +179,19 @@ class TestProduct:
         y = product(experts, "cuda")(jnp.ones((2, 8), jnp.bfloat16), jnp.full(2, -1))
         np.testing.assert_array_equal(y.astype(jnp.float32), np.zeros((2, 3)))
 
-    def test_stored_starts_make_no_difference(self, launcher):
-        experts = make_experts("tunstall_2bit", 2, 70, 20)
-        starts = find_row_block_starts(experts.spec, experts.arrays)
-        given = dataclasses.replace(experts, row_block_starts=starts)
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
+    def test_kept_derived_arrays_make_no_difference(self, launcher, coding):
+        """They are the same in jit and out of it, and where they are kept no kernel finds them."""
+        experts = make_experts(coding, 2, 70, 20)
+        derived = kernels.derive(launcher, experts.spec, experts.arrays)
+        inside = jax.jit(functools.partial(kernels.derive, launcher, experts.spec))(experts.arrays)
+        jax.tree.map(np.testing.assert_array_equal, derived, inside)
+        given = dataclasses.replace(experts, derived=derived)
         x, index = jnp.ones((2, 20), jnp.bfloat16), jnp.arange(2)
-        np.testing.assert_array_equal(
-            product(given, "cuda")(x, index), product(experts, "cuda")(x, index)
-        )
+        expected = product(experts, "cuda")(x, index)
+        launcher.calls.clear()
+        np.testing.assert_array_equal(product(given, "cuda")(x, index), expected)
+        assert len(launcher.calls) == 1
 
     @pytest.mark.parametrize("tokens", [1, 2, 5, 64])
     def test_tiles_fit_the_tokens(self, launcher, tokens):
@@ -216,7 +231,7 @@ class TestProduct:
 
 class TestRowBlockStarts:
     @needs_compiler
-    @pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
+    @pytest.mark.parametrize("coding", ["tunstall", "qmoe", "lattice"])
     @pytest.mark.parametrize("out", [1, 32, 33, 100])
     def test_equal_the_kernels(self, emulated, coding, out):
         from cuda_emulation import launches
@@ -226,6 +241,16 @@ class TestRowBlockStarts:
         coded = CodedTensor(experts.spec, arrays)
         expected = launches.row_block_starts(emulated._module.get_function, coded)
         np.testing.assert_array_equal(find_row_block_starts(experts.spec, experts.arrays), expected)
+
+    @pytest.mark.parametrize("out", [7, 20, 33])
+    def test_visits_equal_the_plain_ones(self, out):
+        """Of "lattice": leans of rows, or of columns."""
+        from cuda_emulation import launches
+
+        experts = make_experts("lattice", 2, out, 20)
+        arrays = {name: np.asarray(array) for name, array in experts.arrays.items()}
+        expected = launches.visits(CodedTensor(experts.spec, arrays))
+        np.testing.assert_array_equal(find_visits(experts.spec, experts.arrays), expected)
 
     def test_packed_codes_have_none(self):
         experts = make_experts("packed2", 2, 3, 4)
@@ -358,7 +383,7 @@ class TestUnsupported:
     def test_unknown_implementation(self):
         experts = make_experts("tunstall", 1, 2, 3)
         with pytest.raises(
-            ValueError, match="implementation is 'gpu'; it must be one of xla, cuda"
+            ValueError, match="implementation is 'gpu'; it must be one of xla, cpu, cuda"
         ):
             product(experts, "gpu")(jnp.ones((1, 3)), jnp.zeros(1, jnp.int32))
 
@@ -366,7 +391,7 @@ class TestUnsupported:
         """XLA runs it; "cuda" names the codings that have kernels."""
         experts = make_experts("tunstall", 1, 2, 3)
         monkeypatch.setattr(get_coding("tunstall"), "cuda", None)
-        match = "'tunstall' has no CUDA kernels; those that do are packed2, qmoe, tunstall_2bit"
+        match = "'tunstall' has no CUDA kernels; .* are lattice, packed2, qmoe, tunstall_2bit"
         with pytest.raises(CudaError, match=match):
             kernels.check_coded(experts)
         with pytest.raises(ValueError, match="settings for .'tunstall'."):

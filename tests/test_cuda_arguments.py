@@ -62,7 +62,7 @@ class TestStruct:
             assert comment, name
             if is_pointer(kind):
                 assert re.match(
-                    r"(u?int\d+|bfloat16)( or (u?int\d+|float32))? \[[^]]+\]", comment
+                    r"(u?int\d+|b?float\d+)( or (u?int\d+|float32))? \[[^]]+\]", comment
                 ), name
 
     def test_layout_is_that_of_c(self, struct):
@@ -109,7 +109,9 @@ def test_a_tensor_has_what_its_struct_names(coding):
     found = get_coding(coding)
     assert found.cuda
     names, stored = set(found.cuda.array_names), set(found.array_names)
-    derived = {"row_block_starts"} if "row_lengths" in stored else set()
+    derived = set(found.cuda.derived_names)
+    assert ("row_block_starts" in derived) == bool({"row_lengths", "block_lengths"} & stored)
+    assert not derived & stored
     assert names == stored | derived | ({"table"} if found.cuda.table else set())
     others = {name for name, kind in found.cuda.arguments.fields if not is_pointer(kind)}
     assert set(found.cuda.sizes) == others

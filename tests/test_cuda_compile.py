@@ -26,13 +26,17 @@ KERNELS = {
     },
     "fused_qmoe.cu": {"fused_qmoe_t2", "fused_qmoe_t16"},
     "fused_packed2.cu": {"fused_packed2_t2", "fused_packed2_t16"},
+    "fused_lattice.cu": {"fused_lattice_t2", "fused_lattice_t16"},
     "matmul_tunstall.cu": {f"matmul_tunstall_t{t}" for t in (8, 16, 32, 64)},
-    "expand.cu": {f"expand_{c}" for c in ("tunstall", "tunstall_2bit", "qmoe", "packed2")},
+    "expand.cu": {
+        f"expand_{c}" for c in ("tunstall", "tunstall_2bit", "qmoe", "packed2", "lattice")
+    },
     "encode.cu": {
         "encode_tunstall_sizes",
         "encode_tunstall_rows",
         "encode_packed2",
         "find_row_block_starts",
+        "find_lattice_cursors",
     },
 }
 

@@ -13,9 +13,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
+from cuda_emulation.tensors import (
+    assert_products,
+    lattice_codes,
+    levels_like,
+    product_weights,
+)
+from golden_lattice import readable, with_choices
 from markers import slow
 
-from qmoe_jax.codec import reference
+from qmoe_jax.codec.coding_lattice import LatticeCoding
 from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import CodedTensor
@@ -39,6 +46,8 @@ def get():
 def random_codes(coding, shape, zero_share, seed, zeros=(0.0, 1.0, 2.0, 3.0)):
     """Codes and levels; of a 2-bit coding, that share of the codes is the row's zero."""
     rng = np.random.default_rng(seed)
+    if get_coding(coding).grid == "lattice":
+        return lattice_codes(rng, shape, zero_share)
     symbols = np.where(rng.random(shape) < zero_share, 0, rng.integers(1, 4, shape))
     levels = rng.normal(size=(*shape[:2], 2))
     if get_coding(coding).num_symbols == 3:
@@ -53,34 +62,18 @@ def random_tensor(coding, shape, zero_share=0.85, seed=0, **options):
     return encode(*random_codes(coding, shape, zero_share, seed, **options), coding)
 
 
-def reference_weights(coded: CodedTensor) -> np.ndarray:
-    """bfloat16 [experts, out, in] by the reference decoder."""
-    codes = get_coding(coded.spec.coding).decode_numpy_reference(coded)
-    return reference.dequantize(coded, codes).astype(BF16)
-
-
-def assert_products(y, coded, weights, x, experts):
-    """y against float64 products, within the rounding of float32 sums."""
-    terms = coded.spec.width / 8 + 16  # one lane's additions, and those over lanes
-    for token, expert in enumerate(experts):
-        if expert < 0:
-            np.testing.assert_array_equal(y[token], 0)
-            continue
-        w, column = weights[expert].astype(np.float64), x[token].astype(np.float64)
-        sizes = np.abs(w)
-        if coded.spec.coding == "tunstall_2bit":  # sums of all x times what symbol 0 weighs
-            sizes = sizes + 2 * np.abs(w).max(axis=1, keepdims=True)
-        error = np.abs(y[token] - w @ column)
-        assert (error <= terms * 2.0**-24 * (sizes @ np.abs(column)) + 1e-37).all(), error.max()
+def assert_same_weights(dense, weights):
+    """Bit for bit, once they are rounded."""
+    np.testing.assert_array_equal(dense.view(np.uint16), weights.astype(BF16).view(np.uint16))
 
 
 def check_decoders(get, coded, seed=0, *, expert_ids=None, tile_tokens=(1, 16), tokens=5):
     """Expansion bit for bit, and products for both ways to spread a row over lanes."""
     spec = coded.spec
-    weights = reference_weights(coded)
+    weights = product_weights(coded)
     ids = list(range(spec.num_experts)) if expert_ids is None else expert_ids
     dense = launches.expand(get, coded, ids)
-    np.testing.assert_array_equal(dense.view(np.uint16), weights[ids].view(np.uint16))
+    assert_same_weights(dense, weights[ids])
 
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, spec.width)).astype(BF16)
@@ -105,7 +98,7 @@ class TestDecoders:
     @pytest.mark.parametrize("symbol", [0, 1, 2])
     def test_rows_of_one_symbol(self, get, coding, symbol):
         codes = np.full((1, 5, 200), symbol, np.uint8)
-        levels = np.tile(np.array([-0.5, 0.0], BF16), (1, 5, 1))
+        levels = levels_like(coding, codes.shape, -0.5, 0.0)
         check_decoders(get, encode(codes, levels, coding))
 
     @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
@@ -115,13 +108,13 @@ class TestDecoders:
         assert coded.arrays["dictionaries"][0] == dictionary
         check_decoders(get, coded, tile_tokens=(2,), tokens=2)
 
-    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit"])
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "lattice"])
     def test_copies_of_the_dictionary_make_no_difference(self, get, coding):
         coded = random_tensor(coding, (1, 5, 300), seed=3)
         x, experts = np.ones((1, 300), BF16), np.zeros(1, np.int32)
         one, *others = (
             launches.multiply(get, coded, x, experts, tile_tokens=1, copies=copies)
-            for copies in (1, 2, 8, 16)
+            for copies in ((1, 2, 4) if coding == "lattice" else (1, 2, 8, 16))
         )
         for y in others:
             np.testing.assert_array_equal(y, one)
@@ -161,18 +154,81 @@ class TestDecoders:
     @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_skipped_slots(self, get, coding):
         coded = random_tensor(coding, (3, 5, 40))
-        weights = reference_weights(coded)
+        weights = product_weights(coded)
         dense = launches.expand(get, coded, [2, -1, 0, 3], zero_skipped=True)
-        np.testing.assert_array_equal(dense[[0, 2]], weights[[2, 0]])
+        assert_same_weights(dense[[0, 2]], weights[[2, 0]])
         np.testing.assert_array_equal(dense[[1, 3]], 0)
         dense = launches.expand(get, coded, [2, -1], zero_skipped=False).view(np.uint16)
         assert (dense[1] == launches.POISON).all()
 
 
+class TestLattice:
+    """What only blocks of 32 rows have."""
+
+    @pytest.mark.parametrize("grouped", [0, 21, 13])
+    @pytest.mark.parametrize("dictionary", [0, 7, 15, *slow(*range(1, 7), *range(8, 15))])
+    def test_each_dictionary(self, get, dictionary, grouped):
+        """All strings by one dictionary, no column grouped, all, or some."""
+        schedules = np.zeros((3, 15), np.int64)
+        if dictionary < 15:
+            schedules[:, dictionary] = 2**16 - 1
+        coded, _ = with_choices(70, 21, (dictionary,) * 4, schedules, grouped % 2 == 1, grouped)
+        coded.arrays["origins"] = np.ones(1, np.float32)
+        check_decoders(get, coded, tile_tokens=(1,), tokens=2)
+
+    @pytest.mark.parametrize(("name", "coded"), [(name, coded) for name, coded, _ in readable()])
+    def test_choices_of_other_encoders(self, get, name, coded):
+        check_decoders(get, coded, tile_tokens=(2,), tokens=2)
+
+    @pytest.mark.parametrize("zero_share", [0.0, 0.5, 0.9, 0.999, 1.0])
+    @pytest.mark.parametrize("shape", [(2, 70, 40), (1, 33, 700)])
+    def test_shares_of_zeros(self, get, shape, zero_share):
+        """Leans of rows and of columns; tasks that end at the grouped columns; empty experts."""
+        check_decoders(get, random_tensor("lattice", shape, zero_share), tile_tokens=(1, 8))
+
+    @pytest.mark.parametrize("tile_tokens", [1, 2, 16, *slow(4, 8)])
+    def test_many_blocks_of_rows(self, get, tile_tokens):
+        """More than a block of threads keeps sums of; warps with tasks of several, or none."""
+        for shape, share, threads in (((1, 200, 600), 0.8, 96), ((1, 300, 20), 0.5, 256)):
+            coded = random_tensor("lattice", shape, share, seed=1)
+            x = np.random.default_rng(0).normal(size=(3, shape[2])).astype(BF16)
+            experts = np.zeros(3, np.int32)
+            options = {"tile_tokens": tile_tokens, "threads": threads, "rows_per_block": 999}
+            weights = product_weights(coded)
+            y = launches.multiply(get, coded, x, experts, **options)
+            assert_products(y, coded, weights, x, experts)
+            dense = launches.expand(get, coded, [0], threads=threads, rows_per_block=999)
+            assert_same_weights(dense, weights)
+
+    def test_a_zero_weight_is_not_multiplied(self, get):
+        coded = random_tensor("lattice", (1, 40, 50), 0.8, seed=2)
+        weights = product_weights(coded)[0].astype(np.float32)
+        column = int(np.argmax((weights != 0).sum(axis=0)))
+        x = np.zeros((1, 50), BF16)
+        x[0, column] = np.inf
+        y = launches.multiply(get, coded, x, np.zeros(1, np.int32), tile_tokens=1)[0]
+        np.testing.assert_array_equal(np.isinf(y), weights[:, column] != 0)
+        np.testing.assert_array_equal(y[np.isfinite(y)], 0)
+
+    @pytest.mark.parametrize("shape", [(2, 33, 31), (2, 40, 600), (1, 1, 1)])
+    def test_starts_of_strings(self, get, shape):
+        """`cursors` begin with what a walk over the blocks finds."""
+        coded = random_tensor("lattice", shape, 0.8, seed=3)
+        argument = launches.coding_argument(get, coded)
+        names = [name for name, _ in argument.struct.fields]
+        cursors, starts = (argument.values[names.index(n)] for n in ("cursors", "row_block_starts"))
+        for expert in range(shape[0]):
+            # Flags, rests, planes, signs, firsts, remainders; firsts follow the flags.
+            sizes = LatticeCoding()._walk(coded, expert).part_bytes
+            in_order = np.insert(sizes[:, :7], 1, sizes[:, 7], axis=1)
+            expected = starts[expert][:, None] + np.cumsum(in_order, axis=1)
+            np.testing.assert_array_equal(cursors[expert, :, 0], expected)
+
+
 def check_matmul(get, coded, seed=0, *, tokens=21, tiles=kernels.MATMUL_TILES, **options):
     """Products by tensor cores of every size of tile, against float64."""
     spec = coded.spec
-    weights = reference_weights(coded)
+    weights = product_weights(coded)
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, spec.width)).astype(BF16)
     experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
@@ -221,7 +277,7 @@ class TestMatmul:
     @pytest.mark.parametrize("tile", [8, 64, *slow(16, 32)])
     def test_counts_of_tokens(self, get, coding, tile):
         coded = random_tensor(coding, (3, 6, 96), seed=tile)
-        weights = reference_weights(coded)
+        weights = product_weights(coded)
         rng = np.random.default_rng(tile)
         for count in (1, 8, 9, tile, tile + 1):
             experts = rng.permutation([1] * count + [-1, 2, -1]).astype(np.int32)
@@ -282,7 +338,7 @@ class TestTokens:
     def test_counts_of_tokens(self, get, coding, tile_tokens):
         """An expert with n tokens for many n, one without any, tokens without an expert."""
         coded = random_tensor(coding, (3, 6, 90), seed=tile_tokens)
-        weights = reference_weights(coded)
+        weights = product_weights(coded)
         rng = np.random.default_rng(tile_tokens)
         for count in (1, 2, 3, 5, 8, 9, 16, 17):
             experts = rng.permutation([1] * count + [-1, 2, -1]).astype(np.int32)
@@ -321,7 +377,7 @@ class TestTokens:
     )
     def test_launch_sizes(self, get, coding, threads, rows_per_block):
         coded = random_tensor(coding, (2, 70, 45), seed=threads)
-        weights = reference_weights(coded)
+        weights = product_weights(coded)
         x = np.random.default_rng(1).normal(size=(3, 45)).astype(BF16)
         experts = np.array([1, 0, 1], np.int32)
         sizes = {"threads": threads, "rows_per_block": rows_per_block}
@@ -329,7 +385,7 @@ class TestTokens:
             y = launches.multiply(get, coded, x, experts, rows_per_warp=rows_per_warp, **sizes)
             assert_products(y, coded, weights, x, experts)
         dense = launches.expand(get, coded, [1, 0], **sizes)
-        np.testing.assert_array_equal(dense.view(np.uint16), weights[[1, 0]].view(np.uint16))
+        assert_same_weights(dense, weights[[1, 0]])
 
     @pytest.mark.parametrize("coding", WITH_KERNELS)
     def test_order_of_threads_does_not_matter(self, get, coding):
@@ -371,13 +427,13 @@ class TestDamage:
         rng = np.random.default_rng(seed)
         coded = random_tensor(coding, (3, 40, int(rng.integers(1, 150))), rng.random(), seed)
         arrays = {name: array.copy() for name, array in coded.arrays.items()}
-        for name in rng.choice(sorted(set(arrays) - {"levels"}), 2):
+        for name in rng.choice(sorted(set(arrays) - {"levels", "origins"}), 2):
             raw = arrays[name].reshape(-1).view(np.uint8)
             some = rng.random(raw.size) < rng.choice([0.02, 1.0])
             raw[some] = rng.integers(0, 256, int(some.sum()))
         self.run_all(get, CodedTensor(coded.spec, arrays))
 
-    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe"])
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe", "lattice"])
     def test_empty_codes(self, get, coding):
         coded = random_tensor(coding, (2, 3, 20))
         name = "codewords" if coding == "qmoe" else "words"
@@ -387,7 +443,7 @@ class TestDamage:
             if coding != "tunstall_2bit":
                 np.testing.assert_array_equal(result.astype(np.float32), 0)
 
-    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe"])
+    @pytest.mark.parametrize("coding", ["tunstall", "tunstall_2bit", "qmoe", "lattice"])
     def test_a_damaged_expert_leaves_the_others(self, get, coding):
         coded = random_tensor(coding, (3, 9, 80))
         name = "codewords" if coding == "qmoe" else "words"
@@ -467,6 +523,13 @@ class TestEveryBarrierIsNeeded:
             codes, levels = random_codes("tunstall", (1, 40, 150), 0.8, seed=0)
             numbers = np.zeros(1, np.uint8)
             launches.encode_tunstall(get, codes, levels, numbers, "tunstall")
+            launches.coding_argument(get, random_tensor("lattice", (1, 20, 40), 0.9))
+            return
+        if name in ("coding_lattice.cuh", "fused_lattice.cu"):
+            coded = random_tensor("lattice", (1, 170, 400), 0.85)
+            assert 100 < coded.arrays["grouped_columns"][0] < 300
+            x, experts = np.ones((2, 400), BF16), np.zeros(2, np.int32)
+            launches.multiply(get, coded, x, experts, rows_per_block=999, threads=96)
             return
         if name == "matmul.cuh":
             x, experts = np.ones((3, 1104), BF16), np.array([0, 0, -1], np.int32)
@@ -485,14 +548,19 @@ class TestEveryBarrierIsNeeded:
         launches.expand(get, CodedTensor(coded.spec, arrays), [0])
         # Rounds of so many columns that the next one's reach round the ring to those just cleared.
         launches.expand(get, random_tensor("tunstall", (1, 2, 9000), 0.995), [0])
+        launches.expand(get, random_tensor("lattice", (1, 40, 50), 0.8), [0], rows_per_block=64)
 
     def module(self, folder, name):
-        users = {"multiply.cuh": "fused_tunstall_2bit.cu", "matmul.cuh": "matmul_tunstall.cu"}
+        users = {
+            "multiply.cuh": "fused_tunstall_2bit.cu",
+            "matmul.cuh": "matmul_tunstall.cu",
+            "coding_lattice.cuh": "fused_lattice.cu",
+        }
         needed = users.get(name, name)
         sources = [needed] if needed == "encode.cu" else [needed, "encode.cu"]
         return emulator.EmulatedModule(emulator.build(folder, "checked", sources)).get_function
 
-    @pytest.mark.parametrize("name", ["expand.cu", "multiply.cuh", "matmul.cuh", "encode.cu"])
+    @pytest.mark.parametrize("name", sorted({name for name, _, _ in barriers()}))
     def test_intact_sources_pass(self, name):
         self.run_file(self.module(emulator.KERNEL_FOLDER, name), name)
 
@@ -540,6 +608,23 @@ extern "C" __global__ void write_after_read(int* out) {
   out[threadIdx.x] = shared_load<int>(0);
   if (threadIdx.x == 40) shared_store<int>(0, 2);
 }
+extern "C" __global__ void or_and_read(int* out) {
+  if (threadIdx.x == 0) shared_store<int>(0, 0);
+  __syncthreads();
+  shared_or(0, 1u << threadIdx.x % 32);
+  out[threadIdx.x] = shared_load<int>(0);
+}
+extern "C" __global__ void or_after_write(int* out) {
+  if (threadIdx.x == 0) shared_store<int>(0, 0);
+  else shared_or(0, 1);
+}
+extern "C" __global__ void or_by_others(int* out) {
+  if (threadIdx.x == 0) shared_store<int>(0, 0);
+  __syncthreads();
+  shared_or(0, 1u << threadIdx.x % 32);
+  if (threadIdx.x == 63) out[0] = shared_load<int>(0);  // what the others of its warp have set
+}
+extern "C" __global__ void or_unwritten(int* out) { shared_or(0, 1); }
 extern "C" __global__ void unwritten(int* out) { out[threadIdx.x] = shared_load<int>(0); }
 extern "C" __global__ void outside_shared(int* out) { shared_store<int>(256 + 4 * threadIdx.x, 1); }
 extern "C" __global__ void misaligned(int* out) { shared_store<int>(2, 1); }
@@ -551,6 +636,14 @@ extern "C" __global__ void fine(int* out) {
   const int other = shared_load<int>(4 * (threadIdx.x ^ 1));
   __syncwarp();
   shared_store<int>(4 * threadIdx.x, other);
+  __syncthreads();
+  shared_or(0, 1u << threadIdx.x % 32);  // atomic: needs no barrier beside its like
+  shared_or(4, 1u << threadIdx.x % 32);
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int all = shared_load<int>(4 * threadIdx.x);
+    shared_store<int>(4 * threadIdx.x, all == -1 ? threadIdx.x ^ 1 : 99);
+  }
   __syncthreads();
   out[threadIdx.x] = shared_load<int>(4 * (63 - threadIdx.x)) + __shfl_up_sync(ALL_LANES, 1, 1, 8);
 }
@@ -584,6 +677,10 @@ class TestEmulation:
             ("race_in_warp", r"race on shared offset \d+: read by thread \d+ after a write"),
             ("race_of_warps", r"race on shared offset \d+: read by thread \d+ after a write"),
             ("write_after_read", r"race on shared offset 0: write by thread 40 after reads"),
+            ("or_and_read", r"race on shared offset 0: write by thread 1 after reads by others"),
+            ("or_by_others", r"race on shared offset 0: read by thread 63 after a write"),
+            ("or_after_write", r"race on shared offset 0: write by thread 1 after a write"),
+            ("or_unwritten", r"shared offset 0, which nobody has written"),
             ("unwritten", r"shared offset 0, which nobody has written \(faults.cu:\d+\)"),
             ("outside_shared", r"offset 256, but the launch has 256 bytes"),
             ("misaligned", r"offset 2 is not aligned to 4"),

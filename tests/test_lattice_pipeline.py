@@ -1,8 +1,13 @@
 """Lattice models through the pipeline: stored, loaded, resumed, overridden."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import CALIBRATION, QUICK, codes_of, same_tree
+from factories import CALIBRATION, QUICK, codes_of, same_tree, shortened
+from markers import needs_compiler
 from test_resume import Stopped, stop_after
 
 import qmoe_jax
@@ -42,6 +47,25 @@ def test_codes_lose_nothing(lattice, tmp_path):
     path = dequantize_checkpoint(lattice[0], tmp_path, progress=False)
     native = evaluate_loss(*qmoe_jax.load_switch(path), batches)
     assert native.loss == pytest.approx(dense.loss, abs=1e-4)
+
+
+@needs_compiler
+def test_cuda_kernels_give_the_same_logits(lattice, launcher):
+    """Emulated. What they derive is found at loading, and once a kernel."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 60, (2, 5)), jnp.int32)
+    logits = {}
+    for implementation in ("xla", "cuda"):
+        module, variables = shortened(
+            *qmoe_jax.load_switch(lattice[0], "float32", implementation=implementation), 2
+        )
+        if implementation == "cuda":
+            assert {name for name, _ in launcher.calls} == {"find_lattice_cursors"}
+            launcher.calls.clear()
+        apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
+        logits[implementation] = np.asarray(apply(variables, tokens, tokens, tokens))
+    assert {name for name, _ in launcher.calls} <= {"fused_lattice_t2", "fused_lattice_t16"}
+    assert launcher.calls
+    np.testing.assert_allclose(logits["cuda"], logits["xla"], atol=2e-5)
 
 
 @pytest.mark.parametrize("option", [{"true_sequential": True}, {"act_order": True}])

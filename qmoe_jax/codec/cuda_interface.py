@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Shaped, UInt32
 
+from qmoe_jax.codec.tensor import TensorSpec
+
 _NUMBERS = {"int": np.int32, "u32": np.uint32}
 
 
@@ -52,13 +54,49 @@ def is_pointer(kind: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class DerivingKernel:
+    """A kernel that finds an array which is not stored, once after loading.
+
+    It takes the coding's struct, then the array, experts, rows and width.
+
+    Attributes:
+      array: its name; int32 or uint32.
+      source: file in `kernels_cuda/`.
+      name: of the kernel.
+      shape: of the array, by experts, rows and width.
+      grid: blocks of 32 threads, likewise.
+      shared_bytes: dynamic shared memory, likewise.
+    """
+
+    array: str
+    source: str
+    name: str
+    shape: Callable[[int, int, int], tuple[int, ...]]
+    grid: Callable[[int, int, int], tuple[int, int]]
+    shared_bytes: Callable[[int, int, int], int]
+
+
+def row_product_bytes(width: int, tile_tokens: int, threads: int) -> int:
+    """Dynamic shared memory of the products in `multiply.cuh`, without dictionaries."""
+    return (width + COLUMN_PADDING) * max(4, 2 * tile_tokens) + 64 * (2 + threads // 32)
+
+
+def row_expansion_bytes(threads: int) -> int:
+    """Dynamic shared memory of the expansions that take a warp a row, without dictionaries."""
+    return 4096 * (threads // 32)
+
+
+COLUMN_PADDING = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class CudaInterface:
     """How the CUDA kernels take a coding's tensors.
 
     Attributes:
       source: file in `kernels_cuda/` with the products.
       arguments: what every kernel of the coding takes first. A pointer is the stored array of its
-        name, or `row_block_starts` (of `ops.experts.find_row_block_starts`), or `table`.
+        name, or derived, or `table`.
       sizes: what the other fields hold: of which array, and whether its entries or the bytes of an
         element.
       table: builds the dictionaries, uint32; None where codes need none.
@@ -67,6 +105,14 @@ class CudaInterface:
         choice, kernels have it in their names.
       matmul_source: file in `kernels_cuda/` of the products with many tokens, by tensor cores; None
         where there are none.
+      derived: arrays that follow from the stored ones, how XLA finds them from their spec and these
+        (arrays found before are among them). `row_block_starts`, which several codings have, is
+        that of `ops.experts.find_row_block_starts`, and not here.
+      deriving_kernel: finds one more, after those.
+      block_rows: a block of threads takes a multiple of so many rows.
+      product_bytes: dynamic shared memory of a product without dictionaries, by width, tokens of a
+        tile and threads.
+      expansion_bytes: the same of an expansion, by threads.
     """
 
     source: str
@@ -76,11 +122,25 @@ class CudaInterface:
     dictionary_bytes: int
     rows_per_warp: tuple[int, ...]
     matmul_source: str | None = None
+    derived: Mapping[str, Callable[[TensorSpec, Mapping[str, Any]], Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    deriving_kernel: DerivingKernel | None = None
+    block_rows: int = 1
+    product_bytes: Callable[[int, int, int], int] = row_product_bytes
+    expansion_bytes: Callable[[int], int] = row_expansion_bytes
 
     @property
     def array_names(self) -> tuple[str, ...]:
         """Arrays that kernels are given, in order."""
         return tuple(name for name, kind in self.arguments.fields if is_pointer(kind))
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """Arrays that are not stored but follow, in the order in which they are found."""
+        starts = ("row_block_starts",) if "row_block_starts" in self.array_names else ()
+        last = (self.deriving_kernel.array,) if self.deriving_kernel else ()
+        return (*starts, *self.derived, *last)
 
     def size(self, field: str, arrays: Mapping[str, Any]) -> int:
         """Return what a field of `sizes` holds for a tensor with these arrays."""

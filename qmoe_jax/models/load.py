@@ -20,14 +20,15 @@ from qmoe_jax.checkpoints.compressed import (
 )
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CudaError
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
-from qmoe_jax.ops.cuda.kernels import check_coded
-from qmoe_jax.ops.cuda.launcher import cuda_is_available
+from qmoe_jax.ops.cuda.kernels import check_coded, derive
+from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
     check_split,
     expert_mesh,
@@ -35,7 +36,7 @@ from qmoe_jax.ops.expert_parallel import (
     split_coded,
     split_dense,
 )
-from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
+from qmoe_jax.ops.experts import CodedExperts
 from qmoe_jax.ops.products import check_choice
 
 
@@ -179,14 +180,12 @@ def _in_features(config: SwitchConfig, kernel: str) -> int:
 
 
 def _derive(coded: CodedKernels, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Where rows begin, by the path of the kernel: once, for it takes a pass over all lengths."""
+    """Return what CUDA kernels need besides, by path: once, for it takes a pass over all codes."""
     derived = {}
     for kernel, spec in coded:
-        names_here = ("row_lengths", "shortest_rows")
-        arrays = {n: flat[f"{kernel}/{n}"] for n in names_here if f"{kernel}/{n}" in flat}
-        starts = jax.jit(functools.partial(find_row_block_starts, spec))(arrays)
-        if starts is not None:
-            derived[f"{kernel}/row_block_starts"] = starts
+        arrays = {n: flat[f"{kernel}/{n}"] for n in get_coding(spec.coding).array_names}
+        found = derive(current_launcher(), spec, arrays)
+        derived |= {f"{kernel}/{name}": array for name, array in found.items()}
     return derived
 
 

@@ -41,21 +41,24 @@ class CodedKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> CodedExperts:
-        """Return the stored arrays, and from the collection `derived` where rows begin, if there.
+        """Return the stored arrays, and what follows from them if the collection `derived` has it.
 
         Raises:
           ValueError: an array is not among the parameters (codes have no initialiser).
         """
         arrays = {}
-        for name in get_coding(self.spec.coding).array_names:
+        coding = get_coding(self.spec.coding)
+        for name in coding.array_names:
             if not self.has_variable("params", name):
                 raise ValueError(
                     f"{'/'.join(self.path)} is coded as {self.spec.coding!r} and needs the array "
                     f"{name!r}; load the variables with qmoe_jax.load_switch"
                 )
             arrays[name] = self.get_variable("params", name)
-        starts = self.get_variable(DERIVED, "row_block_starts")
-        return CodedExperts(self.spec, arrays, self.in_features, starts)
+        names = coding.cuda.derived_names if coding.cuda else ()
+        found = [name for name in names if self.has_variable(DERIVED, name)]
+        derived = {name: self.get_variable(DERIVED, name) for name in found}
+        return CodedExperts(self.spec, arrays, self.in_features, derived)
 
 
 class Expert(nn.Module):

@@ -122,16 +122,14 @@ def split_expert_mlp(
 def _arrays(kernel: Experts) -> Mapping[str, Array]:
     if isinstance(kernel, DenseExperts):
         return {"kernel": kernel.kernel}
-    arrays = dict(kernel.arrays)
-    if kernel.row_block_starts is not None:
-        arrays["row_block_starts"] = kernel.row_block_starts
-    return arrays
+    return {**kernel.arrays, **kernel.derived}
 
 
 def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
     """Return a device's part: a dense kernel's own experts, or codes under a leading axis of 1."""
     if isinstance(kernel, DenseExperts):
         return DenseExperts(held["kernel"])
-    arrays = {name: array[0] for name, array in held.items()}
-    starts = arrays.pop("row_block_starts", None)
-    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.in_features, starts)
+    own = {name: array[0] for name, array in held.items()}
+    arrays = {name: own[name] for name in kernel.arrays}
+    derived = {name: own[name] for name in kernel.derived}
+    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.in_features, derived)

@@ -48,14 +48,14 @@ class CodedExperts:
       arrays: the stored arrays by name.
       in_features: input features. Where `spec.width` is less, each output feature has several
         rows, which lie side by side.
-      row_block_starts: int32 [experts, ceil(rows / 32)] of `find_row_block_starts`; None: found
-        anew at every call of a CUDA kernel.
+      derived: by name what CUDA kernels need besides and the arrays determine, of
+        `ops.cuda.kernels.derive`; without, it is found anew at every call of a kernel.
     """
 
     spec: TensorSpec
     arrays: Mapping[str, Array]
     in_features: int
-    row_block_starts: Array | None = None
+    derived: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def leaves(self) -> tuple[Array, ...]:
@@ -82,8 +82,11 @@ def find_row_block_starts(
     """Where every 32nd row of codes begins in its expert, in bytes (`qmoe`: codewords).
 
     None for codings whose rows all have one size. The CUDA kernels need it; it is not stored,
-    since it follows from the lengths.
+    since it follows from the lengths, of rows or of blocks of 32.
     """
+    if "block_lengths" in arrays:
+        sums = jnp.asarray(arrays["block_lengths"]).astype(jnp.int32)
+        return jnp.cumsum(sums, axis=1) - sums
     if "row_lengths" not in arrays:
         return None
     lengths = jnp.asarray(arrays["row_lengths"]).astype(jnp.int32)

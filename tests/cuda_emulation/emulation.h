@@ -7,8 +7,9 @@
 //
 // Shared memory is reached through qmoe::shared_load and shared_store only (addresses begin at 0). Each byte remembers who read
 // and wrote it: two accesses of different threads, one of them a write, must have a __syncthreads
-// between them or, within a warp, a __syncwarp. Shuffles and votes order nothing. Bytes must be written
-// before they are read, lie within what the launch asked for, and be aligned.
+// between them or, within a warp, a __syncwarp; but qmoe::shared_or, an atomic write, needs none beside
+// others of its kind. Shuffles and votes order nothing. Bytes must be written before they are read,
+// lie within what the launch asked for, and be aligned.
 #pragma once
 
 #include <cmath>
@@ -39,7 +40,7 @@ unsigned meet(Meeting kind, unsigned mask, unsigned value, int operand, int widt
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Checks and records an access to shared memory; returns its address.
 void* shared_access(unsigned offset, unsigned size, unsigned alignment, bool write, int line,
-                    const char* file);
+                    const char* file, bool atomic = false);
 
 template <class T>
 unsigned bits_of(T value) {
@@ -106,6 +107,10 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
 }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) << (shift & 31) >> 32);
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline int __ffsll(unsigned long long value) {
@@ -132,6 +137,14 @@ void shared_store(unsigned address, T value, int line = __builtin_LINE(),
                   const char* file = __builtin_FILE()) {
   std::memcpy(emulation::shared_access(address, sizeof(T), alignof(T), true, line, file), &value,
               sizeof(T));
+}
+inline void shared_or(unsigned address, unsigned bits, int line = __builtin_LINE(),
+                      const char* file = __builtin_FILE()) {
+  unsigned value;
+  void* const at = emulation::shared_access(address, 4, 4, true, line, file, true);
+  std::memcpy(&value, at, 4);
+  value |= bits;
+  std::memcpy(at, &value, 4);
 }
 
 }  // namespace qmoe

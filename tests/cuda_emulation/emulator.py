@@ -29,6 +29,7 @@ SOURCES = (
     "fused_tunstall_2bit.cu",
     "fused_qmoe.cu",
     "fused_packed2.cu",
+    "fused_lattice.cu",
     "matmul_tunstall.cu",
     "expand.cu",
     "encode.cu",

@@ -37,8 +37,11 @@ def family(coding: str) -> TunstallFamily:
 
 
 def row_block_starts(get: GetFunction, coded: CodedTensor, **options: Any) -> np.ndarray:
-    """Runs find_row_block_starts."""
+    """Runs find_row_block_starts; lengths of blocks are added up here."""
     arrays, spec = coded.arrays, coded.spec
+    if "block_lengths" in arrays:
+        sums = arrays["block_lengths"].astype(np.uint32)
+        return (np.cumsum(sums, axis=1, dtype=np.uint32) - sums).view(np.int32)
     lengths = arrays["row_lengths"]
     starts = np.full((spec.num_experts, -(-spec.rows // 32)), -1, np.int32)
     if starts.size:
@@ -48,15 +51,39 @@ def row_block_starts(get: GetFunction, coded: CodedTensor, **options: Any) -> np
     return starts
 
 
+def visits(coded: CodedTensor) -> np.ndarray:
+    """Visited columns of "lattice" in order, plainly: their number, then byte, column and lean."""
+    spec, arrays = coded.spec, coded.arrays
+    found = np.zeros((spec.num_experts, 1 + spec.width), np.uint32)
+    for expert, columns in enumerate(arrays["columns"]):
+        lean = np.unpackbits(arrays["leans"][expert], bitorder="little")[: spec.width]
+        if spec.rows < spec.width:
+            lean = np.zeros(spec.width, np.uint8)
+        order = np.argsort(columns, kind="stable").astype(np.uint32)
+        found[expert, 0] = (columns != 255).sum()
+        found[expert, 1:] = columns[order].astype(np.uint32) << 24 | order << 1 | lean[order]
+    return found
+
+
 def coding_argument(get: GetFunction, coded: CodedTensor) -> Struct:
     """What every decoder of the tensor's coding takes first."""
-    interface = kernels.cuda_interface(coded.spec.coding)
+    interface, spec = kernels.cuda_interface(coded.spec.coding), coded.spec
     values: dict[str, Any] = dict(coded.arrays)
     values |= {field: interface.size(field, coded.arrays) for field in interface.sizes}
     if "row_block_starts" in interface.array_names:
         values["row_block_starts"] = row_block_starts(get, coded)
+    if "visits" in interface.array_names:
+        values["visits"] = visits(coded)
     if interface.table is not None:
         values["table"] = interface.table()
+    if kernel := interface.deriving_kernel:
+        sizes = (spec.num_experts, spec.rows, spec.width)
+        found = np.full(kernel.shape(*sizes), 0xEEEEEEEE, np.uint32)
+        values[kernel.array] = None
+        arguments = [struct_of(interface.arguments, values), found, *map(np.int32, sizes)]
+        shared = kernel.shared_bytes(*sizes)
+        get(kernel.name)(kernel.grid(*sizes), (32,), arguments, shared_mem=shared)
+        values[kernel.array] = found
     return struct_of(interface.arguments, values)
 
 

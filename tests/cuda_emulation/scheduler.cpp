@@ -48,10 +48,12 @@ struct Fibre {
 #endif
 };
 
+constexpr int SEVERAL = -1;
+
 // Who accessed a byte of shared memory. Epochs count the barriers passed.
 struct Record {
-  bool written;
-  int writer;
+  bool written, atomically;
+  int writer, writer_warp;  // SEVERAL: since the latest barrier there were others, all atomic
   unsigned write_block_epoch, write_warp_epoch;
   // Readers since the latest __syncthreads: warps, and the lanes of the latest warp since its latest
   // __syncwarp. If several warps read, any write races with one of them.
@@ -318,7 +320,7 @@ void fail(const char* pattern, ...) {
 }
 
 void* shared_access(unsigned offset, unsigned size, unsigned alignment, bool write, int line,
-                    const char* file) {
+                    const char* file, bool atomic) {
   const int thread = block.current;
   const char* const what = write ? "write" : "read";
   if (const char* slash = std::strrchr(file, '/')) file = slash + 1;
@@ -334,11 +336,13 @@ void* shared_access(unsigned offset, unsigned size, unsigned alignment, bool wri
   const unsigned block_epoch = block.block_epoch, warp_epoch = block.warp_epochs[warp];
   for (unsigned i = offset; i < offset + size; ++i) {
     Record& record = block.records[i];
-    if (!write && !record.written)
+    if ((!write || atomic) && !record.written)
       fail("thread %d: read of shared offset %u, which nobody has written (%s:%d)", thread, i, file,
            line);
-    if (record.written && record.writer != thread && record.write_block_epoch == block_epoch &&
-        (record.writer / 32 != warp || record.write_warp_epoch == warp_epoch))
+    const bool recent = record.written && record.write_block_epoch == block_epoch &&
+                        (record.writer_warp != warp || record.write_warp_epoch == warp_epoch);
+    const bool together = recent && atomic && record.atomically;
+    if (recent && !together && record.writer != thread)
       fail("race on shared offset %u: %s by thread %d after a write by thread %d, with no barrier "
            "between (%s:%d)",
            i, what, thread, record.writer, file, line);
@@ -351,7 +355,9 @@ void* shared_access(unsigned offset, unsigned size, unsigned alignment, bool wri
                i, thread, file, line);
       }
       record.written = true;
-      record.writer = thread;
+      record.atomically = atomic;
+      record.writer_warp = together && record.writer_warp != warp ? SEVERAL : warp;
+      record.writer = together && record.writer != thread ? SEVERAL : thread;
       record.write_block_epoch = block_epoch;
       record.write_warp_epoch = warp_epoch;
     } else {

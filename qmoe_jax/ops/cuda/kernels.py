@@ -1,10 +1,12 @@
 """The launches of `kernels_cuda/`: arguments as its structs have them, sizes as its README.md."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int32
 
 from qmoe_jax.codec.codings import coding_names, get_coding
@@ -90,7 +92,6 @@ ENCODING = ArgumentStruct(
     ),
 )
 """Of encoding, which only benchmarks and tests launch."""
-_COLUMN_PADDING = 64
 # Blocks that a multiprocessor should have room for; more lanes at work beat fewer that wait.
 _FUSED_BLOCKS, _MATMUL_BLOCKS = 4, 2
 _MAX_GRID_Y = 65535
@@ -223,8 +224,9 @@ def fused_shared_bytes(
     coding: str, in_features: int, tile_tokens: int, threads: int, copies: int = 1
 ) -> int:
     """Dynamic shared memory of a product kernel."""
-    staged = (in_features + _COLUMN_PADDING) * max(4, 2 * tile_tokens)
-    return copies * cuda_interface(coding).dictionary_bytes + staged + 64 * (2 + threads // 32)
+    interface = cuda_interface(coding)
+    others = interface.product_bytes(in_features, tile_tokens, threads)
+    return copies * interface.dictionary_bytes + others
 
 
 def largest_tile(launcher: Launcher, experts: CodedExperts) -> int:
@@ -284,7 +286,7 @@ def fused_product(
             codes=coding_argument(spec, experts.arrays),
             max_shared_bytes=launcher.device.max_shared_bytes,
         )
-        inputs = [*_coding_inputs(experts), x, tokens.order, tokens.starts, *tiles]
+        inputs = [*_coding_inputs(launcher, experts), x, tokens.order, tokens.starts, *tiles]
         return run_kernel(launcher, call, inputs, result)
     most = largest_tile(launcher, experts)
     if not most:
@@ -300,7 +302,7 @@ def fused_product(
     wanted = min(2 * expected_tokens, num_tokens)
     tile = min([tile for tile in TILES if tile >= wanted], default=TILES[-1])
     launch = settings.few if num_tokens <= settings.few_tokens else settings.many
-    inputs = _coding_inputs(experts)
+    inputs = _coding_inputs(launcher, experts)
     call = fused_call(
         spec,
         launch,
@@ -337,7 +339,9 @@ def fused_call(
     interface = cuda_interface(spec.coding)
     others = fused_shared_bytes(spec.coding, spec.width, tile_tokens, launch.threads, 0)
     copies = dictionary_copies(max_shared_bytes, others, spec.coding, _FUSED_BLOCKS)
-    rows_per_block = max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
+    rows_per_block = _rows_of_blocks(
+        interface, max(launch.rows_per_block, -(-spec.rows // _MAX_GRID_Y))
+    )
     numbers = {
         "num_experts": spec.num_experts,
         "out_features": spec.rows,
@@ -427,7 +431,7 @@ def expand_experts(
     launch = settings_for(launcher, experts).expand
     call = expand_call(spec, launch, count=count, codes=coding_argument(spec, experts.arrays))
     result = jax.ShapeDtypeStruct((count, spec.rows, spec.width), jnp.bfloat16)
-    return run_kernel(launcher, call, [*_coding_inputs(experts), expert_ids], result)
+    return run_kernel(launcher, call, [*_coding_inputs(launcher, experts), expert_ids], result)
 
 
 def expand_call(
@@ -435,27 +439,33 @@ def expand_call(
 ) -> KernelCall:
     """Return an expansion's launch. Inputs: the coding's arrays, `count` expert ids; then dense."""
     interface = cuda_interface(spec.coding)
+    rows_per_block = _rows_of_blocks(interface, launch.rows_per_block)
     numbers = {
         "num_slots": count,
         "num_experts": spec.num_experts,
         "out_features": spec.rows,
         "in_features": spec.width,
-        "rows_per_block": launch.rows_per_block,
+        "rows_per_block": rows_per_block,
         "zero_skipped": 1,
     }
     return KernelCall(
         source="expand.cu",
         name=f"expand_{spec.coding}",
-        grid=(-(-spec.rows // launch.rows_per_block), count),
+        grid=(-(-spec.rows // rows_per_block), count),
         threads=launch.threads,
         shared_bytes=expand_shared_bytes(spec.coding, launch.threads),
         arguments=(codes, StructArgument.of(EXPANSION, numbers, len(interface.array_names))),
     )
 
 
+def _rows_of_blocks(interface: CudaInterface, rows_per_block: int) -> int:
+    return -(-rows_per_block // interface.block_rows) * interface.block_rows
+
+
 def expand_shared_bytes(coding: str, threads: int) -> int:
     """Dynamic shared memory of an expansion kernel."""
-    return cuda_interface(coding).dictionary_bytes + 4096 * (threads // 32)
+    interface = cuda_interface(coding)
+    return interface.dictionary_bytes + interface.expansion_bytes(threads)
 
 
 def coding_argument(spec: TensorSpec, arrays: Mapping[str, Any]) -> StructArgument:
@@ -470,20 +480,59 @@ def coding_argument(spec: TensorSpec, arrays: Mapping[str, Any]) -> StructArgume
     return StructArgument.of(interface.arguments, numbers)
 
 
-def _coding_inputs(experts: CodedExperts) -> list[Operand]:
-    spec, arrays = experts.spec, experts.arrays
+def derive(
+    launcher: Launcher, spec: TensorSpec, arrays: Mapping[str, Operand]
+) -> dict[str, Operand]:
+    """Find what the kernels of a coding need besides the stored arrays, by name.
+
+    Worth keeping (`CodedExperts.derived`): it takes a pass over all lengths, or over all codes.
+    """
     interface = cuda_interface(spec.coding)
-    inputs: list[Operand] = []
-    for name in interface.array_names:
-        if name == "table":
-            assert interface.table is not None
-            inputs.append(interface.table())
-        elif name == "row_block_starts":
-            starts = experts.row_block_starts
-            if starts is None:
-                starts = find_row_block_starts(spec, arrays)
-            assert starts is not None
-            inputs.append(starts)
-        else:
-            inputs.append(arrays[name])
-    return inputs
+    found = dict(arrays)
+    ways: dict[str, Any] = dict(interface.derived)
+    if "row_block_starts" in interface.derived_names:
+        ways = {"row_block_starts": find_row_block_starts, **ways}
+    for name, find in ways.items():
+        found[name] = jax.jit(functools.partial(find, spec))(found)
+    if interface.deriving_kernel:
+        found[interface.deriving_kernel.array] = _run_deriving(launcher, spec, found)
+    return {name: found[name] for name in interface.derived_names}
+
+
+def _run_deriving(launcher: Launcher, spec: TensorSpec, arrays: Mapping[str, Operand]) -> Operand:
+    interface = cuda_interface(spec.coding)
+    kernel = interface.deriving_kernel
+    assert kernel is not None
+    sizes = (spec.num_experts, spec.rows, spec.width)
+    names = [name for name in interface.array_names if name != kernel.array]
+    numbers = {field: interface.size(field, arrays) for field in interface.sizes}
+    # The array itself is there as the output, the last pointer.
+    places = {name: at for at, name in enumerate([*names, kernel.array])}
+    values = tuple(places.get(name, numbers.get(name, 0)) for name, _ in interface.arguments.fields)
+    given = StructArgument(interface.arguments, values)
+    call = KernelCall(
+        source=kernel.source,
+        name=kernel.name,
+        grid=kernel.grid(*sizes),
+        threads=32,
+        shared_bytes=kernel.shared_bytes(*sizes),
+        arguments=(given, len(names), *map(np.int32, sizes)),
+    )
+    result = jax.ShapeDtypeStruct(kernel.shape(*sizes), jnp.uint32)
+    return run_kernel(launcher, call, [_input(interface, arrays, name) for name in names], result)
+
+
+def _coding_inputs(launcher: Launcher, experts: CodedExperts) -> list[Operand]:
+    interface = cuda_interface(experts.spec.coding)
+    derived: Mapping[str, Operand] = experts.derived
+    if set(interface.derived_names) - set(derived):
+        derived = derive(launcher, experts.spec, experts.arrays)
+    arrays = {**experts.arrays, **derived}
+    return [_input(interface, arrays, name) for name in interface.array_names]
+
+
+def _input(interface: CudaInterface, arrays: Mapping[str, Operand], name: str) -> Operand:
+    if name == "table":
+        assert interface.table is not None
+        return interface.table()
+    return arrays[name]
