@@ -93,7 +93,18 @@ def test_some_experts_tell_what_all_would(base, probed):
 MEASURED = {"grid": "lattice", "allocation": "measured", "target_bits_per_weight": 0.9}
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 class TestCompress:
+    @staticmethod
+    def stop_behind_the_measurement(base, output, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(compress_module, "BlockLoop", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                qmoe_jax.compress(base, output, CALIBRATION, **MEASURED, **QUICK)
+
     def test_steps_differ_and_the_target_is_met(self, base, tmp_path):
         report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **MEASURED, **QUICK)
         assert report.bits_per_weight == pytest.approx(0.9, rel=0.03)
@@ -105,14 +116,8 @@ class TestCompress:
     def test_a_resumed_run_measures_no_more(self, base, tmp_path, monkeypatch):
         whole = qmoe_jax.compress(base, tmp_path / "whole", CALIBRATION, **MEASURED, **QUICK)
 
-        def stop(*_, **__):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(compress_module, "BlockLoop", stop)
-            with pytest.raises(KeyboardInterrupt):
-                qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **MEASURED, **QUICK)
-        monkeypatch.setattr(compress_module, "measure_probes", stop)
+        self.stop_behind_the_measurement(base, tmp_path / "out", monkeypatch)
+        monkeypatch.setattr(compress_module, "measure_probes", interrupt)
         resumed = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **MEASURED, **QUICK)
         assert resumed.settings["kernel_steps"] == whole.settings["kernel_steps"]
         files = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")}
@@ -128,13 +133,7 @@ class TestCompress:
             )
 
     def test_a_damaged_record_is_named(self, base, tmp_path, monkeypatch):
-        def stop(*_, **__):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(compress_module, "BlockLoop", stop)
-            with pytest.raises(KeyboardInterrupt):
-                qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **MEASURED, **QUICK)
+        self.stop_behind_the_measurement(base, tmp_path / "out", monkeypatch)
         (record,) = tmp_path.rglob("allocation.json")
         assert json.loads(record.read_text())
         record.write_text("[1]")

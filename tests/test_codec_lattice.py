@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax.codec import codings, lattice_blocks, reference_lattice
-from qmoe_jax.codec.coding_lattice import STEP_TABLE, LatticeCoding, _ends
+from qmoe_jax.codec.coding_lattice import LatticeCoding, _ends
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_choices import (
@@ -28,6 +28,7 @@ from qmoe_jax.codec.lattice_dictionaries import (
     RAW_DICTIONARY,
     lattice_dictionaries,
 )
+from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.stats import bits
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec

@@ -21,10 +21,10 @@ from cuda_emulation.tensors import lattice_codes
 from markers import needs_compiler
 
 from qmoe_jax.codec import reference
-from qmoe_jax.codec.coding_lattice import find_visits
 from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.lattice_cuda import find_visits
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import kernels, launch_settings

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from qmoe_jax import host_threads
-from qmoe_jax.codec.coding_lattice import STEP_TABLE
 from qmoe_jax.codec.codings import coding_names
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.ops.cpu import products as on_cpu
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts

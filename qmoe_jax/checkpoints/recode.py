@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_parts import CodedExperts
@@ -21,6 +20,7 @@ from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.outline import CodedOutline
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CheckpointError, CodecError
+from qmoe_jax.progress import progress as show_progress
 
 _EXPERT_BATCH = 16  # encoded together; no stored byte depends on it
 
@@ -57,7 +57,7 @@ def recode_checkpoint(
     for name in checkpoint.dense_names:
         writer.write_dense(name, checkpoint.read_dense([name])[name])
     num_experts = sum(spec.num_experts for spec in checkpoint.specs.values())
-    with tqdm(total=num_experts, desc="recode", unit="expert", disable=not progress) as bar:
+    with show_progress(total=num_experts, title="recode", unit="experts", shown=progress) as bar:
         for name in checkpoint.specs:
             experts = CodedExperts(checkpoint, name)
             experts.verify()

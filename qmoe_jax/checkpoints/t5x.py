@@ -101,6 +101,11 @@ class T5XCheckpoint:
     def __repr__(self) -> str:
         return f"T5XCheckpoint({self.url!r}, {self.layout}, {len(self.names)} parameters)"
 
+    @property
+    def dtype_names(self) -> dict[str, str]:
+        """Name of each parameter's dtype, as JSON and plans have it."""
+        return {name: dtype.name for name, dtype in self.dtypes.items()}
+
     def fingerprint(self) -> str:
         """Digest names, sizes and times of its files, to tell whether it is still the same."""
         return fingerprint(self._folder)

@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8, UInt32
+from jaxtyping import Float32, Int32, Int64, UInt8
 
 from qmoe_jax.codec import lattice_blocks, reference_lattice
 from qmoe_jax.codec.cuda_interface import (
-    COLUMN_PADDING,
-    ArgumentStruct,
     CudaInterface,
-    DerivingKernel,
 )
 from qmoe_jax.codec.lattice_blocks import (
     BLOCK_ROWS,
@@ -34,7 +31,6 @@ from qmoe_jax.codec.lattice_blocks import (
 from qmoe_jax.codec.lattice_choices import (
     CLASS_STEPS,
     NUM_CLASSES,
-    NUM_STEPS,
     ZERO_COLUMN,
     choose_columns,
     choose_dictionaries,
@@ -42,8 +38,10 @@ from qmoe_jax.codec.lattice_choices import (
     order_of,
     raw_dictionaries,
 )
+from qmoe_jax.codec.lattice_cuda import LATTICE_CUDA
 from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, lattice_dictionaries
 from qmoe_jax.codec.lattice_expand import LatticeStrings, expand_blocks
+from qmoe_jax.codec.lattice_values import MAX_ORIGIN, STEP_TABLE, multiples
 from qmoe_jax.codec.tensor import (
     NUM_SYMBOLS,
     ArrayKind,
@@ -63,11 +61,6 @@ from qmoe_jax.errors import CodecError
 
 MAX_WIDTH = 2**19
 """Widths are below: decoders count the 32 weights of every column of a block in float32."""
-MAX_ORIGIN = 2.0**119
-"""Origins are at most this, so that 127 steps stay finite."""
-STEP_TABLE: Float32[np.ndarray, "256"] = np.exp2(-np.arange(NUM_STEPS) / 16).astype(np.float32)
-"""Steps by index, in units of the origin."""
-
 _PARTS = (
     *("flags", "rests", "plane 1", "plane 2", "plane 3", "plane 4", "signs"),
     *("firsts", "remainders"),
@@ -77,69 +70,6 @@ _SCHEDULED = (FLAGS, PLANE_1, PLANE_2)
 _PLAIN = (RESTS, PLANE_3, PLANE_4, SIGNS)
 _MAX_EXPERT_WORDS = 2**26
 _OUT_OF_REACH = 2**30
-
-
-_CUDA_ARGUMENTS = ArgumentStruct(
-    "LatticeArrays",
-    (
-        ("words", "const u32*"),
-        ("expert_offsets", "const int*"),
-        ("block_lengths", "const void*"),
-        ("grouped_columns", "const int*"),
-        ("schedules", "const u16*"),
-        ("dictionaries", "const u8*"),
-        ("leans", "const u8*"),
-        ("columns", "const u8*"),
-        ("bases", "const u8*"),
-        ("origins", "const float*"),
-        ("row_block_starts", "const int*"),
-        ("visits", "const u32*"),
-        ("cursors", "const u32*"),
-        ("table", "const u32*"),
-        ("num_words", "u32"),
-        ("block_length_bytes", "int"),
-    ),
-)
-# As kernels_cuda/coding_lattice.cuh has them.
-_TASK_COLUMNS = 256
-_WARP_BYTES = 5 * 4 * (128 + 4) + 4 * 64
-_ENDS_BYTES = 4 * NUM_DICTIONARIES * NUM_STRINGS
-
-
-def find_visits(
-    spec: TensorSpec, arrays: Mapping[str, Any]
-) -> UInt32[jax.Array, "experts one_more"]:
-    """Return the number of visited columns of each expert, then these in order, for CUDA kernels.
-
-    A column is its byte << 24 | its number << 1 | its lean, so that sorting these sorts them.
-    """
-    columns = jnp.asarray(arrays["columns"])
-    numbers = jnp.arange(spec.width, dtype=jnp.uint32)
-    keys = columns.astype(jnp.uint32) << 24 | numbers << 1
-    if spec.rows >= spec.width and spec.width:
-        leans = jnp.take(jnp.asarray(arrays["leans"]), numbers >> 3, axis=1, mode="clip")
-        keys |= (leans >> (numbers & 7).astype(jnp.uint8) & jnp.uint8(1)).astype(jnp.uint32)
-    visited = (columns != ZERO_COLUMN).sum(axis=1, dtype=jnp.uint32)
-    return jnp.concatenate([visited[:, None], jnp.sort(keys, axis=1)], axis=1)
-
-
-def _cuda_table() -> UInt32[np.ndarray, "words"]:
-    dictionaries = lattice_dictionaries().table.reshape(-1)
-    return np.concatenate([dictionaries, STEP_TABLE.view(np.uint32)])
-
-
-def _most_tasks(width: int) -> int:
-    return -(-width // _TASK_COLUMNS) + 1
-
-
-def _cursors_shape(experts: int, rows: int, width: int) -> tuple[int, ...]:
-    return experts, -(-rows // BLOCK_ROWS), 1 + _most_tasks(width), 8
-
-
-def _product_bytes(width: int, tile_tokens: int, threads: int) -> int:
-    warps = threads // 32
-    tokens = tile_tokens * (128 * (warps + 4) + 4 * (width + COLUMN_PADDING))
-    return _ENDS_BYTES + 64 + _WARP_BYTES * warps + tokens
 
 
 class LatticeLevels(NamedTuple):
@@ -169,29 +99,7 @@ class LatticeCoding:
     }
     array_names: tuple[str, ...] = tuple(array_kinds)
     code_array: str | None = "words"
-    cuda: CudaInterface | None = CudaInterface(
-        source="fused_lattice.cu",
-        arguments=_CUDA_ARGUMENTS,
-        sizes={
-            "num_words": ("words", "entries"),
-            "block_length_bytes": ("block_lengths", "item_bytes"),
-        },
-        table=_cuda_table,
-        dictionary_bytes=8 * 256 * NUM_DICTIONARIES,
-        rows_per_warp=(1,),
-        derived={"visits": find_visits},
-        deriving_kernel=DerivingKernel(
-            array="cursors",
-            source="encode.cu",
-            name="find_lattice_cursors",
-            shape=_cursors_shape,
-            grid=lambda experts, rows, width: (-(-rows // BLOCK_ROWS), experts),
-            shared_bytes=lambda experts, rows, width: _ENDS_BYTES + 16 * _most_tasks(width),
-        ),
-        block_rows=BLOCK_ROWS,
-        product_bytes=_product_bytes,
-        expansion_bytes=lambda threads: _ENDS_BYTES + 36_864 + _WARP_BYTES * (threads // 32),
-    )
+    cuda: CudaInterface | None = LATTICE_CUDA
 
     def check_levels(self, shape: tuple[int, ...], levels: Levels) -> LatticeLevels:
         """Refuse anything but step_index uint8 [experts, width] and origin float32 [experts]."""
@@ -228,6 +136,7 @@ class LatticeCoding:
             "bases": np.zeros((experts, NUM_CLASSES), np.uint8),
             "origins": np.ascontiguousarray(levels.origin),
         }
+        most = raw_lattice_bytes(rows, width)
         for expert in range(experts):
             own = codes[expert]
             counts = lattice_blocks.count_codes(own)
@@ -241,7 +150,6 @@ class LatticeCoding:
             order = order_of(chosen.columns)
             lean = choose_leans(counts)
             row_lean, column_lean = _leans_of(lean, rows, width)
-            most = raw_lattice_bytes(rows, width)
             for choice in (choose_dictionaries(own, counts, order), raw_dictionaries()):
                 ends = _ends(choice.schedules, choice.plain)
                 strings = Strings(order, choice.num_grouped, row_lean, column_lean, ends)
@@ -412,9 +320,7 @@ class LatticeCoding:
         index = jnp.take(bases.astype(jnp.int32), columns // CLASS_STEPS, mode="clip")
         index = index + columns % CLASS_STEPS
         steps = origin * jnp.take(jnp.asarray(STEP_TABLE), index, mode="clip")
-        half = (codes.astype(jnp.int32) + 1) >> 1
-        multiples = jnp.where(codes & 1 == 1, -half, half).astype(jnp.float32)
-        return multiples * steps
+        return multiples(codes).astype(jnp.float32) * steps
 
     def decode_numpy_reference(self, coded: CodedTensor) -> UInt8[np.ndarray, "experts rows width"]:
         """Decode all codes in plain Python."""

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
-from tqdm import tqdm
 
 from qmoe_jax.evaluation.metrics import BatchSums, LossReport, batch_sums, model_sums, per_token
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.progress import progress as show_progress
 
 
 class DivergenceSums(NamedTuple):
@@ -140,11 +140,12 @@ def measure_divergence(
     Raises:
       ValueError: no batches.
     """
+    shown = show_progress(batches, title=progress or "", unit="batches", shown=progress is not None)
     parts = [
         jax.device_get(
             compare_batch(module, variables, reference_module, reference_variables, dict(batch))
         )
-        for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None)
+        for batch in shown
     ]
     if not parts:
         raise ValueError("no batches to compare on; pass at least one")

@@ -38,9 +38,9 @@ from qmoe_jax.calibration.tokens import TokenFile
 from qmoe_jax.checkpoints import names
 from qmoe_jax.evaluation.divergence import divergence_sums
 from qmoe_jax.evaluation.metrics import model_sums
-from qmoe_jax.models.layers import gated_activation
 from qmoe_jax.models.moe import MoeLayer
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.pipeline.expert_pass import Kernels, hidden_layer
 from qmoe_jax.pipeline.layer_tokens import token_chunks
 from qmoe_jax.pipeline.stored_codes import stored_bits
 from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
@@ -271,16 +271,15 @@ def _expert_inputs(
 @functools.partial(jax.jit, static_argnames="activations", donate_argnums=0)
 def _accumulate(
     states: dict[str, HessianState],
-    wi: list[Float[Array, "experts embed mlp"]],
+    wi: Kernels,
     x: Float[Array, "experts chunk embed"],
     real: Bool[Array, "experts chunk"],
     *,
     activations: tuple[str, ...],
 ) -> dict[str, HessianState]:
-    hidden = gated_activation([jnp.einsum("ecd,edm->ecm", x, k) for k in wi], activations)
     return {
         "wi": update_hessian(states["wi"], x, real),
-        "wo": update_hessian(states["wo"], hidden, real),
+        "wo": update_hessian(states["wo"], hidden_layer(wi, x, activations), real),
     }
 
 
@@ -301,18 +300,21 @@ def _hessians(
         for at in layers
     }
     dense = names.flatten(variables["params"])
+    wi = {
+        at: {
+            name: jnp.asarray(dense[names.expert_kernel(*at, name)])[experts].astype(jnp.float32)
+            for name in config.wi_names
+        }
+        for at in layers
+    }
     for batch in batches:
         inputs = jax.device_get(_expert_inputs(module, variables, batch))
         for at in layers:
-            wi = [
-                jnp.asarray(dense[names.expert_kernel(*at, name)])[experts].astype(jnp.float32)
-                for name in config.wi_names
-            ]
             x, index = inputs[names.mlp_prefix(*at)]
             rows = [np.flatnonzero(index == expert) for expert in experts]
             for chunk in token_chunks(rows, _CHUNK):
                 states[at] = _accumulate(
-                    *(states[at], wi, x[chunk.rows].astype(np.float32), chunk.real),
+                    *(states[at], wi[at], x[chunk.rows].astype(np.float32), chunk.real),
                     activations=config.mlp_activations,
                 )
     return states

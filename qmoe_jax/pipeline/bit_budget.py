@@ -88,6 +88,31 @@ class BitBudget:
             self._found[kernel] = step, max(bits / num_weights, _LEAST_BITS)
 
 
+def coded_names(config: SwitchConfig, settings: CompressionSettings) -> set[str]:
+    """Return the names of the parameters that a run stores as codes."""
+    return {
+        names.expert_kernel(stack, layer, kernel)
+        for stack, layer in config.sparse_layers
+        if settings.for_layer(stack, layer).method != "none"
+        for kernel in (*config.wi_names, "wo")
+    }
+
+
+def dense_bytes(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    config: SwitchConfig,
+    settings: CompressionSettings,
+) -> int:
+    """Return the bytes of what a run does not compress, before the storage's own compression."""
+    coded = coded_names(config, settings)
+    return sum(
+        math.prod(shape) * jnp.dtype(settings.stored_dtype(name, dtypes[name])).itemsize
+        for name, shape in shapes.items()
+        if name not in coded
+    )
+
+
 def target_bits(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
@@ -115,19 +140,9 @@ def target_bits(
             'another grid than "lattice", whose size no step decides; set target_bits_per_weight, '
             "which is of the lattice's layers alone"
         )
-    coded = {
-        names.expert_kernel(*at, kernel)
-        for at, own in layers.items()
-        if own.method != "none"
-        for kernel in (*config.wi_names, "wo")
-    }
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    dense = sum(
-        size * jnp.dtype(settings.stored_dtype(name, dtypes[name])).itemsize
-        for name, size in sizes.items()
-        if name not in coded
-    )
-    wanted, weights = size_in_bytes(settings.target_size), sum(sizes[name] for name in coded)
+    dense = dense_bytes(shapes, dtypes, config, settings)
+    weights = sum(math.prod(shapes[name]) for name in coded_names(config, settings))
+    wanted = size_in_bytes(settings.target_size)
     bits = 8 * (wanted - dense) / weights
     if bits < _LEAST_BITS:
         raise ValueError(
@@ -140,8 +155,8 @@ def target_bits(
 
 def bit_budget(run: Run) -> BitBudget | None:
     """Return the budget of this process's experts; None without a target."""
-    dtypes = {name: dtype.name for name, dtype in run.source.dtypes.items()}
-    target = target_bits(run.source.shapes, dtypes, run.config, run.settings)
+    source = run.source
+    target = target_bits(source.shapes, source.dtype_names, run.config, run.settings)
     if target is None:
         return None
     weights, steps = {}, {}

@@ -130,8 +130,7 @@ def compress(
             "take the kernel_steps of the manifest of a run in one process"
         )
     source, config = _open(checkpoint, chosen, devices)
-    dtypes = {name: dtype.name for name, dtype in source.dtypes.items()}
-    target = target_bits(source.shapes, dtypes, config, chosen)
+    target = target_bits(source.shapes, source.dtype_names, config, chosen)
     calibration, validation, samples = None, None, None
     if tokens is not None:
         calibration = _load_tokens(tokens, config).first(num_examples)
@@ -311,7 +310,7 @@ def _determining_facts(
             "url": source.url,
             "step": source.step,
             "fingerprint": source.fingerprint(),
-            "dtypes": {name: dtype.name for name, dtype in source.dtypes.items()},
+            "dtypes": source.dtype_names,
         },
         "config": config.to_json(),
         "settings": settings.to_json(),

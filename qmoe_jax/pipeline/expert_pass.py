@@ -67,7 +67,7 @@ def _normalised(scale: Array, x: Float[Array, "experts chunk embed"], dtype: str
     return apply_module(T5LayerNorm(jnp.dtype(dtype)), {"scale": scale}, x)
 
 
-def _hidden(
+def hidden_layer(
     kernels: Kernels, z: Float[Array, "experts chunk embed"], activations: tuple[str, ...]
 ) -> Float[Array, "experts chunk mlp"]:
     """Return the hidden layer of each expert on its own tokens."""
@@ -97,7 +97,7 @@ def _accumulate(
     if "wi" in states:
         updated["wi"] = update_hessian(states["wi"], z, real)
     if "wo" in states:
-        updated["wo"] = update_hessian(states["wo"], _hidden(kernels, z, activations), real)
+        updated["wo"] = update_hessian(states["wo"], hidden_layer(kernels, z, activations), real)
     return updated
 
 
@@ -113,7 +113,7 @@ def _run(
 ) -> Float[Array, "experts chunk embed"]:
     """Return the residual stream behind the experts, float32."""
     z = _normalised(scale, x, dtype)
-    hidden = _hidden(kernels, z, activations)
+    hidden = hidden_layer(kernels, z, activations)
     y = jnp.einsum(
         "ecm,emd->ecd",
         hidden,

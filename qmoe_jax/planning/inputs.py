@@ -55,7 +55,7 @@ class ModelFacts:
             name=source.url,
             config=read_config(source),
             shapes=source.shapes,
-            dtypes={name: dtype.name for name, dtype in source.dtypes.items()},
+            dtypes=source.dtype_names,
             chunks={name: source.chunk_shape(name) for name in source.names},
             source=source,
         )

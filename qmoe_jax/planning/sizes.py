@@ -16,9 +16,9 @@ from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.outline import item_bytes
 from qmoe_jax.codec.tensor import Levels
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.pipeline.bit_budget import coded_names, dense_bytes
 from qmoe_jax.quantization.groups import stored_shape
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -213,7 +213,7 @@ def most_output_bytes(
         if own.method != "none":
             stored = len(codings.get_coding(own.coding).array_names)
             arrays += stored * len(expert_kernel_shapes(config))
-    dense = _dense_bytes(config, shapes, dtypes, settings)
+    dense = dense_bytes(shapes, dtypes, config, settings)
     return coded + dense + (arrays + len(shapes)) * _METADATA_BYTES
 
 
@@ -305,42 +305,16 @@ def compressed_size(
       settings: of the run.
       zeros: what codes are expected, by grid.
     """
-    coded = _coded_layers(config, settings)
-    weights = sum(math.prod(shapes[name]) for name in shapes if _is_coded(name, coded))
+    coded = [own for own in layer_settings(config, settings).values() if own.method != "none"]
+    weights = sum(math.prod(shapes[name]) for name in coded_names(config, settings))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressedSize(
-        layout=" + ".join(sorted({own.coding for own in coded.values()})),
-        experts=round(sum(layer_bytes(config, own, zeros) for own in coded.values())),
-        dense=_dense_bytes(config, shapes, dtypes, settings),
+        layout=" + ".join(sorted({own.coding for own in coded})),
+        experts=round(sum(layer_bytes(config, own, zeros) for own in coded)),
+        dense=dense_bytes(shapes, dtypes, config, settings),
         expert_weights=weights,
         parameters=parameters,
         bfloat16_bytes=2 * parameters,
-    )
-
-
-def _coded_layers(
-    config: SwitchConfig, settings: CompressionSettings
-) -> dict[tuple[str, int], CompressionSettings]:
-    layers = layer_settings(config, settings)
-    return {at: own for at, own in layers.items() if own.method != "none"}
-
-
-def _is_coded(name: str, coded: Mapping[tuple[str, int], CompressionSettings]) -> bool:
-    return names.is_expert_kernel(name) and names.layer_of(name) in coded
-
-
-def _dense_bytes(
-    config: SwitchConfig,
-    shapes: Mapping[str, Shape],
-    dtypes: Mapping[str, str],
-    settings: CompressionSettings,
-) -> int:
-    """Return the bytes of what is not compressed."""
-    coded = _coded_layers(config, settings)
-    return sum(
-        math.prod(shape) * item_bytes(settings.stored_dtype(name, dtypes[name]))
-        for name, shape in shapes.items()
-        if not _is_coded(name, coded)
     )
 
 

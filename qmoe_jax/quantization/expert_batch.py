@@ -21,13 +21,13 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
 
+from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.quantization.gptq import gptq
 from qmoe_jax.quantization.grids import Grid, Levels, dequantize_kernel
 from qmoe_jax.quantization.groups import kernel_of_rows, rows_of_kernel, stored_shape
 from qmoe_jax.quantization.host_gptq import HostGptqResult, host_gptq
 from qmoe_jax.quantization.lattice import (
     OVERLOAD_CODE,
-    STEP_TABLE,
     Lattice,
     Overlap,
     Steps,

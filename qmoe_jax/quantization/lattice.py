@@ -37,21 +37,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, UInt8
+
+from qmoe_jax.codec.lattice_values import MAX_ORIGIN, STEP_TABLE, STEPS_AN_OCTAVE, multiples
 
 MAX_CODE = 127
 """The largest multiple that a code stands for."""
-_STEPS_AN_OCTAVE = 16
 _MIN_NORMAL = 1.1754943508222875e-38
-_MAX_ORIGIN = 2.0**118
+_MAX_ORIGIN = MAX_ORIGIN / 2
 """A gain of two leaves it at what the stored form allows (FORMAT.md)."""
 MAX_INDEX = 254
 """The largest index of a step: 255 stands for a column of zeros (FORMAT.md)."""
-
-STEP_TABLE: Float32[np.ndarray, "256"] = np.exp2(-np.arange(256) / _STEPS_AN_OCTAVE).astype(
-    np.float32
-)
-"""Steps by index, in units of `Steps.origin`."""
 
 OVERLOAD_CODE = 2 * MAX_CODE - 1
 """Codes from here on are -127 and 127: weights that were clipped, or just fit."""
@@ -106,7 +102,7 @@ class Lattice:
         """Return the steps of a kernel whose root mean square is `weight`."""
         log_inverse = -jnp.log2(factor_diagonal)
         least = jnp.max(log_inverse)
-        index = jnp.clip(jnp.round(_STEPS_AN_OCTAVE * (least - log_inverse)), 0, MAX_INDEX)
+        index = jnp.clip(jnp.round(STEPS_AN_OCTAVE * (least - log_inverse)), 0, MAX_INDEX)
         origin = step * weight * jnp.exp2(least - jnp.mean(log_inverse))
         # A kernel of zeros: any step will do.
         origin = jnp.where(origin >= _MIN_NORMAL, jnp.minimum(origin, _MAX_ORIGIN), 1.0)
@@ -132,12 +128,6 @@ class Lattice:
     def scaled(self, levels: Steps, gain: Float[Array, ""]) -> Steps:
         """Return the steps times the gain."""
         return Steps(levels.index, levels.origin * gain)
-
-
-def multiples(codes: UInt8[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Return the signed multiples that codes stand for, int32."""
-    half = (codes.astype(jnp.int32) + 1) >> 1
-    return jnp.where(codes & 1, -half, half)
 
 
 def refuse_groups(group_size: int | None) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Float32, Int, Int64
 
-from qmoe_jax.codec.coding_lattice import STEP_TABLE
 from qmoe_jax.codec.lattice_dictionaries import lattice_dictionaries
+from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.codec.tunstall import tunstall_family
 from qmoe_jax.host_threads import num_threads, share
