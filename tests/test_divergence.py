@@ -4,8 +4,10 @@ import golden_data
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import CALIBRATION
 
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens
+from qmoe_jax.errors import CheckpointError
 from qmoe_jax.evaluation.divergence import divergence_sums, measure_divergence
 from qmoe_jax.evaluation.evaluate import evaluate
 from qmoe_jax.evaluation.metrics import evaluate_loss
@@ -81,6 +83,11 @@ def test_evaluate_with_a_reference(demo_tokens, rounded, tmp_path):
     again = evaluate([("RTN", rounded)], demo_tokens, output=tmp_path, **run)
     assert again == document
     assert f"{found['kl']:.5f}" in summary(document)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(base):
+    with pytest.raises(CheckpointError, match="has 512 embeddings, and reference .* has 4096"):
+        evaluate(base, CALIBRATION, reference=CHECKPOINT, progress=False)
 
 
 def test_without_a_reference_there_are_no_figures(demo_tokens, rounded):

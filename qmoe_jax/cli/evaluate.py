@@ -96,7 +96,8 @@ def evaluate(
         )
     named = evaluation.name_checkpoints(checkpoint)
     if output is not None:
-        evaluation.check_output(output, {name: _path_of(path) for name, path in named.items()})
+        paths = {name: _path_of(path) for name, path in named.items()}
+        evaluation.check_output(output, paths, reference)
     examples: Any = tokens
     if task is not None:
         examples = (tokenize or task_tokens)(

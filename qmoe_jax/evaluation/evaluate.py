@@ -19,6 +19,7 @@ from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.divergence import DivergenceSums, compare_batch
 from qmoe_jax.evaluation.metrics import BatchSums, LossReport, evaluate_batch, worse_than_guessing
@@ -112,8 +113,9 @@ def evaluate(
       Standard errors are NaN where there is one example.
 
     Raises:
-      CheckpointError: a checkpoint is unreadable, or `output` cannot be written, is in use, or
-        holds a run with other settings (`overwrite` throws that away).
+      CheckpointError: a checkpoint is unreadable, or of another vocabulary than `reference`; or
+        `output` cannot be written, is in use, or holds a run with other settings (`overwrite`
+        throws that away).
       CodecError: damaged codes.
       TokensError: unreadable tokens, fewer than `num_examples`, of a larger vocabulary than the
         model's, or a batch size below 1.
@@ -124,7 +126,7 @@ def evaluate(
     if batches_per_shard < 1:
         raise ValueError(f"batches_per_shard is {batches_per_shard}; give 1 or more")
     if output is not None:
-        output = check_output(output, checkpoints)
+        output = check_output(output, checkpoints, reference)
     if output is None:
         tensorboard = False
     elif tensorboard is None:
@@ -146,10 +148,17 @@ def evaluate(
         "activation_dtype": activation_dtype,
         "expert_capacity_factor": expert_capacity_factor,
     }
-    if reference is not None:
-        settings["reference"] = _identify(reference, token_file)
     # All are looked at before the first is evaluated.
-    identities = {name: _identify(path, token_file) for name, path in checkpoints.items()}
+    found = {name: _identify(path, token_file) for name, path in checkpoints.items()}
+    identities = {name: identity for name, (identity, _) in found.items()}
+    if reference is not None:
+        settings["reference"], config = _identify(reference, token_file)
+        for name, (_, own) in found.items():
+            if own.num_embeddings != config.num_embeddings:
+                raise CheckpointError(
+                    f"{name} has {own.num_embeddings} embeddings, and reference {reference} has "
+                    f"{config.num_embeddings}; predictions over one vocabulary can be compared"
+                )
     models: list[dict[str, Any]] = []
     first: LossReport | None = None
     compared = None
@@ -206,12 +215,15 @@ def _compute(
     return compare_batch(module, variables, *reference, batch.arrays())
 
 
-def check_output(output: PathLike, checkpoints: Mapping[str, PathLike]) -> Path:
+def check_output(
+    output: PathLike, checkpoints: Mapping[str, PathLike], reference: PathLike | None = None
+) -> Path:
     """Return the folder of an evaluation, before anything is written there.
 
     Args:
       output: a local folder, to be made or there.
       checkpoints: by name; each has a folder of its name in it.
+      reference: what they are compared with.
 
     Raises:
       CheckpointError: it cannot be written, results would stand in a checkpoint or above it, or
@@ -221,9 +233,10 @@ def check_output(output: PathLike, checkpoints: Mapping[str, PathLike]) -> Path:
     check_writable(folder, "output")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output is {folder}, a file; give a folder")
-    check_is_no_input(folder, "output", checkpoints.values())
+    inputs = [*checkpoints.values(), *([] if reference is None else [reference])]
+    check_is_no_input(folder, "output", inputs)
     for name in checkpoints:
-        check_no_input(folder / name, checkpoints.values())
+        check_no_input(folder / name, inputs)
     output_file(folder / _METRICS, "metrics", _is_metrics)
     return folder
 
@@ -295,8 +308,8 @@ def _run(
         )
 
 
-def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
-    """Return which checkpoint it is: of a compressed one its manifest tells all arrays.
+def _identify(path: PathLike, tokens: TokenFile) -> tuple[dict[str, Any], SwitchConfig]:
+    """Return which checkpoint it is, and its geometry; of a compressed one its manifest tells all.
 
     Raises:
       CheckpointError: it cannot be opened.
@@ -318,7 +331,7 @@ def _identify(path: PathLike, tokens: TokenFile) -> dict[str, Any]:
             f"the tokens were made with a vocabulary of {size} ids, but the model has "
             f"{config.num_embeddings} embeddings; tokenise with the model's own vocabulary"
         )
-    return identity
+    return identity, config
 
 
 def _bits_per_weight(path: PathLike) -> float | None:
