@@ -25,10 +25,10 @@ demo: $(VENV)/.installed-demo ## compress a small trained model and compare; res
 	$(BIN)/python -m qmoe_jax demo --output demo_out
 
 test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/.installed-dev ## ruff and pyright
 	$(BIN)/python -m ruff check .

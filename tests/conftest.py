@@ -30,6 +30,26 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+# Of the 65,530 that Linux lets a process have unless it is told otherwise.
+_MOST_MEMORY_MAPS = 16_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_programs():
+    """Let go of compiled programs between files, once there are many.
+
+    Each takes several memory maps of the process. Without this a whole run has used up the limit
+    by its last files, and the next compilation ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MEMORY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """`golden_checkpoint(model, layout)`: path of a `checkpoint_500100` folder; do not write to it.
