@@ -9,7 +9,7 @@ Compress the experts of a native T5X Switch Transformer checkpoint with GPTQ.
 example:
   qmoe-jax compress --gin_file=gin/runs/compress.gin \\
     --gin.CHECKPOINT="'/data/checkpoint_500100'" --gin.TOKENS="'calibration.npz'" \\
-    --gin.OUTPUT="'compressed'" --gin.CompressionSettings.grid="'ternary'"
+    --gin.OUTPUT="'compressed'" --gin.CompressionSettings.target_bits_per_weight=0.6
 
 Required: CHECKPOINT, OUTPUT, and for GPTQ also TOKENS (qmoe-jax prepare-tokens).
 

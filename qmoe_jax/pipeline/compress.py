@@ -20,6 +20,7 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.evaluation.divergence import DivergenceReport, measure_divergence
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.ops.products import check_choice
@@ -59,6 +60,7 @@ def compress(
     log: PathLike | None = None,
     num_devices: int | None = 1,
     separate_evaluation: bool = False,
+    compare: bool = False,
     implementation: str = "auto",
     progress: bool = True,
     settings: CompressionSettings | None = None,
@@ -89,10 +91,12 @@ def compress(
       num_devices: devices of each process to spread experts and samples over; all where None.
         `expert_batch` experts go to each.
       separate_evaluation: load the output again and evaluate it on the validation tokens.
-      implementation: of that evaluation's products with codes, as in `load_switch`.
+      compare: the same beside the uncompressed model, for KL, agreement and the paired loss gap
+        (`evaluation.divergence`); both must fit in memory then.
+      implementation: of these evaluations' products with codes, as in `load_switch`.
       progress: show progress bars.
-      settings: how to compress; the paper's ternary GPTQ where None.
-      **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
+      settings: how to compress; GPTQ to the lattice at its default step where None.
+      **changes: single fields of `CompressionSettings`, as `grid="ternary"`.
 
     Returns:
       A report per kernel and in total.
@@ -115,6 +119,8 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    if compare and validation_tokens is None:
+        raise TokensError("compare needs validation_tokens; pass them too")
     check_choice(implementation)
     allocation = chosen.allocation
     run_log = RunLog(log)
@@ -176,10 +182,16 @@ def compress(
         processes.barrier("finished")
         if work_dir is not None:
             journal.clear()
-    if separate_evaluation and validation is not None and processes.is_primary:
-        report.separate_validation = _evaluate_output(
-            output, validation, chosen, implementation, show
-        )
+    if validation is not None and processes.is_primary:
+        if compare:
+            report.divergence = _compare_output(
+                output, checkpoint, validation, chosen, implementation, progress
+            )
+            report.separate_validation = report.divergence.losses
+        elif separate_evaluation:
+            report.separate_validation = _evaluate_output(
+                output, validation, chosen, implementation, show
+            )
     report.settings["allocation"] = allocation
     report.seconds = time.monotonic() - started
     report.peak_host_bytes = peak_host_bytes()
@@ -277,6 +289,22 @@ def _evaluate_output(
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
     shown = show(batches, title="separate evaluation", unit="batches")
     return evaluate_loss(module, variables, shown)
+
+
+def _compare_output(
+    output: PathLike,
+    checkpoint: PathLike,
+    tokens: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    progress: bool,
+) -> DivergenceReport:
+    return measure_divergence(
+        *load_switch(output, settings.activation_dtype, implementation=implementation),
+        *load_switch(checkpoint, settings.activation_dtype),
+        [batch.arrays() for batch in tokens.batches(settings.batch_size)],
+        progress="comparison with the uncompressed model" if progress else None,
+    )
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_jax.evaluation.divergence import DivergenceReport
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_memory
 from qmoe_jax.quantization.expert_batch import ExpertStatus
@@ -63,6 +64,7 @@ class CompressionReport:
         where none were given.
       validation_warning: what is wrong with that loss; None where nothing is.
       separate_validation: loss on them of the finished output, loaded again; None where not asked.
+      divergence: the finished output beside the uncompressed model on them; None where not asked.
     """
 
     output: str
@@ -77,6 +79,7 @@ class CompressionReport:
     validation: LossReport | None = None
     validation_warning: str | None = None
     separate_validation: LossReport | None = None
+    divergence: DivergenceReport | None = None
 
     @property
     def expert_weights(self) -> int:
@@ -176,6 +179,7 @@ class CompressionReport:
             "separate_validation_loss": None
             if self.separate_validation is None
             else self.separate_validation.loss,
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
             "validation_loss": None if self.validation is None else self.validation.loss,
             "warnings": self.warnings(),
         }
@@ -194,6 +198,13 @@ class CompressionReport:
             lines.append(f"validation loss {self.validation.loss:.4f}")
         if self.separate_validation is not None:
             lines.append(f"of the output, loaded again: {self.separate_validation.loss:.4f}")
+        if self.divergence is not None:
+            (kl, kl_error), (gap, gap_error) = self.divergence.divergence, self.divergence.gap
+            lines.append(
+                f"against the uncompressed model: KL {kl:.5f} ± {kl_error:.5f}, loss "
+                f"{gap:+.4f} ± {gap_error:.4f} nats a target token, "
+                f"{self.divergence.agreement:.2%} of the most probable tokens agree"
+            )
         return "\n".join(lines)
 
 
