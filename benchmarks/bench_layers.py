@@ -3,12 +3,12 @@
     python benchmarks/bench_layers.py --json benchmarks/results/layers.json
 
 Both grids go through the same GPTQ with default settings, and are stored as a run stores them. The
-error |(W - Q) X|^2 / |W X|^2 is taken on tokens that no Hessian has seen; "gained" is the same behind
-the best gain of each output: ternary shrinks what it keeps and the lattice does not, which an error
-alone holds against the lattice. Its step is searched for the error of ternary; bits are interpolated
-between the two nearest steps. An equal layer error says nothing of predictions: for those see
-`bench_quality.py`. Times are of GPTQ alone,
-the least of several turns, in which both grids take part.
+error |(W - Q) X|^2 / |W X|^2 is taken on tokens that no Hessian has seen; "gained" is the same
+behind the best gain of each output: ternary shrinks what it keeps and the lattice does not, which
+an error alone holds against the lattice. Its step is searched for the error of ternary; bits are
+interpolated between the two nearest steps. An equal layer error says nothing of predictions: for
+those see `bench_quality.py`. Times are of GPTQ alone, the least of several turns, in which both
+grids take part.
 """
 
 import argparse

@@ -12,8 +12,12 @@ from qmoe_jax.quantization.step_search import typical_bits
 
 def format_list() -> str:
     """Return the public checkpoints with parameters and sizes."""
-    head = ("name", "parameters", "layers", "embed", "mlp", "experts", "bfloat16")
-    rows = [(*head, "ternary", "zeros", "lattice")]
+    rows: list[tuple[str, ...]] = [
+        (
+            *("name", "parameters", "layers", "embed", "mlp", "experts", "bfloat16"),
+            *("ternary", "zeros", "lattice"),
+        )
+    ]
     ternary, lattice = CompressionSettings(grid="ternary"), CompressionSettings(grid="lattice")
     assumed = False
     for entry in public_checkpoints().values():
