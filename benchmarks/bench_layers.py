@@ -81,7 +81,8 @@ def make_layer(num_in: int, num_out: int, kind: str, seed: int) -> Layer:
     for key in jax.random.split(keys[4], TOKENS_A_WEIGHT_ROW * num_in // CHUNK):
         state = update_hessian(state, make_tokens(key), mask)
     unseen = [make_tokens(key) for key in jax.random.split(keys[5], HELD_OUT // CHUNK)]
-    return Layer(kernels, *finalize_hessian(state), jnp.concatenate(unseen, axis=1))
+    hessians, counts = finalize_hessian(state)
+    return Layer(kernels, hessians, counts, jnp.concatenate(unseen, axis=1))
 
 
 def quantize(layer: Layer, settings: CompressionSettings) -> Any:
@@ -115,11 +116,10 @@ def outcome(layer: Layer, settings: CompressionSettings) -> Outcome:
     levels = jax.tree.map(np.asarray, result.levels)
     if isinstance(levels, np.ndarray):
         levels = levels.astype(jnp.bfloat16)  # exact: grids round them before they choose codes
-    return Outcome(
-        stored_bits(np.asarray(result.codes), levels, settings.coding) / layer.kernels.size,
-        *map(float, relative_errors(layer.kernels, values, layer.unseen)),
-        float(result.zero_share.mean()),
-    )
+    bits = stored_bits(np.asarray(result.codes), levels, settings.coding)
+    error, gained = relative_errors(layer.kernels, values, layer.unseen)
+    zeros = float(result.zero_share.mean())
+    return Outcome(bits / layer.kernels.size, float(error), float(gained), zeros)
 
 
 def at_error(layer: Layer, name: str, error: float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from factories import CALIBRATION, QUICK
+from factories import CALIBRATION, TERNARY
 from golden_data import DEMO
 
 import qmoe_jax
@@ -46,7 +46,7 @@ def test_a_model_of_random_weights(base, tmp_path, method, tolerance):
     """GPTQ's part is an assumption from a trained model: it is off here, to the safe side."""
     mixed = {"decoder/*": {"grid": "2bit", "group_size": 16}}
     settings = {"method": method, "layer_overrides": mixed}
-    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **settings, **QUICK)
+    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **settings, **TERNARY)
     plan = planned(tmp_path, base, "--method", method, "--layer_overrides", json.dumps(mixed))
     bits = plan["sizes"][0]["bits_per_weight"]
     assert bits == pytest.approx(report.bits_per_weight, rel=tolerance)
@@ -75,7 +75,7 @@ def test_at_the_most_holds_while_a_run_works(base, tmp_path, monkeypatch, coding
     for name in ("save_batch", "_move", "finish"):
         method = getattr(layer_store.LayerStore, name)
         monkeypatch.setattr(layer_store.LayerStore, name, look(method))
-    options = {"method": "rtn", "expert_coding": coding} | QUICK
+    options = {"method": "rtn", "expert_coding": coding} | TERNARY
     qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **options)
     assert len(seen) > 8
     arguments = ["--method", "rtn", "--expert_coding", coding, "--expert_batch", "3"]
