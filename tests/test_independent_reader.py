@@ -100,7 +100,9 @@ def test_a_compressed_model(gptq):
     ids=["lattice", "groups", "dense experts"],
 )
 def test_settings(base, tmp_path, settings):
-    qmoe_jax.compress(base, tmp_path / "out", CALIBRATION[:8], method="rtn", **TERNARY, **settings)
+    qmoe_jax.compress(
+        base, tmp_path / "out", CALIBRATION[:8], **TERNARY | {"method": "rtn"} | settings
+    )
     assert_same_parameters(tmp_path / "out")
 
 
