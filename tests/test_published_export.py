@@ -125,10 +125,14 @@ def test_neither_way_overwrites_unasked(published, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         import_published(published, tmp_path / "compressed", progress=False)
     import_published(published, tmp_path / "compressed", overwrite=True, progress=False)
+    exported = tmp_path / "exported"
+    export_published(tmp_path / "compressed", exported, progress=False)
     with pytest.raises(CheckpointError, match="exists already"):
-        export_published(tmp_path / "compressed", published, progress=False)
-    export_published(tmp_path / "compressed", published, overwrite=True, progress=False)
-    assert not (tmp_path / "published.partial").exists()
+        export_published(tmp_path / "compressed", exported, progress=False)
+    export_published(tmp_path / "compressed", exported, overwrite=True, progress=False)
+    assert not (tmp_path / "exported.partial").exists()
+    with pytest.raises(CheckpointError, match="not a model that this package exported"):
+        export_published(tmp_path / "compressed", published, overwrite=True, progress=False)
 
 
 def test_command(published, tmp_path, capsys):
