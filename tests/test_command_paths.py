@@ -177,7 +177,7 @@ PATHS = [
 
 # Arguments that are texts and no paths; everything else must have a row.
 NO_PATHS = {
-    "compress": {"changes", "implementation"},
+    "compress": {"changes", "implementation", "report"},
     "convert": {"to"},
     "demo": {"implementation"},
     "evaluate": {"task", "split", "activation_dtype", "task_module", "cache"},
