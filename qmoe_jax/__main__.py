@@ -37,6 +37,7 @@ NOBODY_READS = 141
 _EXTRAS = {
     "gin": "gin",
     "matplotlib": "plots",
+    "safetensors": "huggingface",
     "sentencepiece": "data",
     "seqio": "data",
     "tensorflow": "data",

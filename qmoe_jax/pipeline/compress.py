@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 import time
@@ -36,6 +37,7 @@ from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
+from qmoe_jax.pipeline.run_pages import check_pages, write_pages
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
 from qmoe_jax.progress import Progress
@@ -45,6 +47,8 @@ from qmoe_jax.quantization.settings import CompressionSettings
 from qmoe_jax.quantization.step_search import typical_bits
 
 PathLike = str | os.PathLike[str]
+# A model that takes more is not loaded for the report: `evaluate` compares it.
+_MOST_BYTES_COMPARED = 2**30
 
 
 def compress(
@@ -62,6 +66,8 @@ def compress(
     separate_evaluation: bool = False,
     compare: bool = False,
     implementation: str = "auto",
+    report: bool | str = False,
+    report_examples: int = 32,
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -94,12 +100,17 @@ def compress(
       compare: the same beside the uncompressed model, for KL, agreement and the paired loss gap
         (`evaluation.divergence`); both must fit in memory then.
       implementation: of these evaluations' products with codes, as in `load_switch`.
+      report: write a page and a model card beside the output, `<output>.report.html` and
+        `<output>.model_card.md`; a text is the command that made it, which they show.
+      report_examples: so many validation examples, or else calibration examples, tell how far the
+        output's predictions are from the uncompressed model's (KL), where that takes at most 1 GiB;
+        0 does not measure it. Only with `report`.
       progress: show progress bars.
       settings: how to compress; GPTQ to the lattice at its default step where None.
       **changes: single fields of `CompressionSettings`, as `grid="ternary"`.
 
     Returns:
-      A report per kernel and in total.
+      What the run did, per kernel and in total.
 
     Raises:
       CheckpointError: the input is no readable Switch checkpoint; the output exists, cannot be
@@ -122,6 +133,10 @@ def compress(
     if compare and validation_tokens is None:
         raise TokensError("compare needs validation_tokens; pass them too")
     check_choice(implementation)
+    if report_examples < 0:
+        raise ValueError(f"report_examples is {report_examples}; give 0 or more")
+    if report:
+        check_pages(output)
     allocation = chosen.allocation
     run_log = RunLog(log)
     inputs = _paths(checkpoint, tokens, validation_tokens)
@@ -174,7 +189,7 @@ def compress(
         if processes.is_primary:
             run_log.write("start", output=os.fspath(output), run=facts)
         loop = BlockLoop(run, reader, schedule, samples, run_log, buffers)
-        report = loop.all_layers(os.fspath(output))
+        done = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:
             told = chosen.to_json() | {"allocation": allocation}
@@ -184,20 +199,57 @@ def compress(
             journal.clear()
     if validation is not None and processes.is_primary:
         if compare:
-            report.divergence = _compare_output(
-                output, checkpoint, validation, chosen, implementation, progress
+            done.divergence_text = "validation"
+            done.divergence = _measure_divergence(
+                *(checkpoint, output, validation, chosen, implementation, progress)
             )
-            report.separate_validation = report.divergence.losses
+            done.separate_validation = done.divergence.losses
         elif separate_evaluation:
-            report.separate_validation = _evaluate_output(
+            done.separate_validation = _evaluate_output(
                 output, validation, chosen, implementation, show
             )
-    report.settings["allocation"] = allocation
-    report.seconds = time.monotonic() - started
-    report.peak_host_bytes = peak_host_bytes()
+    done.settings["allocation"] = allocation
+    done.seconds = time.monotonic() - started
+    done.peak_host_bytes = peak_host_bytes()
+    if report and processes.is_primary:
+        examples = calibration if validation is None else validation
+        measured = done.divergence is not None or examples is None or report_examples == 0
+        if not measured and processes.count == 1 and _is_small(source):
+            done.divergence_text = "calibration" if validation is None else "validation"
+            few = examples.first(min(report_examples, len(examples)))
+            done.divergence = _measure_divergence(
+                *(checkpoint, output, few, chosen, implementation, progress)
+            )
+        command = report if isinstance(report, str) else None
+        write_pages(done, checkpoint=source.url, command=command)
+        done.has_pages = True
     if processes.is_primary:
-        run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})
-    return report
+        run_log.write("finish", **{k: v for k, v in done.to_json().items() if k != "kernels"})
+    return done
+
+
+def _is_small(source: T5XCheckpoint) -> bool:
+    """Whether the uncompressed model may be loaded for the report alone."""
+    sizes = (
+        source.dtypes[name].itemsize * math.prod(shape) for name, shape in source.shapes.items()
+    )
+    return sum(sizes) <= _MOST_BYTES_COMPARED
+
+
+def _measure_divergence(
+    checkpoint: PathLike,
+    output: PathLike,
+    examples: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    progress: bool,
+) -> DivergenceReport:
+    return measure_divergence(
+        *load_switch(output, settings.activation_dtype, implementation=implementation),
+        *load_switch(checkpoint, settings.activation_dtype),
+        [batch.arrays() for batch in examples.batches(min(settings.batch_size, len(examples)))],
+        progress="compare" if progress else None,
+    )
 
 
 def _open(
@@ -289,22 +341,6 @@ def _evaluate_output(
     batches = [batch.arrays() for batch in tokens.batches(settings.batch_size)]
     shown = show(batches, title="separate evaluation", unit="batches")
     return evaluate_loss(module, variables, shown)
-
-
-def _compare_output(
-    output: PathLike,
-    checkpoint: PathLike,
-    tokens: TokenFile,
-    settings: CompressionSettings,
-    implementation: str,
-    progress: bool,
-) -> DivergenceReport:
-    return measure_divergence(
-        *load_switch(output, settings.activation_dtype, implementation=implementation),
-        *load_switch(checkpoint, settings.activation_dtype),
-        [batch.arrays() for batch in tokens.batches(settings.batch_size)],
-        progress="comparison with the uncompressed model" if progress else None,
-    )
 
 
 def _load_tokens(tokens: PathLike | TokenFile, config: SwitchConfig) -> TokenFile:

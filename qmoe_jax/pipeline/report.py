@@ -30,6 +30,7 @@ class KernelReport:
       nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
       overload_share: share of lattice codes at the ends of their range: clipped, or just fitting.
       step: of the lattice, mean over experts; None of other grids.
+      token_counts: calibration tokens of each expert; zeros where there was no calibration.
     """
 
     name: str
@@ -44,6 +45,7 @@ class KernelReport:
     nonfinite_experts: int
     overload_share: float = 0.0
     step: float | None = None
+    token_counts: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -64,7 +66,9 @@ class CompressionReport:
         where none were given.
       validation_warning: what is wrong with that loss; None where nothing is.
       separate_validation: loss on them of the finished output, loaded again; None where not asked.
-      divergence: the finished output beside the uncompressed model on them; None where not asked.
+      divergence: of the finished output from the uncompressed model; None where not measured.
+      divergence_text: whose examples these are, "calibration" or "validation".
+      has_pages: whether a page and a model card stand beside the output, see `run_pages`.
     """
 
     output: str
@@ -80,6 +84,8 @@ class CompressionReport:
     validation_warning: str | None = None
     separate_validation: LossReport | None = None
     divergence: DivergenceReport | None = None
+    divergence_text: str = "calibration"
+    has_pages: bool = False
 
     @property
     def expert_weights(self) -> int:
@@ -201,7 +207,8 @@ class CompressionReport:
         if self.divergence is not None:
             (kl, kl_error), (gap, gap_error) = self.divergence.divergence, self.divergence.gap
             lines.append(
-                f"against the uncompressed model: KL {kl:.5f} ± {kl_error:.5f}, loss "
+                f"against the uncompressed model on {len(self.divergence.kl):,} "
+                f"{self.divergence_text} examples: KL {kl:.5f} ± {kl_error:.5f}, loss "
                 f"{gap:+.4f} ± {gap_error:.4f} nats a target token, "
                 f"{self.divergence.agreement:.2%} of the most probable tokens agree"
             )
@@ -246,4 +253,5 @@ def kernel_report(
         if "overload_share" in joined
         else 0.0,
         step=float(joined["step"].mean()) if "step" in joined else None,
+        token_counts=[float(count) for count in counts],
     )
