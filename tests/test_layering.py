@@ -35,6 +35,7 @@ LAYERS = (
     ("generation",),
     ("calibration",),
     ("evaluation",),
+    ("training",),
     ("pipeline",),
     ("planning",),
     ("demo", "t5x_plugin"),
@@ -59,6 +60,7 @@ FREE_OF_TENSORFLOW = (
     "models",
     "generation",
     "evaluation",
+    "training",
 )
 
 
