@@ -15,6 +15,7 @@ are float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit co
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def compressed_product(
     check_implementation(implementation)
     precision = dot_precision(x)
 
-    def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: None) -> Array:
+    def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: Any) -> Array:
         del scale
         (experts,) = kernels
         if multiply := _direct_product(x, index, kernels, num_experts, implementation):
