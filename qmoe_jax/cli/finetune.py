@@ -134,7 +134,7 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"{report['adapters']}: the corrections alone, for the initial checkpoint")
     if report["expert_adapters"]:
         lines.append(
-            f"{report['expert_adapters']}: corrections of codes, which {report['checkpoint']} needs "
+            f"{report['expert_adapters']}: corrections of codes, which the checkpoint needs too "
             "(load_switch.adapters)"
         )
     if found := report.get("validation"):

@@ -136,9 +136,10 @@ def _pull(
         own, down = tokens[:, :in_features], tokens[:, in_features:]
 
         def of_trained(own: Array, weights: dict[int, Array]) -> Array:
-            return block(
-                own, [weights[i] if i in weights else w for i, w in enumerate(fetched)], scale
-            )
+            used = list(fetched)
+            for i, weight in weights.items():
+                used[i] = weight
+            return block(own, used, scale)
 
         _, pull = jax.vjp(of_trained, own, {i: fetched[i] for i in trained})
         dx, weights = pull(jnp.where(mine, down, 0))
