@@ -37,6 +37,7 @@ LAYERS = (
     ("generation",),
     ("calibration",),
     ("evaluation",),
+    ("training",),
     ("pipeline",),
     ("planning",),
     ("demo", "t5x_plugin"),
@@ -61,6 +62,7 @@ FREE_OF_TENSORFLOW = (
     "models",
     "generation",
     "evaluation",
+    "training",
 )
 
 
