@@ -213,8 +213,8 @@ def compress(
     done.peak_host_bytes = peak_host_bytes()
     if report and processes.is_primary:
         examples = calibration if validation is None else validation
-        measured = done.divergence is not None or examples is None or report_examples == 0
-        if not measured and processes.count == 1 and _is_small(source):
+        wanted = report_examples > 0 and done.divergence is None
+        if wanted and examples is not None and processes.count == 1 and _is_small(source):
             done.divergence_text = "calibration" if validation is None else "validation"
             few = examples.first(min(report_examples, len(examples)))
             done.divergence = _measure_divergence(
