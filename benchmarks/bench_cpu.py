@@ -95,7 +95,9 @@ class Bench:
         self.by_numpy = np.asarray(kernel)
         self.jitted: dict[str, Callable[..., jax.Array]] = {}
 
-    def run(self, name: str, kind: str, experts: Experts) -> Callable[..., jax.Array]:
+    def run(
+        self, name: str, kind: str, experts: DenseExperts | CodedExperts
+    ) -> Callable[..., jax.Array]:
         """The product with experts, compiled once; experts are operands, not constants."""
         if isinstance(experts, DenseExperts):
             key = f"dense {experts.kernel.dtype}"

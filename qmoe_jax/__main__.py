@@ -22,6 +22,8 @@ COMMANDS = {
     "inspect": "what a checkpoint holds, and what each kernel costs",
     "evaluate": "losses, gaps and router statistics of checkpoints",
     "infer": "fill the blanks of texts",
+    "finetune": "train parts of a checkpoint over its codes",
+    "recover": "win back what compression took, by the uncompressed model's predictions",
     "dequantize": "a compressed checkpoint back to a native T5X one",
     "convert": "between compressed checkpoints and other layouts",
     "demo": "all of it on a small trained model",
@@ -37,6 +39,7 @@ NOBODY_READS = 141
 _EXTRAS = {
     "gin": "gin",
     "matplotlib": "plots",
+    "safetensors": "huggingface",
     "sentencepiece": "data",
     "seqio": "data",
     "tensorflow": "data",

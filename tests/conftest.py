@@ -80,12 +80,12 @@ def base(golden_checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def gptq(base, tmp_path_factory):
     """A compressed checkpoint and its report; do not write to it."""
-    from factories import CALIBRATION, QUICK
+    from factories import CALIBRATION, TERNARY
 
     import qmoe_jax
 
     path = tmp_path_factory.mktemp("gptq") / "compressed"
-    return path, qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+    return path, qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
 
 
 @pytest.fixture(scope="session")

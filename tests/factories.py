@@ -41,6 +41,7 @@ def random_tokens(seed, count, longest=24, num_embeddings=500):
 
 CALIBRATION = random_tokens(0, 40)
 QUICK = {"progress": False, "batch_size": 8, "expert_batch": 3, "token_chunk": 16}
+TERNARY = QUICK | {"grid": "ternary"}
 
 
 def same_tree(a, b):

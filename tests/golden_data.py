@@ -59,6 +59,23 @@ def load_golden(model: str) -> Mapping[str, np.ndarray]:
     return np.load(io.BytesIO(lzma.decompress(packed)))
 
 
+@functools.cache
+def load_gradients(model: str) -> Mapping[str, np.ndarray]:
+    """T5X's training loss and its gradients, with names as in golden/README.md."""
+    packed = (GOLDEN / f"switch_{model}" / "gradients.npz.xz").read_bytes()
+    return np.load(io.BytesIO(lzma.decompress(packed)))
+
+
+def thinned(name: str, gradient: np.ndarray) -> np.ndarray:
+    """The elements of a gradient that `load_gradients` has, flat; of experts the first two."""
+    if "/expert/" in name:
+        gradient = gradient[:2]
+    for most, kept in ((3000, 2000), (1000, 500)):
+        flat = gradient.reshape(-1)
+        gradient = flat[:: flat.size // kept] if flat.size > most else flat
+    return gradient
+
+
 def load_json(model: str, name: str) -> dict:
     """`name` is one of config, info and params_axes."""
     return json.loads((GOLDEN / f"switch_{model}" / f"{name}.json").read_text())

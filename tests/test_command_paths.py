@@ -159,6 +159,12 @@ PATHS = [
     plain("convert", "source", READ_FOLDER, "published", "import", "{}", "out"),
     plain("convert", "source", READ_FOLDER, "published", "export", "{}", "out"),
     plain("convert", "destination", WRITE_FOLDER, *EXPORT, "{}", "--overwrite"),
+    plain("convert", "source", READ_FOLDER, "huggingface", "{}", "out"),
+    plain("convert", "destination", WRITE_FOLDER, "huggingface", "compressed", "{}", "--overwrite"),
+    plain(
+        *("convert", "vocabulary", READ_FILE, "huggingface", "compressed", "out"),
+        "--vocabulary={}",
+    ),
     plain("demo", "output", WRITE_INTO, *DEMO, "--output={}"),
     plain("demo", "model", READ_FOLDER, *DEMO, "--output=out", "--model={}"),
     plain("demo", "checkpoint", READ_FOLDER, *DEMO, "--output=out", "--checkpoint={}"),
@@ -171,7 +177,7 @@ PATHS = [
 
 # Arguments that are texts and no paths; everything else must have a row.
 NO_PATHS = {
-    "compress": {"changes", "implementation"},
+    "compress": {"changes", "implementation", "report"},
     "convert": {"to"},
     "demo": {"implementation"},
     "evaluate": {"task", "split", "activation_dtype", "task_module", "cache"},

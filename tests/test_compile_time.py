@@ -8,7 +8,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from qmoe_jax.cli.infer import Speed
+from qmoe_jax.cli.printed_answers import Speed
 from qmoe_jax.generation import compile_time
 from qmoe_jax.generation.compile_time import CompileTime
 

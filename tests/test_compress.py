@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import CALIBRATION, QUICK, codes_of, random_tokens, same_tree
+from factories import CALIBRATION, QUICK, TERNARY, codes_of, random_tokens, same_tree
 from markers import slow
 
 import qmoe_jax
@@ -20,7 +20,7 @@ from qmoe_jax.models.load import dequantized
 
 def test_two_runs_are_bit_identical(base, gptq, tmp_path):
     path, _ = gptq
-    qmoe_jax.compress(base, tmp_path / "again", CALIBRATION, **QUICK)
+    qmoe_jax.compress(base, tmp_path / "again", CALIBRATION, **TERNARY)
     assert same_tree(path, tmp_path / "again")
 
 
@@ -84,7 +84,7 @@ def test_validation_tokens_change_nothing_but_give_the_loss(base, gptq, tmp_path
     path, _ = gptq
     validation = random_tokens(9, 11)
     report = qmoe_jax.compress(
-        base, tmp_path / "with", CALIBRATION, validation_tokens=validation, **QUICK
+        base, tmp_path / "with", CALIBRATION, validation_tokens=validation, **TERNARY
     )
     assert same_tree(path, tmp_path / "with")
     assert report.validation is not None
@@ -98,7 +98,7 @@ def test_validation_tokens_change_nothing_but_give_the_loss(base, gptq, tmp_path
 
 def test_batching_does_not_change_the_codes(base, gptq, tmp_path):
     path, _ = gptq
-    other = {**QUICK, "batch_size": 5, "expert_batch": 8, "token_chunk": 100}
+    other = {**TERNARY, "batch_size": 5, "expert_batch": 8, "token_chunk": 100}
     qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **other)
     ours, theirs = codes_of(path), codes_of(tmp_path / "other")
     different = sum(np.sum(ours[key] != theirs[key]) for key in ours)
@@ -109,14 +109,14 @@ def test_batching_does_not_change_the_codes(base, gptq, tmp_path):
 def test_memory_mapped_hidden_states_change_nothing(base, gptq, tmp_path):
     path, _ = gptq
     qmoe_jax.compress(
-        base, tmp_path / "mapped", CALIBRATION, buffer_dir=tmp_path / "buffers", **QUICK
+        base, tmp_path / "mapped", CALIBRATION, buffer_dir=tmp_path / "buffers", **TERNARY
     )
     assert same_tree(path, tmp_path / "mapped")
 
 
 def test_gptq_is_worse_on_weights_and_better_on_outputs(base, gptq, tmp_path):
     _, report = gptq
-    rtn = qmoe_jax.compress(base, tmp_path / "rtn", CALIBRATION, method="rtn", **QUICK)
+    rtn = qmoe_jax.compress(base, tmp_path / "rtn", CALIBRATION, method="rtn", **TERNARY)
     for ours, nearest in zip(report.kernels, rtn.kernels, strict=True):
         assert ours.name == nearest.name
         assert ours.relative_weight_error > nearest.relative_weight_error
@@ -124,8 +124,8 @@ def test_gptq_is_worse_on_weights_and_better_on_outputs(base, gptq, tmp_path):
 
 
 def test_rtn_needs_no_tokens_and_does_not_depend_on_them(base, tmp_path):
-    without = qmoe_jax.compress(base, tmp_path / "without", method="rtn", **QUICK)
-    qmoe_jax.compress(base, tmp_path / "with", CALIBRATION, method="rtn", **QUICK)
+    without = qmoe_jax.compress(base, tmp_path / "without", method="rtn", **TERNARY)
+    qmoe_jax.compress(base, tmp_path / "with", CALIBRATION, method="rtn", **TERNARY)
     ours, theirs = codes_of(tmp_path / "without"), codes_of(tmp_path / "with")
     for key in ours:
         np.testing.assert_array_equal(ours[key], theirs[key])
@@ -134,10 +134,10 @@ def test_rtn_needs_no_tokens_and_does_not_depend_on_them(base, tmp_path):
 
 def test_experts_without_tokens_are_rounded_and_counted(base, tmp_path):
     few = CALIBRATION[:1]
-    report = qmoe_jax.compress(base, tmp_path / "few", few, **QUICK)
+    report = qmoe_jax.compress(base, tmp_path / "few", few, **TERNARY)
     assert all(kernel.experts_without_tokens > 0 for kernel in report.kernels)
     assert any("saw no calibration token" in warning for warning in report.warnings())
-    nearest = qmoe_jax.compress(base, tmp_path / "rtn", method="rtn", **QUICK)
+    nearest = qmoe_jax.compress(base, tmp_path / "rtn", method="rtn", **TERNARY)
     module, _ = qmoe_jax.load_switch(tmp_path / "few")
     assert len(module.coded) == len(nearest.kernels)
 
@@ -161,7 +161,7 @@ def test_other_geometries(golden_checkpoint, tmp_path, model):
         ),
     )
     report = qmoe_jax.compress(
-        checkpoint, tmp_path / "out", tokens, validation_tokens=tokens[:4], **QUICK
+        checkpoint, tmp_path / "out", tokens, validation_tokens=tokens[:4], **TERNARY
     )
     sparse = len(config.encoder_sparse_layers) + len(config.decoder_sparse_layers)
     assert len(report.kernels) == sparse * (len(config.wi_names) + 1)
@@ -173,7 +173,7 @@ def test_other_geometries(golden_checkpoint, tmp_path, model):
 
 def test_the_log_has_a_line_a_layer(base, gptq, tmp_path):
     log = tmp_path / "log.jsonl"
-    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, log=log, **QUICK)
+    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, log=log, **TERNARY)
     start, *layers, finish = [json.loads(line) for line in log.read_text().splitlines()]
     assert (start["event"], finish["event"]) == ("start", "finish")
     assert [(line["stack"], line["layer"]) for line in layers] == [

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import CALIBRATION, QUICK, codes_of, random_tokens, shortened
+from factories import CALIBRATION, TERNARY, codes_of, random_tokens, shortened
 from markers import slow
 
 import qmoe_jax
@@ -17,7 +17,7 @@ OPTIONS = ({"group_size": 32}, {"true_sequential": True}, {"act_order": True})
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_run_and_matter(base, gptq, tmp_path, option):
     path, report = gptq
-    other = qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **QUICK)
+    other = qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **TERNARY)
     ours, theirs = codes_of(path), codes_of(tmp_path / "other")
     assert any(np.any(ours[key] != theirs[key]) for key in ours)
     if "group_size" in option:
@@ -30,7 +30,7 @@ def test_options_run_and_matter(base, gptq, tmp_path, option):
 # But for groups the format is the same.
 @pytest.mark.parametrize("option", [OPTIONS[0], *slow(*OPTIONS[1:])])
 def test_codes_lose_nothing_under_options(base, tmp_path, option):
-    qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **QUICK)
+    qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **TERNARY)
     module, variables = shortened(*qmoe_jax.load_switch(tmp_path / "other"), 2)
     batches = [batch.arrays() for batch in CALIBRATION[:16].batches(16)]
     through_codes = evaluate_loss(module, variables, batches)
@@ -51,7 +51,7 @@ class TestLayers:
             validation_tokens=validation,
             separate_evaluation=True,
             skip="decoder",
-            **QUICK,
+            **TERNARY,
         )
         module, variables = qmoe_jax.load_switch(tmp_path / "out")
         assert all(name.startswith("encoder/") for name, _ in module.coded)
@@ -82,7 +82,7 @@ class TestLayers:
                 "encoder/layers_3": {"grid": "2bit", "method": "gptq"},
                 "decoder/layers_1": {"method": "none"},
             },
-            **QUICK,
+            **TERNARY,
         )
         specs = open_compressed_checkpoint(tmp_path / "out").specs
         codings = {name.rpartition("/mlp")[0]: spec.coding for name, spec in specs.items()}
@@ -91,7 +91,7 @@ class TestLayers:
             "encoder/layers_3": "tunstall_2bit",
             "decoder/layers_3": "tunstall",
         }
-        rtn = qmoe_jax.compress(base, tmp_path / "rtn", method="rtn", **QUICK)
+        rtn = qmoe_jax.compress(base, tmp_path / "rtn", method="rtn", **TERNARY)
         assert report.kernels[0].zeros == rtn.kernels[0].zeros
         assert report.kernels[-1].zeros != rtn.kernels[-1].zeros
 
@@ -110,7 +110,7 @@ class TestLayers:
     )
     def test_refusals(self, base, tmp_path, changes, message):
         with pytest.raises(ValueError, match=message):
-            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **changes, **QUICK)
+            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **changes, **TERNARY)
         assert not list(tmp_path.iterdir())
 
 
@@ -118,7 +118,7 @@ def test_premasking_leaves_sentinels_out(base, gptq, tmp_path):
     """Replacing what stands at sentinels by another sentinel moves hidden states, so instead:
     without premasking the Hessians, and with them the codes, are different."""
     path, _ = gptq
-    qmoe_jax.compress(base, tmp_path / "all", CALIBRATION, premask_sentinels=False, **QUICK)
+    qmoe_jax.compress(base, tmp_path / "all", CALIBRATION, premask_sentinels=False, **TERNARY)
     ours, theirs = codes_of(path), codes_of(tmp_path / "all")
     assert any(np.any(ours[key] != theirs[key]) for key in ours)
 
@@ -131,7 +131,7 @@ def test_bfloat16_activations(golden_checkpoint, tmp_path):
         CALIBRATION,
         validation_tokens=CALIBRATION[:4],
         activation_dtype="bfloat16",
-        **QUICK,
+        **TERNARY,
     )
     module, variables = qmoe_jax.load_switch(tmp_path / "out", "bfloat16")
     batches = [batch.arrays() for batch in CALIBRATION[:4].batches(4)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorstore as ts
-from factories import CALIBRATION, QUICK, random_tokens
+from factories import CALIBRATION, TERNARY, random_tokens
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens
@@ -14,14 +14,14 @@ from qmoe_jax.errors import CheckpointError, TokensError
 class TestRefusals:
     def test_gptq_without_tokens(self, base, tmp_path):
         with pytest.raises(TokensError, match="needs calibration tokens"):
-            qmoe_jax.compress(base, tmp_path / "out", **QUICK)
+            qmoe_jax.compress(base, tmp_path / "out", **TERNARY)
         assert not list(tmp_path.iterdir())
 
     def test_existing_output(self, base, gptq):
         path, _ = gptq
         before = (path / "manifest.json").read_bytes()
         with pytest.raises(CheckpointError, match="overwrite=True"):
-            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         assert (path / "manifest.json").read_bytes() == before
 
     def test_bad_settings(self, base, tmp_path):
@@ -43,7 +43,7 @@ class TestRefusals:
                 golden_checkpoint("c", "t5x_bfloat16"),
                 tmp_path / "out",
                 tmp_path / "tokens.npz",
-                **QUICK,
+                **TERNARY,
             )
 
     def test_a_nan_in_the_last_layer_leaves_no_output(self, golden_copy, tmp_path):
@@ -61,7 +61,7 @@ class TestRefusals:
         ).result()
         array[1, 0, 0].write(np.float32("nan")).result()
         with pytest.raises(CheckpointError, match=f"{name}.*NaN"):
-            qmoe_jax.compress(checkpoint, tmp_path / "out", method="rtn", **QUICK)
+            qmoe_jax.compress(checkpoint, tmp_path / "out", method="rtn", **TERNARY)
         assert not (tmp_path / "out").exists()
         with pytest.raises(CheckpointError):
             qmoe_jax.load_switch(tmp_path / "out.partial")

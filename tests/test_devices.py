@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from factories import CALIBRATION, QUICK, codes_of, random_tokens, same_tree
+from factories import CALIBRATION, TERNARY, codes_of, random_tokens, same_tree
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens
@@ -59,7 +59,7 @@ def start(num_processes, num_devices, checkpoint, output, files, **settings):
             "output": str(output),
             "tokens": str(files["tokens"]),
             "validation": str(files["validation"]),
-            "settings": QUICK | settings,
+            "settings": TERNARY | settings,
         }
         processes.append(
             subprocess.Popen(
@@ -109,7 +109,7 @@ def alone(checkpoint, files, tmp_path_factory):
     """One device: the output and its report."""
     path = tmp_path_factory.mktemp("alone") / "out"
     report = qmoe_jax.compress(
-        checkpoint, path, files["tokens"], validation_tokens=files["validation"], **QUICK
+        checkpoint, path, files["tokens"], validation_tokens=files["validation"], **TERNARY
     )
     return path, report
 
@@ -143,7 +143,7 @@ def test_more_processes_than_batches_of_experts(checkpoint, files, alone, tmp_pa
     )
     assert len({result["loss"] for result in results}) == 1
     reference = tmp_path / "reference"
-    qmoe_jax.compress(checkpoint, reference, files["tokens"], true_sequential=True, **QUICK)
+    qmoe_jax.compress(checkpoint, reference, files["tokens"], true_sequential=True, **TERNARY)
     assert share_of_equal_codes(reference, tmp_path / "out") >= 0.999
 
 

@@ -7,7 +7,7 @@ import pytest
 from factories import CALIBRATION
 
 from qmoe_jax.calibration.tokens import TokenMetadata, read_plain_tokens
-from qmoe_jax.errors import CheckpointError
+from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.divergence import divergence_sums, measure_divergence
 from qmoe_jax.evaluation.evaluate import evaluate
 from qmoe_jax.evaluation.metrics import evaluate_loss
@@ -47,7 +47,7 @@ def demo_tokens():
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
     path = tmp_path_factory.mktemp("divergence") / "rtn"
-    compress(CHECKPOINT, path, method="rtn", progress=False)
+    compress(CHECKPOINT, path, grid="ternary", method="rtn", progress=False)
     return path
 
 
@@ -83,6 +83,22 @@ def test_evaluate_with_a_reference(demo_tokens, rounded, tmp_path):
     again = evaluate([("RTN", rounded)], demo_tokens, output=tmp_path, **run)
     assert again == document
     assert f"{found['kl']:.5f}" in summary(document)
+
+
+def test_compress_compares_its_output(demo_tokens, rounded, tmp_path):
+    with pytest.raises(TokensError, match="compare needs validation_tokens"):
+        compress(CHECKPOINT, tmp_path / "out", demo_tokens, compare=True, progress=False)
+    report = compress(
+        *(CHECKPOINT, tmp_path / "out", demo_tokens.first(4)),
+        **{"grid": "ternary", "method": "rtn", "batch_size": 16, "progress": False},
+        validation_tokens=demo_tokens,
+        compare=True,
+    )
+    run = {"reference": CHECKPOINT, "batch_size": 16, "progress": False, "tensorboard": False}
+    (model,) = evaluate([("RTN", rounded)], demo_tokens, **run)["models"]
+    assert report.to_json()["divergence"] == model["reference"]
+    assert report.separate_validation.loss == pytest.approx(report.validation.loss, rel=1e-5)
+    assert f"KL {model['reference']['kl']:.5f}" in report.summary()
 
 
 def test_a_reference_of_another_vocabulary_is_refused(base):

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from factories import CALIBRATION, QUICK, same_tree
+from factories import CALIBRATION, TERNARY, same_tree
 
 import qmoe_jax
 from qmoe_jax.errors import CheckpointError
@@ -32,13 +32,13 @@ def small_disk(tmp_path):
 
 def test_a_run_on_a_full_disk_goes_on_with_the_same_bytes(base, small_disk, tmp_path):
     folder, resize = small_disk
-    qmoe_jax.compress(base, tmp_path / "undisturbed", CALIBRATION, **QUICK)
+    qmoe_jax.compress(base, tmp_path / "undisturbed", CALIBRATION, **TERNARY)
     refused = 0
     # From no room for the journal to no room for the manifest.
     for kib in (64, 300, 360, 420, 480, 540, 600):
         resize(kib)
         try:
-            qmoe_jax.compress(base, folder / "out", CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, folder / "out", CALIBRATION, **TERNARY)
         except CheckpointError as error:
             assert "cannot write" in str(error)  # noqa: PT017 - how often is not known
             assert not (folder / "out").exists()
@@ -48,7 +48,7 @@ def test_a_run_on_a_full_disk_goes_on_with_the_same_bytes(base, small_disk, tmp_
     assert refused >= 3
     resize(16_000)
     if not (folder / "out").exists():
-        report = qmoe_jax.compress(base, folder / "out", CALIBRATION, **QUICK)
+        report = qmoe_jax.compress(base, folder / "out", CALIBRATION, **TERNARY)
         assert report.num_replayed > 0
     assert same_tree(folder / "out", tmp_path / "undisturbed")
 
@@ -56,5 +56,5 @@ def test_a_run_on_a_full_disk_goes_on_with_the_same_bytes(base, small_disk, tmp_
 def test_no_room_for_hidden_states(base, small_disk, tmp_path):
     folder, _ = small_disk
     with pytest.raises(CheckpointError, match="cannot reserve .* choose another buffer_dir"):
-        qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, buffer_dir=folder, **QUICK)
+        qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, buffer_dir=folder, **TERNARY)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import independent_reader
 import numpy as np
 import pytest
-from factories import CALIBRATION, QUICK
+from factories import CALIBRATION, TERNARY
 from independent_reader import DTYPES, Refused
 from test_inspect import write
 
@@ -100,7 +100,9 @@ def test_a_compressed_model(gptq):
     ids=["lattice", "groups", "dense experts"],
 )
 def test_settings(base, tmp_path, settings):
-    qmoe_jax.compress(base, tmp_path / "out", CALIBRATION[:8], method="rtn", **QUICK, **settings)
+    qmoe_jax.compress(
+        base, tmp_path / "out", CALIBRATION[:8], **TERNARY | {"method": "rtn"} | settings
+    )
     assert_same_parameters(tmp_path / "out")
 
 

@@ -1,6 +1,7 @@
 """The command `infer`: prompts in, answers out, and what bad input gets."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -34,7 +35,9 @@ def command(capsys, monkeypatch, tmp_path):
     """Runs the command in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, checkpoint=CHECKPOINT, vocabulary=VOCABULARY):
+    def run(*arguments, checkpoint=CHECKPOINT, vocabulary=VOCABULARY, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
         code = main(
             [
                 "infer",
@@ -242,7 +245,7 @@ class TestBadInput:
         assert tree(tmp_path) == before
 
     def test_prompts(self, command):
-        self.refused(command(), "PROMPTS")
+        self.refused(command(stdin=""), "there is no prompt", "PROMPTS")
         self.refused(command("a", "--gin.PROMPTS_FILE='x'"), "in one way")
         self.refused(command("--gin.PROMPTS='a'"), "must be a list, each a text")
         self.refused(command("a", ""), "prompt 2 is empty")
@@ -283,8 +286,6 @@ class TestPromptFiles:
             prompt_files.read_prompts(path)
 
     def test_stdin(self, monkeypatch):
-        import io
-
         monkeypatch.setattr("sys.stdin", io.StringIO('one\n{two}\n{"text": "three"}\n'))
         assert prompt_files.read_prompts("-") == ["one", "{two}", "three"]
 
@@ -350,3 +351,81 @@ class TestText:
         assert [first, last] == [theirs.vocab_size - 1, theirs.vocab_size - 100]
         text = "word3 <extra_id_0> text5 <extra_id_1>"
         assert ours.decode([*ours.encode(text), ours.eos_id]) == text
+
+
+class TestLines:
+    """Prompts that come one by one."""
+
+    def test_each_line_is_answered_as_it_comes(self, command, monkeypatch):
+        """The second is read when the first was answered; nothing is loaded or compiled twice."""
+        loads, compiled, order = [], [], []
+        monkeypatch.setattr(
+            "qmoe_jax.models.load.open_t5x_checkpoint",
+            lambda *a, **k: loads.append(a) or qmoe_jax.open_t5x_checkpoint(*a, **k),
+        )
+        print_answers = infer.print_answers
+        generate = infer.generate_batches
+
+        def timed(*arguments, **options):
+            for batch in generate(*arguments, **options):
+                compiled.append(batch.compile_seconds)
+                yield batch
+
+        def printing(answers, **options):
+            order.append(f"answered {answers[0].prompt}")
+            print_answers(answers, **options)
+
+        def lines():
+            for prompt in (*PROMPTS, PROMPTS[0]):
+                order.append(f"read {prompt}")
+                yield prompt
+
+        monkeypatch.setattr(infer, "generate_batches", timed)
+        monkeypatch.setattr(infer, "print_answers", printing)
+        monkeypatch.setattr(infer, "stdin_prompts", lines)
+        code, printed, errors = command(stdin="")
+        assert (code, errors.count("remark")) == (0, 0)
+        expected = [f"{what} {p}" for p in (*PROMPTS, PROMPTS[0]) for what in ("read", "answered")]
+        assert order == expected
+        assert len(loads) == 1
+        assert compiled[1:] == [0.0, 0.0]
+        answers = [printed.split(prompt + "\n")[1].split("\n")[0] for prompt in PROMPTS]
+        assert all(answer.startswith("  -> <extra_id_0>") for answer in answers)
+        # As all at once.
+        _, together, _ = command(*PROMPTS, PROMPTS[0])
+        assert together == printed
+
+    def test_a_pipe(self, command):
+        lines = '{"text": "Raises an <extra_id_0>."}\n\nOne <extra_id_100>.\nNothing.\n'
+        code, printed, errors = command("--gin.PROMPTS_FILE='-'", "--gin.STREAM=True", stdin=lines)
+        assert code == 2
+        assert printed.startswith("Raises an <extra_id_0>.\n  -> <extra_id_0>")
+        assert "Nothing.\n  -> " in printed
+        assert "not answered: <extra_id_100> is no sentinel" in errors
+        assert "remark: prompt 3 has no blank" in errors
+        assert "1 of 3 lines could not be answered" in errors
+
+    def test_a_line_of_no_encoding(self, command, monkeypatch):
+        stdin = io.TextIOWrapper(io.BytesIO(b"Caf\xff <extra_id_0>\n"))
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, printed, errors = command()
+        assert (code, printed) == (2, "")
+        assert "line 1 of stdin is no UTF-8" in errors
+
+    def test_samples_differ_from_line_to_line(self, command):
+        line = "Return the <extra_id_0> of the <extra_id_1>.\n"
+        flags = ("--gin.METHOD='sample'", "--gin.SEED=3", "--gin.TEMPERATURE=3.0")
+        _, printed, _ = command(*flags, stdin=3 * line)
+        answers = [text for text in printed.splitlines() if text.startswith("  -> ")]
+        assert len(answers) == 3
+        assert len(set(answers)) > 1
+        assert command(*flags, stdin=3 * line)[1] == printed
+
+    def test_remarks(self, command):
+        prompts = ("All there.", "A <extra_id_0> of <extra_id_0>.", "A <extra_id_0>.")
+        code, _, errors = command(*prompts)
+        assert code == 0
+        assert "remark: prompt 1 has no blank" in errors
+        assert "remark: prompt 2 has <extra_id_0> 2 times" in errors
+        assert errors.count("remark") == 2
+        assert command(*7 * ["All there."])[2].count("remark") == 6  # five, and that there are more

@@ -38,7 +38,7 @@ def begin(source, tmp_path):
     def start(**settings):
         for journal in journals:
             journal.close()
-        chosen = CompressionSettings(expert_batch=3, **settings)
+        chosen = CompressionSettings(grid="ternary", expert_batch=3, **settings)
         writer = CompressedCheckpointWriter(tmp_path / "out")
         journal = Journal(writer.work_folder, {"settings": chosen.to_json()}, discard=False)
         journals.append(journal)

@@ -21,7 +21,9 @@ LAYERS = (
         "formatting",
         "host_threads",
         "outputs",
+        "page",
         "paths",
+        "plots",
         "progress",
         "resources",
         "run_folder",
@@ -35,6 +37,7 @@ LAYERS = (
     ("generation",),
     ("calibration",),
     ("evaluation",),
+    ("training",),
     ("pipeline",),
     ("planning",),
     ("demo", "t5x_plugin"),
@@ -59,6 +62,7 @@ FREE_OF_TENSORFLOW = (
     "models",
     "generation",
     "evaluation",
+    "training",
 )
 
 

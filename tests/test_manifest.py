@@ -164,7 +164,7 @@ def test_other_versions_are_refused(manifest, tmp_path, version):
 
 def test_kernels_in_groups_that_change_places_are_found(base, tmp_path):
     """With groups wi and wo have rows of one width: only their files tell them apart."""
-    qmoe_jax.compress(base, tmp_path / "out", method="rtn", group_size=32, progress=False)
+    qmoe_jax.compress(base, tmp_path / "out", grid="ternary", method="rtn", group_size=32)
     path = tmp_path / "out" / "manifest.json"
     manifest = json.loads(path.read_text())
     specs = [manifest["coded"][kernel]["spec"] for kernel in (WI, WO)]

@@ -74,7 +74,7 @@ def test_a_loss_worse_than_guessing_is_remarked_on():
 
 def test_both_commands_say_so(base, tmp_path):
     """A random model, scaled to be sure of wrong answers, on random text."""
-    from factories import CALIBRATION, QUICK
+    from factories import CALIBRATION, TERNARY
 
     import qmoe_jax
     from qmoe_jax.evaluation.evaluate import evaluate
@@ -85,6 +85,6 @@ def test_both_commands_say_so(base, tmp_path):
     assert (loss > np.log(512)) == bool(document["models"][0]["warnings"])
     document["models"][0]["warnings"] = ["something is wrong"]
     assert summary(document).endswith("warning: checkpoint_500100: something is wrong")
-    options = QUICK | {"method": "rtn", "validation_tokens": CALIBRATION[:8]}
+    options = TERNARY | {"method": "rtn", "validation_tokens": CALIBRATION[:8]}
     report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION[:8], **options)
     assert (report.validation.loss > np.log(512)) == any("guessing" in w for w in report.warnings())

@@ -59,26 +59,28 @@ def text_of(executed, cell_id):
 
 def test_losses(run):
     _, results = run
-    uncompressed, rtn, gptq = results["evaluation"]["models"]
+    uncompressed, rtn, gptq, lattice = results["evaluation"]["models"]
     expected = INFO["results"]["dropless_f32"]["ce_sum_per_batch"][:4]
     # Every example of the demo has 29 targets.
     assert uncompressed["loss"] == pytest.approx(sum(expected) / (128 * 29), abs=1e-5)
-    assert (rtn["name"], gptq["name"]) == ("RTN", "GPTQ")
-    for model in (rtn, gptq):
+    assert [m["name"] for m in (rtn, gptq, lattice)] == ["RTN", "GPTQ", "lattice"]
+    for model in (rtn, gptq, lattice):
         assert model["num_target_tokens"] == 128 * 29
         assert model["gap"] == pytest.approx(model["loss"] - uncompressed["loss"], abs=1e-6)
     assert 0 < gptq["gap"] < 0.5 * rtn["gap"]
+    assert 0 < lattice["gap"] < 0.5 * rtn["gap"]
     assert rtn["gap"] < 0.05
 
 
 def test_compression(run):
     executed, results = run
-    rtn, gptq = results["compression"]["RTN"], results["compression"]["GPTQ"]
+    rtn, gptq, lattice = (results["compression"][name] for name in ("RTN", "GPTQ", "lattice"))
+    assert lattice["bits_per_weight"] < 0.65 * gptq["bits_per_weight"]
     assert 0.8 < rtn["bits_per_weight"] < gptq["bits_per_weight"] < 1.2
     for of_rtn, of_gptq in zip(rtn["kernels"], gptq["kernels"], strict=True):
         assert of_gptq["relative_layer_error"] < 0.5 * of_rtn["relative_layer_error"]
         assert of_rtn["zeros"] > of_gptq["zeros"]
-    for name, report in (("RTN", rtn), ("GPTQ", gptq)):
+    for name, report in (("RTN", rtn), ("GPTQ", gptq), ("lattice", lattice)):
         line = next(x for x in text_of(executed, "compress").splitlines() if x.startswith(name))
         assert f"at {report['bits_per_weight']:.3f} bits" in line
 
@@ -102,9 +104,9 @@ def test_plan_and_choice(run):
         assert re.search(rf"^switch_base_{count} +\d+\.\d GB +\d\.\d\d GB", choice, re.MULTILINE)
     assert results["plan"]["fits"]
     assert "The run fits" in text_of(executed, "plan")
-    # By the model's own experts, of the default method, against what was stored.
+    # At the default step, against what was stored.
     planned = results["plan"]["sizes"][0]["bits_per_weight"]
-    assert results["compression"]["GPTQ"]["bits_per_weight"] == pytest.approx(planned, rel=0.05)
+    assert results["compression"]["lattice"]["bits_per_weight"] == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.parametrize("cell_id", ["plots", "zeros", "error", "gap"])

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 from canary import tree
-from factories import CALIBRATION, QUICK
+from factories import CALIBRATION, TERNARY
 
 import qmoe_jax
 from qmoe_jax.calibration.tokens import write_tokens
@@ -187,7 +187,7 @@ class TestCompress:
         before = tree(canary)
         with pytest.raises(CheckpointError) as refusal:
             qmoe_jax.compress(
-                "model/checkpoint_500100", output, "tokens.npz", overwrite=True, **QUICK
+                "model/checkpoint_500100", output, "tokens.npz", overwrite=True, **TERNARY
             )
         assert "\n" not in str(refusal.value)
         assert tree(canary) == before
@@ -198,7 +198,7 @@ class TestCompress:
         before = tree(canary)
         for output in ("model", "model/checkpoint_500100"):
             with pytest.raises(CheckpointError):
-                qmoe_jax.compress("model", output, overwrite=True, method="rtn", **QUICK)
+                qmoe_jax.compress("model", output, overwrite=True, method="rtn", **TERNARY)
         assert tree(canary) == before
 
 
@@ -304,7 +304,7 @@ def test_work_of_a_run_is_not_put_among_other_files(base, tmp_path):
     (tmp_path / "work" / "calibration.npz").write_text("mine")
     before = tree(tmp_path)
     for overwrite in (False, True):
-        options = {"work_dir": tmp_path / "work", "overwrite": overwrite} | QUICK
+        options = {"work_dir": tmp_path / "work", "overwrite": overwrite} | TERNARY
         with pytest.raises(CheckpointError, match=r"holds calibration\.npz, which is of no run"):
             qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **options)
     assert tree(tmp_path) == before

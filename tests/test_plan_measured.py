@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from factories import CALIBRATION, QUICK
+from factories import CALIBRATION, QUICK, TERNARY
 from golden_data import DEMO
 
 import qmoe_jax
@@ -23,7 +23,7 @@ DEMO_BITS = {
 
 def planned(tmp_path, checkpoint, *arguments):
     file = tmp_path / "plan.json"
-    given = ["--num_examples", "40", "--host_gb", "64", "--disk_gb", "10"]
+    given = ["--num_examples", "40", "--host_gb", "64", "--disk_gb", "10", "--grid", "ternary"]
     assert main(["plan", str(checkpoint), *given, *arguments, "--json", str(file)]) == 0
     return json.loads(file.read_text())
 
@@ -46,7 +46,7 @@ def test_a_model_of_random_weights(base, tmp_path, method, tolerance):
     """GPTQ's part is an assumption from a trained model: it is off here, to the safe side."""
     mixed = {"decoder/*": {"grid": "2bit", "group_size": 16}}
     settings = {"method": method, "layer_overrides": mixed}
-    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **settings, **QUICK)
+    report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **settings, **TERNARY)
     plan = planned(tmp_path, base, "--method", method, "--layer_overrides", json.dumps(mixed))
     bits = plan["sizes"][0]["bits_per_weight"]
     assert bits == pytest.approx(report.bits_per_weight, rel=tolerance)
@@ -56,8 +56,10 @@ def test_a_model_of_random_weights(base, tmp_path, method, tolerance):
     assert size < plan["most_output_disk"]
 
 
-@pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
-def test_at_the_most_holds_while_a_run_works(base, tmp_path, monkeypatch, coding):
+@pytest.mark.parametrize(
+    ("grid", "coding"), [("ternary", "tunstall"), ("ternary", "qmoe"), ("lattice", "lattice")]
+)
+def test_at_the_most_holds_while_a_run_works(base, tmp_path, monkeypatch, grid, coding):
     """Of all files, at every moment that one of them is finished."""
     import qmoe_jax.pipeline.layer_store as layer_store
 
@@ -75,17 +77,28 @@ def test_at_the_most_holds_while_a_run_works(base, tmp_path, monkeypatch, coding
     for name in ("save_batch", "_move", "finish"):
         method = getattr(layer_store.LayerStore, name)
         monkeypatch.setattr(layer_store.LayerStore, name, look(method))
-    options = {"method": "rtn", "expert_coding": coding} | QUICK
+    options = QUICK | {"method": "rtn", "grid": grid, "expert_coding": coding}
     qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **options)
     assert len(seen) > 8
-    arguments = ["--method", "rtn", "--expert_coding", coding, "--expert_batch", "3"]
+    arguments = ["--method", "rtn", "--grid", grid, "--expert_coding", coding]
+    arguments += ["--expert_batch", "3"]
     assert max(seen) < planned(tmp_path, base, *arguments)["most_output_disk"]
 
 
 def test_a_disk_that_the_worst_weights_would_not_fit(base, tmp_path, capsys):
     plan = planned(tmp_path, base)
     expected, most = sum(plan["output_disk"].values()), plan["most_output_disk"]
-    given = ["plan", str(base), "--num_examples", "40", "--host_gb", "64", "--disk_gb"]
+    given = [
+        "plan",
+        str(base),
+        "--num_examples",
+        "40",
+        "--host_gb",
+        "64",
+        "--grid",
+        "ternary",
+        "--disk_gb",
+    ]
     capsys.readouterr()
     assert main([*given, str((expected + most) / 2e9)]) == 0
     out = capsys.readouterr().out
@@ -108,7 +121,7 @@ def test_few_experts_are_read(base, monkeypatch):
     monkeypatch.setattr(measured_zeros, "_SAMPLE_BYTES", 0)
     source = qmoe_jax.open_t5x_checkpoint(base)
     config = qmoe_jax.checkpoints.read_config.read_config(source)
-    settings = qmoe_jax.CompressionSettings(method="rtn")
+    settings = qmoe_jax.CompressionSettings(grid="ternary", method="rtn")
     shares = measured_zeros.measured_zero_shares(source, config, settings)
     assert len(read) == len({name for name, _, _ in read}) <= 8
     assert all(stop - start == 1 for _, start, stop in read)

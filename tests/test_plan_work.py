@@ -56,8 +56,10 @@ def test_operations_by_hand():
 
 def test_layers_that_stay_dense_cost_no_quantization():
     model, tokens = facts("switch_base_8"), some_tokens(validation=16)
-    both = make_plan(model, tokens, CompressionSettings(), resources())
-    half = make_plan(model, tokens, CompressionSettings(skip="decoder"), resources())
+    both = make_plan(model, tokens, CompressionSettings(grid="ternary"), resources())
+    half = make_plan(
+        model, tokens, CompressionSettings(grid="ternary", skip="decoder"), resources()
+    )
     assert half.work["Cholesky"].flops == both.work["Cholesky"].flops / 2
     assert half.work["experts' outputs"] == both.work["experts' outputs"]
     kept = model.num_parameters()["experts"] // 2
@@ -65,7 +67,9 @@ def test_layers_that_stay_dense_cost_no_quantization():
     assert half.sizes[0].dense == both.sizes[0].dense + 2 * kept
     assert [size.layout for size in half.sizes] == ["tunstall"]
     mixed = {"decoder/*": {"grid": "2bit"}}
-    plan = make_plan(model, tokens, CompressionSettings(layer_overrides=mixed), resources())
+    plan = make_plan(
+        model, tokens, CompressionSettings(grid="ternary", layer_overrides=mixed), resources()
+    )
     assert plan.sizes[0].layout == "tunstall + tunstall_2bit"
     assert set(plan.zero_shares) == {"ternary", "2bit"}
     assert plan.sizes[0].total > both.sizes[0].total

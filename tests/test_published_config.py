@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from published_factories import BASE, GEOMETRIES, C, random_dense
 
-from qmoe_jax.checkpoints import names, published_config, published_names
+from qmoe_jax.checkpoints import huggingface_names, names, published_config
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.errors import CheckpointError
 
@@ -19,12 +19,12 @@ def geometry(request):
 
 def test_every_parameter_has_one_name(geometry):
     config = published_config.config_from_hf(geometry)
-    dense = published_names.dense_parameters(config)
+    dense = huggingface_names.dense_parameters(config)
     shapes = parameter_shapes(config)
     experts = {name for name in shapes if names.is_expert_kernel(name)}
     assert dense.keys() | experts == shapes.keys()
     hf = [parameter.name for parameter in dense.values()]
-    copies = published_names.embedding_copies(config)
+    copies = huggingface_names.embedding_copies(config)
     expected = random_dense(geometry, np.random.default_rng(0))
     assert sorted([*hf, *copies]) == sorted(expected)  # each once, none left over
     for name, (hf_name, transposed) in dense.items():
@@ -32,7 +32,7 @@ def test_every_parameter_has_one_name(geometry):
         assert expected[hf_name].shape == shape, name
     assert {
         f"{names.mlp_prefix(stack, layer)}/expert/{kernel}/kernel"
-        for stack, layer in published_names.sparse_layers(config)
+        for stack, layer in huggingface_names.sparse_layers(config)
         for kernel in ("wi", "wo")
     } == experts
 

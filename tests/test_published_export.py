@@ -9,7 +9,7 @@ import pytest
 from command import command
 from published_factories import BASE, GEOMETRIES, write_published
 
-from qmoe_jax.checkpoints import names, published_config, published_files
+from qmoe_jax.checkpoints import names, published_config, torch_files
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.geometry import parameter_shapes
@@ -57,8 +57,8 @@ def test_round_trip(geometry, tmp_path, dtype):
     expected_files = {file.name for file in (tmp_path / "published").iterdir()}
     assert {file.name for file in (tmp_path / "exported").iterdir()} == expected_files
     for name in expected_files - {"config.json"}:
-        before = published_files.load(tmp_path / "published" / name)
-        after = published_files.load(tmp_path / "exported" / name)
+        before = torch_files.load(tmp_path / "published" / name)
+        after = torch_files.load(tmp_path / "exported" / name)
         assert before.keys() == after.keys()
         for key, value in before.items():
             if isinstance(value, int):
@@ -99,7 +99,7 @@ def test_the_files_hold_no_more_than_their_tensors(tmp_path):
     write_compressed(tmp_path / "compressed", published_config.config_from_hf(BASE))
     export_published(tmp_path / "compressed", tmp_path / "exported", progress=False)
     for file in (tmp_path / "exported").glob("exp*.pt"):
-        for tensor in published_files.load(file).values():
+        for tensor in torch_files.load(file).values():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -125,10 +125,14 @@ def test_neither_way_overwrites_unasked(published, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         import_published(published, tmp_path / "compressed", progress=False)
     import_published(published, tmp_path / "compressed", overwrite=True, progress=False)
+    exported = tmp_path / "exported"
+    export_published(tmp_path / "compressed", exported, progress=False)
     with pytest.raises(CheckpointError, match="exists already"):
-        export_published(tmp_path / "compressed", published, progress=False)
-    export_published(tmp_path / "compressed", published, overwrite=True, progress=False)
-    assert not (tmp_path / "published.partial").exists()
+        export_published(tmp_path / "compressed", exported, progress=False)
+    export_published(tmp_path / "compressed", exported, overwrite=True, progress=False)
+    assert not (tmp_path / "exported.partial").exists()
+    with pytest.raises(CheckpointError, match="not a model that this package exported"):
+        export_published(tmp_path / "compressed", published, overwrite=True, progress=False)
 
 
 def test_command(published, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from published_factories import BASE, GEOMETRIES, write_published
 
 import qmoe_jax
-from qmoe_jax.checkpoints import names, published_names
+from qmoe_jax.checkpoints import huggingface_names, names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.checkpoints.published import import_published
 from qmoe_jax.codec import reference
@@ -54,13 +54,13 @@ def flax_parameters(config, dense, weights):
     """The dense model's parameters by Flax name."""
     flat = {
         name: dense[hf_name].T if transposed else dense[hf_name]
-        for name, (hf_name, transposed) in published_names.dense_parameters(config).items()
+        for name, (hf_name, transposed) in huggingface_names.dense_parameters(config).items()
     }
-    for stack, layer in published_names.sparse_layers(config):
+    for stack, layer in huggingface_names.sparse_layers(config):
         for kernel in ("wi", "wo"):
             flat[names.expert_kernel(stack, layer, kernel)] = np.stack(
                 [
-                    weights[published_names.expert_kernel(stack, layer, expert, kernel)].T
+                    weights[huggingface_names.expert_kernel(stack, layer, expert, kernel)].T
                     for expert in range(config.num_experts)
                 ]
             )

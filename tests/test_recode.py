@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from canary import tree
 from command import command, refusal
-from factories import CALIBRATION, QUICK, same_tree, shortened
+from factories import CALIBRATION, TERNARY, same_tree, shortened
 
 import qmoe_jax
 from qmoe_jax.checkpoints import recode
@@ -34,7 +34,7 @@ def test_ternary_there_and_back(gptq, tmp_path, base):
     source = gptq[0]
     assert command("convert")(["coding", "qmoe", str(source), str(tmp_path / "qmoe")]) == 0
     assert coding_of(tmp_path / "qmoe") == {"qmoe"}
-    qmoe_jax.compress(base, tmp_path / "run", CALIBRATION, expert_coding="qmoe", **QUICK)
+    qmoe_jax.compress(base, tmp_path / "run", CALIBRATION, expert_coding="qmoe", **TERNARY)
     assert same_tree(tmp_path / "qmoe", tmp_path / "run")
     np.testing.assert_array_equal(logits(tmp_path / "qmoe"), logits(source))
     recode_checkpoint(tmp_path / "qmoe", tmp_path / "back", "tunstall", progress=False)
@@ -49,7 +49,7 @@ def test_one_grid_of_two(base, tmp_path):
         changed = {k: dict(v) for k, v in mixed["layer_overrides"].items()}
         if coding is not None:
             changed["decoder/*"]["expert_coding"] = coding
-        settings = mixed | {"layer_overrides": changed} | QUICK
+        settings = mixed | {"layer_overrides": changed} | TERNARY
         qmoe_jax.compress(base, tmp_path / str(coding), **settings)
     recode_checkpoint(tmp_path / "None", tmp_path / "recoded", "packed2", progress=False)
     assert coding_of(tmp_path / "recoded") == {"tunstall", "packed2"}

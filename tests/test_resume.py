@@ -4,7 +4,7 @@ import shutil
 
 import golden_data
 import pytest
-from factories import CALIBRATION, QUICK, same_tree
+from factories import CALIBRATION, TERNARY, same_tree
 from markers import slow
 
 import qmoe_jax
@@ -39,9 +39,9 @@ class TestResume:
             with monkeypatch.context() as patch:
                 stop_after(patch, stop)
                 with pytest.raises(Stopped):
-                    qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+                    qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
             assert not path.exists()
-        report = qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+        report = qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         assert report.num_replayed == sum(stops)
         # Finished layers are in the output already, and their kernels are not read again.
         assert report.bytes_read < gptq[1].bytes_read
@@ -54,17 +54,17 @@ class TestResume:
         with monkeypatch.context() as patch:
             stop_after(patch, 2)
             with pytest.raises(Stopped):
-                qmoe_jax.compress(base, path, CALIBRATION, **QUICK, **settings)
+                qmoe_jax.compress(base, path, CALIBRATION, **TERNARY, **settings)
 
     def test_other_settings_are_refused_and_named(self, base, gptq, tmp_path, monkeypatch):
         path = tmp_path / "out"
         self.stopped(base, path, monkeypatch, damping=0.2)
         message = r"settings.damping: 0.2 became 0.1"
         with pytest.raises(CheckpointError, match=message):
-            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         with pytest.raises(CheckpointError, match=r"tokens\.num_examples: 40 became 7"):
-            qmoe_jax.compress(base, path, CALIBRATION, num_examples=7, damping=0.2, **QUICK)
-        report = qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, num_examples=7, damping=0.2, **TERNARY)
+        report = qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **TERNARY)
         assert report.num_replayed == 0
         assert same_tree(path, gptq[0])
 
@@ -74,12 +74,12 @@ class TestResume:
 
         def meanwhile(*arguments):
             with pytest.raises(CheckpointError, match="another process is writing"):
-                qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
+                qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **TERNARY)
             raise Stopped
 
         monkeypatch.setattr(expert_layer, "quantize_batch", meanwhile)
         with pytest.raises(Stopped):
-            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         monkeypatch.setattr(expert_layer, "quantize_batch", compute)
 
     def test_a_work_folder_loses_only_what_is_the_run_s(self, base, gptq, tmp_path, monkeypatch):
@@ -89,8 +89,8 @@ class TestResume:
         with monkeypatch.context() as patch:
             stop_after(patch, 2)
             with pytest.raises(Stopped):
-                qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **QUICK)
-        report = qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **QUICK)
+                qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **TERNARY)
+        report = qmoe_jax.compress(base, path, CALIBRATION, work_dir=work, **TERNARY)
         assert report.num_replayed == 2
         assert same_tree(path, gptq[0])
         assert [file.name for file in work.iterdir()] == ["other.txt"]
@@ -100,14 +100,14 @@ class TestResume:
         with monkeypatch.context() as patch:
             stop_after(patch, 4)  # 3 batches make the first layer
             with pytest.raises(Stopped):
-                qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+                qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         (folder,) = path.with_name("out.partial").glob("coded/*encoder.layers_1*.wi/words")
         chunk = folder / "0"
         content = bytearray(chunk.read_bytes())
         content[5] ^= 1
         chunk.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"wi/words .* does not match its checksum"):
-            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
 
     def test_a_damaged_journal_entry_is_named(self, base, tmp_path, monkeypatch):
         path = tmp_path / "out"
@@ -115,15 +115,15 @@ class TestResume:
         entry = sorted((tmp_path / "out.partial" / "work").glob("*.npz"))[0]
         entry.write_bytes(entry.read_bytes()[:100])
         with pytest.raises(CheckpointError, match=f"{entry.name} is damaged"):
-            qmoe_jax.compress(base, path, CALIBRATION, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
         entry.unlink()
-        assert qmoe_jax.compress(base, path, CALIBRATION, **QUICK).num_replayed == 1
+        assert qmoe_jax.compress(base, path, CALIBRATION, **TERNARY).num_replayed == 1
 
     def test_an_interrupted_overwrite_keeps_the_old_output(self, base, gptq, tmp_path, monkeypatch):
         path = shutil.copytree(gptq[0], tmp_path / "out")
         stop_after(monkeypatch, 2)
         with pytest.raises(Stopped):
-            qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **QUICK)
+            qmoe_jax.compress(base, path, CALIBRATION, overwrite=True, **TERNARY)
         assert same_tree(path, gptq[0])
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorstore as ts
-from factories import CALIBRATION, QUICK
+from factories import CALIBRATION, TERNARY
 from test_resume import Stopped, stop_after
 
 import qmoe_jax
@@ -78,15 +78,15 @@ class TestCompress:
         with monkeypatch.context() as patch:
             stop_after(patch, 2)
             with pytest.raises(Stopped):
-                qmoe_jax.compress(model, tmp_path / "out", CALIBRATION, **QUICK)
+                qmoe_jax.compress(model, tmp_path / "out", CALIBRATION, **TERNARY)
         change_in_place(model)
         with pytest.raises(CheckpointError, match=r"checkpoint\.fingerprint: .* became"):
-            qmoe_jax.compress(model, tmp_path / "out", CALIBRATION, **QUICK)
+            qmoe_jax.compress(model, tmp_path / "out", CALIBRATION, **TERNARY)
 
     @pytest.mark.parametrize("count", [-3, 0, 41, 5000, True])
     def test_a_number_of_examples_that_there_are_not(self, base, tmp_path, count):
         with pytest.raises(TokensError, match="num_examples is .*, but there are 40 examples"):
-            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, num_examples=count, **QUICK)
+            qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, num_examples=count, **TERNARY)
         assert list(tmp_path.iterdir()) == []
 
 

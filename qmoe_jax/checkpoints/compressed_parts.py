@@ -76,6 +76,7 @@ class CodedExperts:
     """A coded kernel of a compressed checkpoint, read a few experts at a time.
 
     Attributes:
+      name: of the kernel's parameter, as `encoder/layers_1/mlp/expert/wi/kernel`.
       spec: of the whole kernel.
       outline: sizes of its arrays.
     """
@@ -93,6 +94,7 @@ class CodedExperts:
         """
         self._folder, self._kernel = checkpoint._folder, kernel
         self._entries = checkpoint._manifest["coded"][kernel]["arrays"]
+        self.name = f"{kernel}/kernel"
         self.spec = checkpoint.specs[kernel]
         coding = codings.get_coding(self.spec.coding)
         if self._entries.keys() != set(coding.array_names):

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
+from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_parts import CodedExperts
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.checkpoints.layouts import step_of_name
@@ -59,13 +59,8 @@ def dequantize_checkpoint(
     if dtype not in get_args(NativeDtype):
         raise CheckpointError(f"dtype is {dtype!r}; give {' or '.join(get_args(NativeDtype))}")
     checkpoint = open_compressed_checkpoint(source)
+    check_complete(checkpoint)
     shapes = parameter_shapes(checkpoint.config)
-    held = {f"{kernel}/kernel" for kernel in checkpoint.specs} | set(checkpoint.dense_names)
-    if wrong := sorted(held ^ shapes.keys()):
-        raise CheckpointError(
-            f"{checkpoint.url} does not hold the parameters of its config: {wrong[0]} is missing "
-            "or does not belong; compress the model again"
-        )
     if step is None:
         step = step_of_name(checkpoint.url) or 0
     writer = T5XCheckpointWriter(folder, step)
@@ -99,23 +94,54 @@ def _write_experts(
     dtype: NativeDtype,
     advance: Callable[[int], object],
 ) -> None:
+    experts.verify()
+    batch = writer.create(name, shape, dtype)
+    for start in range(0, shape[0], batch):
+        stop = min(start + batch, shape[0])
+        writer.write(name, np.stack(list(dense_experts(experts, shape, dtype, start, stop))), start)
+        advance(stop - start)
+
+
+def check_complete(checkpoint: CompressedCheckpoint) -> None:
+    """Refuse a checkpoint that does not hold exactly the parameters of its config.
+
+    Raises:
+      CheckpointError: such a checkpoint.
+    """
+    held = {f"{kernel}/kernel" for kernel in checkpoint.specs} | set(checkpoint.dense_names)
+    if wrong := sorted(held ^ parameter_shapes(checkpoint.config).keys()):
+        raise CheckpointError(
+            f"{checkpoint.url} does not hold the parameters of its config: {wrong[0]} is missing "
+            "or does not belong; compress the model again"
+        )
+
+
+def dense_experts(
+    experts: CodedExperts, shape: tuple[int, ...], dtype: NativeDtype, start: int, stop: int
+) -> Iterator[Float[np.ndarray, "in out"]]:
+    """Yield the Flax kernels of experts start to stop - 1, whose codes are read at once.
+
+    Args:
+      experts: of a kernel.
+      shape: that the config implies for all of it, `[experts, in, out]`.
+      dtype: of the result.
+      start: first expert.
+      stop: the expert after the last.
+
+    Raises:
+      CheckpointError: the codes are of another shape, or cannot be read.
+      CodecError: damaged codes.
+    """
     spec = experts.spec
     num_weights = int(np.prod(shape[1:], dtype=np.int64))
     if (spec.num_experts, spec.rows * spec.width) != (shape[0], num_weights):
-        _check_shape(name, (spec.num_experts, spec.width, spec.rows), shape)
-    experts.verify()
+        raise _wrong_shape(experts.name, (spec.num_experts, spec.width, spec.rows), shape)
     # One length of codes for all experts, so that one program decodes them.
     longest = max(experts.outline.expert_sizes, default=0)
     code_length = 1 << max(0, longest - 1).bit_length()
-    batch = writer.create(name, shape, dtype)
-    for start, coded in experts.each(batch):
-        count = coded.spec.num_experts
-        kernels = [
-            decode_kernel(codings.slice_experts(coded, i, i + 1), shape[1], code_length, dtype)
-            for i in range(count)
-        ]
-        writer.write(name, np.stack(kernels), start)
-        advance(count)
+    coded = experts.read(start, stop)
+    for i in range(stop - start):
+        yield decode_kernel(codings.slice_experts(coded, i, i + 1), shape[1], code_length, dtype)
 
 
 def decode_kernel(
@@ -145,7 +171,11 @@ def _decoder(spec: TensorSpec, dtype: NativeDtype) -> Callable[..., jax.Array]:
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if tuple(found) != tuple(expected):
-        raise CheckpointError(
-            f"{name} has shape {list(found)}, but the config implies {list(expected)}: the "
-            "manifest is damaged, compress the model again"
-        )
+        raise _wrong_shape(name, found, expected)
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{name} has shape {list(found)}, but the config implies {list(expected)}: the manifest is "
+        "damaged, compress the model again"
+    )

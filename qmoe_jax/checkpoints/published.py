@@ -23,10 +23,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qmoe_jax.checkpoints import names, published_config, published_files, published_names
+from qmoe_jax.checkpoints import huggingface_names, names, published_config, torch_files
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.checkpoints.huggingface_config import read_fields
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.coding_qmoe import row_bound
 from qmoe_jax.codec.tensor import (
@@ -100,7 +101,7 @@ def import_published(
     """
     folder = local_path(path, "the published model")
     config = _read_config(folder)
-    layers = published_names.sparse_layers(config)
+    layers = huggingface_names.sparse_layers(config)
     _check_expert_files(folder, len(layers))
     sizes = _read_sizes(folder, config)
     writer = CompressedCheckpointWriter(output, overwrite=overwrite, inputs=[path])
@@ -110,7 +111,7 @@ def import_published(
         show_progress(layers, title="importing", unit="layers", shown=progress)
     ):
         file = folder / _expert_file(index)
-        tensors = published_files.load(file)
+        tensors = torch_files.load(file)
         _check_keys(file, tensors, _expert_keys(config, stack, layer), config)
         for kernel in _KERNELS:
             coded = _read_kernel(file, tensors, sizes, config, (stack, layer, kernel))
@@ -120,17 +121,11 @@ def import_published(
 
 def _read_config(folder: pathlib.Path) -> SwitchConfig:
     file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} does not exist: give the folder of a published QMoE model, which holds "
-            "config.json, noexp.pt, exp*.pt and sizes.pt"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no JSON ({error}): copy the model again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    fields = read_fields(
+        file,
+        "give the folder of a published QMoE model, which holds config.json, noexp.pt, exp*.pt and "
+        "sizes.pt",
+    )
     try:
         return published_config.config_from_hf(fields)
     except CheckpointError as error:
@@ -155,10 +150,10 @@ def _check_expert_files(folder: pathlib.Path, count: int) -> None:
 def _read_sizes(folder: pathlib.Path, config: SwitchConfig) -> dict[str, int]:
     """Return the number of codewords of each expert kernel, by Hugging Face's module."""
     file = folder / "sizes.pt"
-    sizes = published_files.load(file)
+    sizes = torch_files.load(file)
     modules = [
         module
-        for stack, layer in published_names.sparse_layers(config)
+        for stack, layer in huggingface_names.sparse_layers(config)
         for module in _expert_modules(config, stack, layer)
     ]
     _check_keys(file, sizes, modules, config)
@@ -173,17 +168,15 @@ def _read_sizes(folder: pathlib.Path, config: SwitchConfig) -> dict[str, int]:
 
 def _read_dense(folder: pathlib.Path, config: SwitchConfig) -> dict[str, np.ndarray]:
     file = folder / "noexp.pt"
-    tensors = published_files.load(file)
-    parameters = published_names.dense_parameters(config)
-    copies = published_names.embedding_copies(config)
+    tensors = torch_files.load(file)
+    parameters = huggingface_names.dense_parameters(config)
+    copies = huggingface_names.embedding_copies(config)
     _check_keys(file, tensors, [*copies, *(p.name for p in parameters.values())], config)
     shapes = parameter_shapes(config)
     arrays = {}
     for name, (hf_name, transposed) in parameters.items():
         shape = shapes[name][::-1] if transposed else shapes[name]
-        array = published_files.to_numpy(
-            tensors[hf_name], f"{file}: {hf_name}", _DENSE_DTYPES, shape
-        )
+        array = torch_files.to_numpy(tensors[hf_name], f"{file}: {hf_name}", _DENSE_DTYPES, shape)
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"{file}: {hf_name} holds NaN or infinite values: the file is damaged, copy the "
@@ -193,7 +186,7 @@ def _read_dense(folder: pathlib.Path, config: SwitchConfig) -> dict[str, np.ndar
     embedding = arrays[names.EMBEDDING]
     for hf_name in copies:
         where = f"{file}: {hf_name}"
-        copy = published_files.to_numpy(tensors[hf_name], where, _DENSE_DTYPES, embedding.shape)
+        copy = torch_files.to_numpy(tensors[hf_name], where, _DENSE_DTYPES, embedding.shape)
         # Hugging Face's float32 base-128 has a bfloat16 lm_head beside a float32 embedding.
         if not np.array_equal(copy, embedding.astype(copy.dtype)):
             raise CheckpointError(
@@ -215,7 +208,7 @@ def _read_kernel(
     stack, layer, kernel = place
     shape = parameter_shapes(config)[names.expert_kernel(stack, layer, kernel)]
     experts, in_features, out_features = shape
-    modules = [published_names.expert_kernel(stack, layer, e, kernel) for e in range(experts)]
+    modules = [huggingface_names.expert_kernel(stack, layer, e, kernel) for e in range(experts)]
     what = f"{file}: {stack}.block.{layer}, experts' {kernel}"
     try:
         expert_offsets = to_offsets(np.array([sizes[m] for m in modules], np.int64), "sizes")
@@ -226,7 +219,7 @@ def _read_kernel(
     levels = np.empty((experts, out_features, 2), ml_dtypes.bfloat16)
     for expert, module in enumerate(modules):
         here = f"{file}: {module}"
-        part = published_files.to_numpy(
+        part = torch_files.to_numpy(
             tensors[f"{module}.w_comp"], f"{here}.w_comp", ("int16",), (None,)
         )
         if part.size != sizes[module]:
@@ -235,7 +228,7 @@ def _read_kernel(
                 "files are of two models, or one is damaged; copy both again"
             )
         codewords[expert_offsets[expert] : expert_offsets[expert + 1]] = part.view(np.uint16)
-        row_offsets = published_files.to_numpy(
+        row_offsets = torch_files.to_numpy(
             tensors[f"{module}.row_off"], f"{here}.row_off", ("int32",), (out_features + 1,)
         )
         try:
@@ -243,13 +236,13 @@ def _read_kernel(
         except CodecError as error:
             raise CheckpointError(f"{error} Copy the model again.") from error
         counts[expert] = np.diff(row_offsets)
-        levels[expert] = published_files.to_numpy(
+        levels[expert] = torch_files.to_numpy(
             tensors[f"{module}.ter_minmax"],
             f"{here}.ter_minmax",
             ("bfloat16",),
             (2 * out_features,),
         ).reshape(out_features, 2)
-        published_files.to_numpy(tensors[f"{module}.weight"], f"{here}.weight", _DENSE_DTYPES, (0,))
+        torch_files.to_numpy(tensors[f"{module}.weight"], f"{here}.weight", _DENSE_DTYPES, (0,))
     try:
         bound = row_bound(int(counts.max(initial=0)), in_features)
         arrays = {
@@ -302,9 +295,9 @@ def export_published(
     try:
         content = json.dumps(fields | _MARK, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(content)
-        published_files.save(partial / "noexp.pt", _dense_to_hf(source))
+        torch_files.save(partial / "noexp.pt", _dense_to_hf(source))
         sizes: dict[str, int] = {}
-        layers = published_names.sparse_layers(config)
+        layers = huggingface_names.sparse_layers(config)
         for index, (stack, layer) in enumerate(
             show_progress(layers, title="exporting", unit="layers", shown=progress)
         ):
@@ -312,12 +305,12 @@ def export_published(
             for kernel in _KERNELS:
                 coded = source.read_coded(f"{names.mlp_prefix(stack, layer)}/expert/{kernel}")
                 for expert in range(config.num_experts):
-                    module = published_names.expert_kernel(stack, layer, expert, kernel)
+                    module = huggingface_names.expert_kernel(stack, layer, expert, kernel)
                     parts = _split_expert(coded, expert)
                     sizes[module] = parts["w_comp"].size
                     tensors |= {f"{module}.{part}": array for part, array in parts.items()}
-            published_files.save(partial / _expert_file(index), tensors)
-        published_files.save(partial / "sizes.pt", sizes)
+            torch_files.save(partial / _expert_file(index), tensors)
+        torch_files.save(partial / "sizes.pt", sizes)
         folder.finish()
     except BaseException:
         folder.discard()
@@ -362,10 +355,10 @@ def _dense_to_hf(source: CompressedCheckpoint) -> dict[str, np.ndarray]:
     arrays = source.read_dense()
     tensors = {
         hf_name: arrays[name].T if transposed else arrays[name]
-        for name, (hf_name, transposed) in published_names.dense_parameters(source.config).items()
+        for name, (hf_name, transposed) in huggingface_names.dense_parameters(source.config).items()
     }
     embedding = arrays[names.EMBEDDING]
-    return tensors | dict.fromkeys(published_names.embedding_copies(source.config), embedding)
+    return tensors | dict.fromkeys(huggingface_names.embedding_copies(source.config), embedding)
 
 
 def _split_expert(coded: CodedTensor, expert: int) -> dict[str, np.ndarray]:
@@ -384,7 +377,7 @@ def _split_expert(coded: CodedTensor, expert: int) -> dict[str, np.ndarray]:
 
 def _expert_modules(config: SwitchConfig, stack: str, layer: int) -> list[str]:
     return [
-        published_names.expert_kernel(stack, layer, expert, kernel)
+        huggingface_names.expert_kernel(stack, layer, expert, kernel)
         for expert in range(config.num_experts)
         for kernel in _KERNELS
     ]

@@ -47,6 +47,24 @@ def kvstore_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     )
 
 
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a local file or an object of gs://, whole or not at all.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    folder, _, file = os.fspath(path).rpartition("/")
+    if not folder:
+        folder = "/" if os.fspath(path).startswith("/") else "."
+    try:
+        ts.KvStore.open(kvstore_spec(folder)).result().write(file, content).result()
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot write {os.fspath(path)}: {short_message(error)}. Check free space and "
+            "permissions."
+        ) from error
+
+
 def make_context(cache_bytes: int) -> ts.Context:
     """TensorStore context whose decoded chunks are cached up to `cache_bytes`."""
     return ts.Context(

@@ -40,7 +40,12 @@ prepared there), jsonl (FILES of JSON lines) or text (FILES or a folder of .txt)
 _span_corruption (T5X's: documents concatenated, cut to full length) or _whole_documents (the
 paper's). With TASK_MODULE, a seqio task that it registers.
 
-With OUTPUT, metrics.json and TensorBoard events are written there, and a stopped run goes on."""
+--routers shows a table of each checkpoint's routers too.
+
+With OUTPUT, metrics.json, report.html (the tables, routers too, and losses against sizes) and
+TensorBoard events are written there, and a stopped run goes on."""
+
+_ROUTERS = "--routers"
 
 IF_INTERRUPTED = "with OUTPUT, the same command goes on where it was"
 
@@ -188,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
         description=_DESCRIPTION,
         default_gin_file="gin/runs/eval.gin",
         optional_macros=("VOCABULARY",),
-        argv=argv,
+        argv=[flag for flag in argv if flag != _ROUTERS],
     )
-    print(summary(document))
+    print(summary(document, routers=_ROUTERS in argv))
     return 0

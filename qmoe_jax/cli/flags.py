@@ -313,15 +313,9 @@ def _check_macros(config: str, bindings: Sequence[str]) -> None:
 
 def _save_beside(output: str, text: str) -> None:
     """Write the configuration beside a local or gs:// output, whole or not at all."""
-    import tensorstore as ts
+    from qmoe_jax.checkpoints.storage import write_file
 
-    from qmoe_jax.checkpoints.storage import kvstore_spec
-
-    path = operative_config_path(output)
-    folder, _, file = path.rpartition("/")
-    if not folder:
-        folder = "/" if path.startswith("/") else "."
-    ts.KvStore.open(kvstore_spec(folder)).result().write(file, text.encode()).result()
+    write_file(operative_config_path(output), text.encode())
 
 
 def _message(error: Exception) -> str:

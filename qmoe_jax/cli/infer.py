@@ -1,20 +1,25 @@
 """`qmoe-jax infer`: fill the blanks of texts with a checkpoint, native or compressed."""
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-import jax
 
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.cli import flags
-from qmoe_jax.formatting import format_memory
+from qmoe_jax.cli.printed_answers import Speed, from_line, marked, print_answers, to_line
+from qmoe_jax.errors import TokensError
 from qmoe_jax.generation import text
 from qmoe_jax.generation.compile_time import CompileTime
-from qmoe_jax.generation.prompt_files import AnswerFile, read_prompts, run_identity
+from qmoe_jax.generation.prompt_files import (
+    AnswerFile,
+    read_prompts,
+    run_identity,
+    stdin_prompts,
+)
 from qmoe_jax.generation.prompts import (
     Answer,
     check_prompt_lengths,
@@ -22,25 +27,30 @@ from qmoe_jax.generation.prompts import (
     stream_prompt,
 )
 from qmoe_jax.generation.settings import GenerationSettings
-from qmoe_jax.generation.text import Filled, Vocabulary, fill_blanks, filled
+from qmoe_jax.generation.text import Filled, Vocabulary, filled, prompt_remarks
 from qmoe_jax.models.load import dequantized, load_switch
-from qmoe_jax.pipeline.run_log import peak_host_bytes
 from qmoe_jax.progress import progress
 
 _DESCRIPTION = """\
 Fill the blanks of texts with a Switch Transformer, native or compressed.
 
 A blank is written <extra_id_0>, the next <extra_id_1>, and so on. Prompts are arguments, or the
-list PROMPTS, or the lines of PROMPTS_FILE ('-' is stdin; JSON lines with a text 'inputs' or 'text'
-are welcome). Each is printed with what was generated (->) and with its blanks filled (=>).
+list PROMPTS, or the lines of PROMPTS_FILE (JSON lines with a text 'inputs' or 'text' are welcome).
+Each is printed with what was generated (->) and with its blanks filled (=>).
+
+Without any of these, prompts are read line by line from the terminal or a pipe, and each is
+answered as it comes: the model is loaded once, and compiled once for each length (32, 64, ...
+tokens) that prompts are padded to. PROMPTS_FILE '-' does the same; with OUTPUT all lines are read
+first.
 
 examples:
   qmoe-jax infer --gin.CHECKPOINT="'compressed'" \\
     --gin.VOCABULARY="'sentencepiece.model'" 'Return the <extra_id_0> of the array.'
+  producer | qmoe-jax infer --gin.CHECKPOINT=... --gin.VOCABULARY=...   # answers as lines come
   ... --gin.PROMPTS_FILE="'prompts.txt'" --gin.OUTPUT="'answers.jsonl'" --gin.METHOD="'beam'"
   ... --gin.METHOD="'sample'" --gin.TOP_P=0.9 --gin.SEED=1 --gin.STREAM=True 'A <extra_id_0>.'
 
-Required: CHECKPOINT, VOCABULARY, and prompts.
+Required: CHECKPOINT, VOCABULARY.
 How to generate: METHOD 'greedy', 'beam' (BEAM_SIZE, ALPHA) or 'sample' (TEMPERATURE, TOP_K, TOP_P,
   SEED), NUM_DECODES, MAX_DECODE_LENGTH, MAX_INPUT_LENGTH, BATCH_SIZE.
 An answer ends when its blanks are filled; with GenerationSettings.stop_when_filled=False, with
@@ -50,6 +60,8 @@ STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
 DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
 
 IF_INTERRUPTED = "with OUTPUT, the same command goes on where it was"
+
+_MOST_REMARKS = 5
 
 # Flags whose value may be the next argument, which then is no prompt.
 _FLAGS_WITH_VALUE = ("--gin_file", "--gin_bindings", "--gin_search_paths")
@@ -118,7 +130,8 @@ def infer(
 ) -> list[list[Filled]]:
     """Fill the blanks (`<extra_id_0>`, `<extra_id_1>`, ...) of prompts, and print the answers.
 
-    Progress, speed and memory go to stderr.
+    Progress, speed, memory, and remarks on prompts without blanks go to stderr. Without prompts,
+    and with `prompts_file` "-" but no `output`, lines of stdin are answered as they come.
 
     Args:
       checkpoint: native T5X or compressed, local or gs://.
@@ -145,13 +158,24 @@ def infer(
     settings = settings or GenerationSettings()
     if stream:
         settings.check_streamable()
-    if (prompts is None) == (prompts_file is None):
+    if prompts is not None and prompts_file is not None:
         raise ValueError(
             "give prompts in one way: as arguments, as the list PROMPTS, or by PROMPTS_FILE"
         )
+    if prompts is None and prompts_file in (None, "-") and output is None:
+        words = text.Vocabulary(vocabulary)
+        text.check_vocabulary(words, read_config(checkpoint).num_embeddings)
+        lines = _first_read(stdin_prompts())
+
+        def loaded() -> tuple[Any, Any]:
+            module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
+            if dequantize:
+                return dequantized(module, variables, activation_dtype)
+            return module, variables
+
+        return _answer_lines(lines, loaded, words, settings, stream)
     if prompts is None:
-        assert prompts_file is not None
-        prompts = read_prompts(prompts_file)
+        prompts = read_prompts("-" if prompts_file is None else prompts_file)
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"PROMPTS is {prompts!r}; give a list of texts")
     words = text.Vocabulary(vocabulary)
@@ -167,6 +191,7 @@ def infer(
     module, variables = load(checkpoint, activation_dtype, expert_capacity_factor)
     if dequantize:
         module, variables = dequantized(module, variables, activation_dtype)
+    _remark(prompts)
     try:
         if answer_file is not None:
             answer_file.begin(run_identity(checkpoint, module, settings, ids))
@@ -240,118 +265,144 @@ def _stream(
             answers.append(from_line(finished[number][number]))
             print_answers(answers[-1])
             continue
-        print(f"{prompt}\n  -> ", end="", flush=True)
-        start = time.perf_counter()
-        tokens: list[int] = []
-        printed = ""
-        with CompileTime() as compiling:
-            for token in stream_prompt(
-                module,
-                variables,
-                prompt_ids,
-                settings,
-                number=number,
-                eos_id=vocabulary.eos_id,
-                sentinels=vocabulary.sentinel_ids,
-            ):
-                tokens.append(token)
-                text = vocabulary.decode(tokens)
-                # A later piece may change what the earlier ones read like; then print no further.
-                if text.startswith(printed):
-                    print(text[len(printed) :], end="", flush=True)
-                    printed = text
-        seconds = time.perf_counter() - start
-        answer = filled(prompt, Answer(tuple(tokens), float("nan")), vocabulary)
-        if printed != answer.generated:
-            print(f"\n  -> {answer.generated}", end="")
-        print(f"\n  => {marked(answer)}", flush=True)
+        print(prompt)
+        answer = _stream_one(
+            module, variables, vocabulary, prompt, prompt_ids, settings, number, speed
+        )
         answers.append([answer])
         if answer_file is not None:
             answer_file.add(number, {number: to_line([answer])})
-        speed.add(len(tokens), seconds - compiling.seconds, compiling.seconds)
     print(speed.summary(), file=sys.stderr)
     return answers
 
 
-# --- What is printed and written ---
+def _stream_one(
+    module: Any,
+    variables: Any,
+    vocabulary: Vocabulary,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    settings: GenerationSettings,
+    number: int,
+    speed: Speed,
+) -> Filled:
+    """Print the answer to a prompt, below it, as its tokens come; `number` decides its key."""
+    print("  -> ", end="", flush=True)
+    start = time.perf_counter()
+    tokens: list[int] = []
+    printed = ""
+    with CompileTime() as compiling:
+        for token in stream_prompt(
+            module,
+            variables,
+            prompt_ids,
+            settings,
+            number=number,
+            eos_id=vocabulary.eos_id,
+            sentinels=vocabulary.sentinel_ids,
+        ):
+            tokens.append(token)
+            text = vocabulary.decode(tokens)
+            # A later piece may change what the earlier ones read like; then print no further.
+            if text.startswith(printed):
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+    seconds = time.perf_counter() - start
+    answer = filled(prompt, Answer(tuple(tokens), float("nan")), vocabulary)
+    if printed != answer.generated:
+        print(f"\n  -> {answer.generated}", end="")
+    print(f"\n  => {marked(answer)}", flush=True)
+    speed.add(len(tokens), seconds - compiling.seconds, compiling.seconds)
+    return answer
 
-_BRIGHT, _PLAIN = "\x1b[1;32m", "\x1b[0m"
+
+# --- Lines that are answered as they come ---
 
 
-def to_line(answers: Sequence[Filled]) -> dict[str, Any]:
-    """Return a prompt's line of the output."""
-    return {
-        "inputs": answers[0].prompt,
-        "decodes": [
-            {
-                "prediction": answer.generated,
-                "text": answer.text,
-                "score": None if answer.score != answer.score else answer.score,
-                "tokens": list(answer.tokens),
-            }
-            for answer in answers
-        ],
-    }
+def _first_read(lines: Iterator[str]) -> Iterator[str]:
+    """Wait for a pipe's first prompt before the model is loaded: there may be none."""
+    if sys.stdin.isatty():
+        return lines
+    for first in lines:
+        return itertools.chain([first], lines)
+    raise TokensError(
+        "there is no prompt: give some as arguments, as the list PROMPTS, by PROMPTS_FILE, or as "
+        "lines of stdin"
+    )
 
 
-def from_line(line: dict[str, Any]) -> list[Filled]:
-    """Return the answers of a line of the output."""
-    return [
-        Filled(
-            line["inputs"],
-            decode["prediction"],
-            decode["text"],
-            tuple(decode["tokens"]),
-            float("nan") if decode["score"] is None else decode["score"],
+def _answer_lines(
+    lines: Iterable[str],
+    load: Callable[[], tuple[Any, Any]],
+    vocabulary: Vocabulary,
+    settings: GenerationSettings,
+    stream: bool,
+) -> list[list[Filled]]:
+    """Answer each line as it comes; one that cannot be answered is told, and the next is read.
+
+    Raises:
+      TokensError: at the end, if lines of a pipe could not be answered.
+    """
+    started = time.perf_counter()
+    module, variables = load()
+    is_terminal = sys.stdin.isatty()
+    settings = dataclasses.replace(settings, batch_size=1)
+    if is_terminal:
+        seconds = time.perf_counter() - started
+        print(
+            f"Loaded in {seconds:.1f} s. Write a text with blanks, <extra_id_0>, <extra_id_1> and "
+            "so on; Ctrl-D ends.",
+            file=sys.stderr,
         )
-        for decode in line["decodes"]
+    speed = Speed()
+    answers, refused = [], 0
+    for number, prompt in enumerate(lines):
+        try:
+            (ids,) = text.encode_prompts(vocabulary, [prompt])
+            check_prompt_lengths([ids], settings.max_input_length)
+        except TokensError as error:
+            reason = str(error).replace("prompt 1", f"line {number + 1}", 1)
+            print(f"not answered: {reason}", file=sys.stderr)
+            refused += 1
+            continue
+        _remark([prompt], first=number + 1)
+        if stream:
+            if not is_terminal:
+                print(prompt)
+            answer = _stream_one(
+                module, variables, vocabulary, prompt, ids, settings, number, speed
+            )
+            answers.append([answer])
+            continue
+        (batch,) = generate_batches(
+            module,
+            variables,
+            [ids],
+            settings,
+            eos_id=vocabulary.eos_id,
+            sentinels=vocabulary.sentinel_ids,
+            first_number=number,
+        )
+        answers.append([filled(prompt, answer, vocabulary) for answer in batch.answers[0]])
+        print_answers(answers[-1], scores=settings.num_decodes > 1, with_prompt=not is_terminal)
+        sys.stdout.flush()
+        count = sum(len(answer.tokens) for answer in batch.answers[0])
+        speed.add(count, batch.seconds, batch.compile_seconds)
+    print(speed.summary(), file=sys.stderr)
+    if refused and not is_terminal:
+        raise TokensError(f"{refused} of {refused + len(answers)} lines could not be answered")
+    return answers
+
+
+def _remark(prompts: Sequence[str], first: int = 1) -> None:
+    """Say on stderr which prompts are not what the model was trained on."""
+    remarks = [
+        f"remark: prompt {number} {remark}"
+        for number, prompt in enumerate(prompts, first)
+        for remark in prompt_remarks(prompt)
     ]
-
-
-def print_answers(answers: Sequence[Filled], *, scores: bool = False) -> None:
-    """Print a prompt and its answers, the best first, with or without their scores."""
-    print(answers[0].prompt)
-    for answer in answers:
-        score = f"[{answer.score:.3f}] " if scores else ""
-        print(f"  -> {score}{answer.generated}\n  => {marked(answer)}")
-
-
-def marked(answer: Filled) -> str:
-    """Fill the prompt; on a terminal its spans stand out, by colour or (NO_COLOR) by brackets."""
-    if not sys.stdout.isatty():
-        return answer.text
-    before, after = ("[", "]") if os.environ.get("NO_COLOR") else (_BRIGHT, _PLAIN)
-    return fill_blanks(answer.prompt, answer.generated, before=before, after=after)
-
-
-class Speed:
-    """Tokens and seconds; those of compilation apart."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds, self._compile_seconds = 0, 0.0, 0.0
-
-    def add(self, tokens: int, seconds: float, compile_seconds: float) -> None:
-        """Count a batch; `seconds` are without compilation."""
-        self._tokens += tokens
-        self._seconds += seconds
-        self._compile_seconds += compile_seconds
-
-    def summary(self) -> str:
-        """Speed and memory in one line."""
-        if not self._tokens:
-            return f"nothing was left to generate; {memory()}"
-        line = f"{self._tokens} tokens in {self._seconds:.1f} s, "
-        line += f"{self._tokens / max(self._seconds, 1e-9):.1f} tokens/s"
-        if self._compile_seconds >= 0.05:
-            line += f", besides {self._compile_seconds:.1f} s of compilation"
-        return f"{line}; {memory()}"
-
-
-def memory() -> str:
-    """Peak memory of the process, and of devices that count theirs."""
-    parts = [f"peak memory {format_memory(peak_host_bytes())} on the host"]
-    for device in jax.local_devices():
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        if peak is not None:
-            parts.append(f"{format_memory(peak)} on {device.device_kind} {device.id}")
-    return ", ".join(parts)
+    if len(remarks) > _MOST_REMARKS:
+        more = len(remarks) - _MOST_REMARKS
+        remarks[_MOST_REMARKS:] = [f"remark: and {more} more like these"]
+    for remark in remarks:
+        print(remark, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Errors of the library in the words of a command line: `overwrite=True` becomes a flag.
+"""Errors of the library, and calls, in the words of a command line: `overwrite=True` is a flag.
 
 The library's messages advise what to pass to its functions. A command has options or gin bindings
 of the same names.
@@ -6,7 +6,8 @@ of the same names.
 
 import argparse
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 
 # name=VALUE as messages have it; VALUE is missing in "pass tokens=, made by ...".
 _ADVICE = re.compile(
@@ -48,3 +49,18 @@ def spell_options(message: str, parser: argparse.ArgumentParser) -> str:
         return f"{option} {match[2].strip(chr(34) + chr(39)) or '...'}"
 
     return _ADVICE.sub(spelled, message)
+
+
+def spell_command(name: str, arguments: Sequence[str]) -> str:
+    """Return a command line that a shell reads as these arguments."""
+    return " ".join(["qmoe-jax", name, *map(_quoted, arguments)])
+
+
+def _quoted(argument: str) -> str:
+    """Quote as a person would: Python's single quotes inside the shell's double ones."""
+    if "'" in argument and not re.search(r'["$`\\!\n]', argument):
+        name, separator, value = argument.partition("=")
+        if separator and shlex.quote(name) == name:
+            return f'{name}="{value}"'
+        return f'"{argument}"'
+    return shlex.quote(argument)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16, Float32, UInt8
+from jaxtyping import BFloat16, Float, Float32, UInt8
 
 from qmoe_jax.codec.tensor import ArrayKind, CodedTensor, Levels, TensorSpec, check_levels
 from qmoe_jax.errors import CodecError
@@ -53,7 +53,7 @@ class RowLevels:
 
 
 def row_weights(
-    grid: str, codes: UInt8[jax.Array, "*rows width"], levels: BFloat16[jax.Array, "*rows 2"]
+    grid: str, codes: UInt8[jax.Array, "*rows width"], levels: Float[jax.Array, "*rows 2"]
 ) -> Float32[jax.Array, "*rows width"]:
     """Weights of codes: 0, low or high for ternary codes; scale * (code - zero) for 2-bit codes."""
     first, second = jnp.split(levels.astype(jnp.float32), 2, axis=-1)

@@ -1,16 +1,14 @@
 """The demo's results: a table for the terminal, JSON, and one HTML page with plots."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Here and not where it is used: the demo is not to find out after minutes that it is missing.
-from matplotlib.figure import Figure
+# Here, where it is not used: the demo is not to find out after minutes that it is missing.
+import matplotlib.figure  # noqa: F401
 
-from qmoe_jax import atomic_file
+from qmoe_jax import atomic_file, page, plots
 from qmoe_jax.evaluation.divergence import DivergenceReport
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_table
@@ -20,7 +18,7 @@ from qmoe_jax.pipeline.report import CompressionReport
 
 Row = dict[str, Any]
 
-_HEAD = '<!doctype html><meta charset="utf-8"><title>qmoe-jax demo</title>'
+_KIND = "demo report"
 
 _COLUMNS = (
     ("model", "name", "{}"),
@@ -145,8 +143,7 @@ def is_json_report(file: Path) -> bool:
 
 def is_html_report(file: Path) -> bool:
     """Whether a file is what `write_html` writes."""
-    with open(file, "rb") as page:
-        return page.read(len(_HEAD)) == _HEAD.encode()
+    return page.is_page(file, _KIND)
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
@@ -156,11 +153,8 @@ def write_json(document: dict[str, Any], path: Path) -> None:
 
 def write_html(document: dict[str, Any], path: Path) -> None:
     """Write one self-contained page: table, plots, samples."""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title, _, _ in _COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{form.format(row[key])}</td>" for _, key, form in _COLUMNS) + "</tr>"
-        for row in document["models"]
-    )
+    rows = [[title for title, _, _ in _COLUMNS]]
+    rows += [[form.format(row[key]) for _, key, form in _COLUMNS] for row in document["models"]]
     units = "".join(
         f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>"
         for name, text in document["units"].items()
@@ -171,60 +165,55 @@ def write_html(document: dict[str, Any], path: Path) -> None:
         + "</ul>"
         for row in document["models"]
     )
-    image = base64.b64encode(_plots(document)).decode()
-    page = f"""{_HEAD}
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }}
-img {{ max-width: 100% }}
-</style>
-<h1>Compressed experts against the uncompressed model</h1>
-<p>{html.escape(str(document["checkpoint"]))}: {document["models"][0]["num_target_tokens"]:,}
-validation target tokens, {document["num_calibration_examples"]:,} calibration examples.</p>
-<table><tr>{head}</tr>{body}</table>
-<ul>{units}</ul>
-<img alt="KL against bits, error and zeros per layer" src="data:image/png;base64,{image}">
-<h2>Filled blanks</h2>{samples}
-"""
+    parts = [
+        f"<p>{html.escape(str(document['checkpoint']))}: "
+        f"{document['models'][0]['num_target_tokens']:,} validation target tokens, "
+        f"{document['num_calibration_examples']:,} calibration examples.</p>",
+        page.html_table(rows),
+        f"<ul>{units}</ul>",
+        *_plots(document),
+        f"<h2>Filled blanks</h2>{samples}",
+    ]
+    content = page.page(_KIND, "Compressed experts against the uncompressed model", parts)
     with atomic_file.open_atomically(path) as file:
-        file.write(page.encode())
+        file.write(content.encode())
 
 
-def _plots(document: dict[str, Any]) -> bytes:
-    """Loss against bits, relative layer error and zeros per kernel, as PNG."""
+def _plots(document: dict[str, Any]) -> list[str]:
+    """KL and loss against bits, relative layer error and zeros per kernel."""
     compressed = [row for row in document["models"] if "compression" in row]
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    divergence, error, zeros = figure.subplots(1, 3)
-
-    for index, row in enumerate(compressed):
-        divergence.errorbar(
-            row["bits_per_weight"],
-            row["kl"],
-            yerr=row["kl_standard_error"],
-            fmt="s" if row["name"].startswith("lattice") else "o",
-            capsize=3,
-            color=f"C{index}",
-            label=row["name"],
+    points = [row | {"size": row["bits_per_weight"]} for row in compressed]
+    with plots.style():
+        figure, (divergence, gap) = plots.new_figure(2, height=4.0)
+        plots.against_size(divergence, points, "kl", "kl_standard_error")
+        divergence.set(
+            title="KL against size, bars: standard error",
+            xlabel="stored bits per expert weight",
+            ylabel="nats per target token",
+            yscale="log",
         )
-    divergence.set(xlabel="stored bits per expert weight", yscale="log")
-    divergence.set(ylabel="KL from the uncompressed model (nats per target token)")
-    divergence.set_title("Predictions against size, bars: standard error")
-    divergence.legend()
+        plots.against_size(gap, points, "gap", "gap_standard_error")
+        gap.set(
+            title="Loss above uncompressed, bars: paired standard error",
+            xlabel="stored bits per expert weight",
+            ylabel="nats per target token",
+            yscale="log" if all(row["gap"] > 0 for row in compressed) else "linear",
+        )
+        found = [plots.to_svg(figure, "KL and loss against bits")]
 
-    names = [kernel["name"] for kernel in compressed[0]["compression"]["kernels"]]
-    labels = [name.replace("/layers_", " ").replace("/mlp/expert/", "\n") for name in names]
-    for index, row in enumerate(compressed):
-        kernels = row["compression"]["kernels"]
-        apart = 0.8 / len(compressed)
-        places = [i + (index - (len(compressed) - 1) / 2) * apart for i in range(len(names))]
-        style = {"width": 0.9 * apart, "color": f"C{index}", "label": row["name"]}
-        error.bar(places, [k["relative_layer_error"] or 0.0 for k in kernels], **style)
-        zeros.bar(places, [k["zeros"] for k in kernels], **style)
-    error.set(ylabel="|(W - Q) X|² / |W X|²", title="Layer error on calibration tokens")
-    zeros.set(ylabel="share of zero weights", title="Zeros")
-    for axes in (error, zeros):
-        axes.set_xticks(range(len(names)), labels)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        figure, (error, zeros) = plots.new_figure(2)
+        names = [kernel["name"] for kernel in compressed[0]["compression"]["kernels"]]
+        for index, row in enumerate(compressed):
+            kernels = row["compression"]["kernels"]
+            apart = 0.8 / len(compressed)
+            places = [i + (index - (len(compressed) - 1) / 2) * apart for i in range(len(names))]
+            look = {"width": 0.9 * apart, "color": plots.COLOURS[index % len(plots.COLOURS)]}
+            error.bar(places, [k["relative_layer_error"] or 0.0 for k in kernels], **look)
+            zeros.bar(places, [k["zeros"] for k in kernels], label=row["name"], **look)
+        error.set(ylabel="|(W - Q) X|² / |W X|²", yscale="log")
+        error.set_title("Layer error on calibration tokens")
+        zeros.set(ylabel="share of zero weights", title="Zeros", ylim=(0, 1.5))
+        zeros.legend(ncols=2, fontsize=7, loc="upper center")
+        for axes in (error, zeros):
+            plots.name_bars(axes, [plots.kernel_label(name) for name in names])
+        return [*found, plots.to_svg(figure, "layer error and share of zeros of each kernel")]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.evaluation.divergence import DivergenceSums, compare_batch
+from qmoe_jax.evaluation.evaluation_page import PAGE, html_page, is_evaluation_page
 from qmoe_jax.evaluation.metrics import BatchSums, LossReport, evaluate_batch, worse_than_guessing
 from qmoe_jax.evaluation.report import example_losses, model_report, reference_report
 from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
@@ -79,8 +81,8 @@ def evaluate(
       batch_size: examples at a time. With a capacity factor the result depends on it, as in T5X.
       activation_dtype: "float32" or "bfloat16".
       expert_capacity_factor: None is dropless; a number is T5X's capacity factor.
-      output: local folder for `metrics.json` and, in a folder for each checkpoint, its shards and
-        TensorBoard events; none where None.
+      output: local folder for `metrics.json`, `report.html` and, in a folder for each checkpoint,
+        its shards and TensorBoard events; none where None.
       overwrite: throw away what `output` holds of a run with other settings.
       tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
       batches_per_shard: batches that are stored together.
@@ -104,6 +106,7 @@ def evaluate(
       - z_loss: mean over target tokens of the squared log-partition function.
       - warnings: sentences about figures that cannot be what was wanted.
       - bits_per_weight: stored bits per expert weight; None of a native checkpoint.
+      - num_bytes: stored bytes of all parameters, before any compression of files.
       - router: see `router.router_report`.
       - t5x: what T5X's `loss_fn` would log, means over whole batches: `loss` (with z-loss and
         auxiliary loss), `cross_ent_loss`, `z_loss`, `accuracy`, `experts/...`.
@@ -188,7 +191,7 @@ def evaluate(
         first = losses if first is None else first
         model = {"name": name, "checkpoint": os.fspath(path)} | model_report(arrays, losses, first)
         model["reference"] = None if reference is None else reference_report(arrays)
-        model["bits_per_weight"] = _bits_per_weight(path)
+        model["bits_per_weight"], model["num_bytes"] = _sizes(path)
         warning = worse_than_guessing(
             losses.loss, module.config.num_embeddings, *token_file.tokens.lengths
         )
@@ -201,6 +204,7 @@ def evaluate(
     if output is not None:
         content = json.dumps(document, indent=1) + "\n"
         write_atomically(Path(output, _METRICS), content.encode())
+        write_atomically(Path(output, PAGE), html_page(document).encode())
     return document
 
 
@@ -227,7 +231,7 @@ def check_output(
 
     Raises:
       CheckpointError: it cannot be written, results would stand in a checkpoint or above it, or
-        there is a `metrics.json` of something else.
+        there is a `metrics.json` or a `report.html` of something else.
     """
     folder = local_path(output, "output")
     check_writable(folder, "output")
@@ -238,6 +242,7 @@ def check_output(
     for name in checkpoints:
         check_no_input(folder / name, inputs)
     output_file(folder / _METRICS, "metrics", _is_metrics)
+    output_file(folder / PAGE, "the report", is_evaluation_page)
     return folder
 
 
@@ -334,10 +339,13 @@ def _identify(path: PathLike, tokens: TokenFile) -> tuple[dict[str, Any], Switch
     return identity, config
 
 
-def _bits_per_weight(path: PathLike) -> float | None:
-    """Return stored bits per expert weight, everything counted; None of a native checkpoint."""
+def _sizes(path: PathLike) -> tuple[float | None, int]:
+    """Return stored bits per expert weight (None of a native checkpoint) and bytes in all."""
     if not is_compressed_checkpoint(path):
-        return None
+        native = open_t5x_checkpoint(path, cache_bytes=0)
+        sizes = (native.dtypes[n].itemsize * math.prod(s) for n, s in native.shapes.items())
+        return None, sum(sizes)
     checkpoint = open_compressed_checkpoint(path)
     weights = sum(spec.num_weights for spec in checkpoint.specs.values())
-    return 8 * checkpoint.num_bytes()["coded"] / weights
+    stored = checkpoint.num_bytes()
+    return 8 * stored["coded"] / weights, sum(stored.values())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qmoe_jax.formatting import format_table
+from qmoe_jax.formatting import format_bytes, format_table
 
 _LOSS_COLUMNS = (("loss", "loss", "{:.4f}"),)
 _GAP_COLUMNS = (("gap", "gap", "{:+.4f}"), ("+-", "gap_standard_error", "{:.4f}"))
@@ -14,8 +14,10 @@ _REFERENCE_COLUMNS = (
     ("gap", "gap", "{:+.4f}"),
     ("+-", "gap_standard_error", "{:.4f}"),
 )
+_KL_COLUMNS = (("KL", "kl", "{:.5f}"),)
 _MODEL_COLUMNS = (
     ("accuracy", "accuracy", "{:.2%}"),
+    ("size", "size", "{}"),
     ("bits/weight", "bits_per_weight", "{:.3f}"),
     ("tokens/s", "target_tokens_per_second", "{:,.0f}"),
 )
@@ -30,39 +32,70 @@ _ROUTER_COLUMNS = (
 )
 
 
-def summary(document: Mapping[str, Any]) -> str:
-    """Return what `evaluate` returns, as tables: the checkpoints, then the routers of each."""
+def summary(document: Mapping[str, Any], *, routers: bool = True) -> str:
+    """Return what `evaluate` returns, as tables: the checkpoints, then the routers of each.
+
+    Args:
+      document: of `evaluate`.
+      routers: whether to show the tables of routers.
+    """
     models = document["models"]
-    factor = document["settings"]["expert_capacity_factor"]
-    routing = "dropless" if factor is None else f"capacity factor {factor:g}"
-    first = models[0]
-    columns = _LOSS_COLUMNS + (_GAP_COLUMNS if len(models) > 1 else ()) + _MODEL_COLUMNS
-    lines = [
-        f"{first['num_target_tokens']:,} target tokens of {first['num_examples']:,} examples, "
-        f"{routing}, {document['settings']['activation_dtype']}",
-        "",
-        _table("checkpoint", [(model["name"], model) for model in models], columns),
-    ]
-    if first["reference"] is not None:
+    lines = [heading(document), "", format_table(model_rows(document))]
+    if models[0]["reference"] is not None:
         path = document["settings"]["reference"]["path"]
         rows = [(model["name"], model["reference"]) for model in models]
-        lines += ["", _table(f"against {path}", rows, _REFERENCE_COLUMNS)]
-    for model in models:
-        rows = [*model["router"]["layers"].items(), ("total", model["router"]["total"])]
-        lines += ["", _table(f"routers of {model['name']}", rows, _ROUTER_COLUMNS)]
+        lines += ["", format_table(_rows(f"against {path}", rows, _REFERENCE_COLUMNS))]
+    for model in models if routers else ():
+        lines += ["", format_table(router_rows(model))]
     lines += [f"\nwarning: {m['name']}: {text}" for m in models for text in m.get("warnings", ())]
     return "\n".join(lines)
 
 
-def _table(
+def heading(document: Mapping[str, Any]) -> str:
+    """Say in a line what was evaluated, and how."""
+    first, settings = document["models"][0], document["settings"]
+    factor = settings["expert_capacity_factor"]
+    routing = "dropless" if factor is None else f"capacity factor {factor:g}"
+    return (
+        f"{first['num_target_tokens']:,} target tokens of {first['num_examples']:,} examples, "
+        f"{routing}, {settings['activation_dtype']}"
+    )
+
+
+def model_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table of the checkpoints, headings first."""
+    models = document["models"]
+    compared = models[0]["reference"] is not None
+    columns = (
+        _LOSS_COLUMNS
+        + (_GAP_COLUMNS if len(models) > 1 else ())
+        + (_KL_COLUMNS if compared else ())
+        + _MODEL_COLUMNS
+    )
+    rows = []
+    for model in models:
+        size = model.get("num_bytes")
+        told = {"size": None if size is None else format_bytes(size)}
+        told["kl"] = model["reference"]["kl"] if compared else None
+        rows.append((model["name"], {**model, **told}))
+    return _rows("checkpoint", rows, columns)
+
+
+def router_rows(model: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table of a checkpoint's routers, headings first."""
+    rows = [*model["router"]["layers"].items(), ("total", model["router"]["total"])]
+    return _rows(f"routers of {model['name']}", rows, _ROUTER_COLUMNS)
+
+
+def _rows(
     title: str,
     rows: Sequence[tuple[str, Mapping[str, Any]]],
     columns: Sequence[tuple[str, str, str]],
-) -> str:
+) -> list[list[str]]:
     cells = [[title, *(heading for heading, _, _ in columns)]]
     for name, values in rows:
         cells.append([name])
         for _, key, form in columns:
             value = values[key]
             cells[-1].append("-" if value is None else form.format(value))
-    return format_table(cells)
+    return cells

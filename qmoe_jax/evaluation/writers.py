@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,23 @@ def write_tensorboard(
     Events that an earlier run of the same evaluation left in the folder are replaced; ours have
     a name of their own, so that no others are.
     """
+    write_tensorboard_steps(folder, [{**metrics, "step": step}])
+
+
+def write_tensorboard_steps(
+    folder: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write nested mappings as `write_tensorboard` does, each at its own `step`."""
     from tensorboardX import SummaryWriter  # imports PyTorch where there is one: slow
 
     for path in Path(folder).glob(f"events.out.tfevents.*{_SUFFIX}"):
         path.unlink()
     writer = SummaryWriter(os.fspath(folder), filename_suffix=_SUFFIX)
     try:
-        for name, value in scalars(metrics):
-            writer.add_scalar(name, value, step)
+        for line in lines:
+            metrics = {name: value for name, value in line.items() if name != "step"}
+            for name, value in scalars(metrics):
+                writer.add_scalar(name, value, line["step"])
     finally:
         writer.close()
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,34 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     if not prompts:
         raise TokensError(f"{name!r} holds no prompt; write one a line")
     return prompts
+
+
+def stdin_prompts() -> Iterator[str]:
+    """Yield the prompts of stdin as they come, as `read_prompts` reads lines. Ends with stdin.
+
+    On a terminal each is asked for with a `> ` on stderr.
+
+    Raises:
+      TokensError: a line that is no UTF-8.
+    """
+    binary = getattr(sys.stdin, "buffer", None)  # a text stream in its place may have none
+    asks = sys.stdin.isatty()
+    for number in itertools.count(1):
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        raw = sys.stdin.readline() if binary is None else binary.readline()
+        if not raw:
+            if asks:
+                print(file=sys.stderr)
+            return
+        try:
+            line = raw if isinstance(raw, str) else raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise TokensError(f"line {number} of stdin is no UTF-8 ({error})") from error
+        if line := line.strip():
+            prompt = _json_prompt(line)
+            yield line if prompt is None else prompt
 
 
 def _read_stdin() -> str:

@@ -117,6 +117,7 @@ def generate_batches(
     eos_id: int = 1,
     sentinels: Sequence[int] = (),
     skip: Collection[int] = (),
+    first_number: int = 0,
 ) -> Iterator[AnsweredBatch]:
     """Answers to prompts, batch by batch in the order of `plan_batches`.
 
@@ -129,13 +130,14 @@ def generate_batches(
       sentinels: ids of the vocabulary's sentinels, for `settings.stop_when_filled`; without any,
         eos alone ends an answer.
       skip: numbers of batches that need not be answered.
+      first_number: of the first batch; samples depend on the seed and the batch's number.
 
     Raises:
       TokensError: a prompt is too long.
     """
     check_prompt_lengths(prompts, settings.max_input_length)
     rows = min(settings.batch_size, len(prompts))
-    for number, indices in enumerate(plan_batches(prompts, settings)):
+    for number, indices in enumerate(plan_batches(prompts, settings), first_number):
         if number in skip:
             continue
         start = time.perf_counter()

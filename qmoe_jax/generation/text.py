@@ -177,6 +177,24 @@ def encode_prompts(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[list[
     return encoded
 
 
+def prompt_remarks(prompt: str) -> list[str]:
+    """Say what about a prompt is not as in the texts that the model was trained on.
+
+    Returns:
+      Sentences without their subject; none for a prompt whose blanks are there, each once.
+    """
+    blanks = _SENTINEL.findall(prompt)
+    if not blanks:
+        return [
+            "has no blank, so there is nothing to fill in; write <extra_id_0> where text is missing"
+        ]
+    twice = sorted({blank for blank in blanks if blanks.count(blank) > 1})
+    return [
+        f"has {blank} {blanks.count(blank)} times, and all get the same text; number blanks in turn"
+        for blank in twice
+    ]
+
+
 def fill_prompts(
     module: SwitchTransformer,
     variables: Variables,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from qmoe_jax.models.dropout import shared_dropout
 from qmoe_jax.models.layers import Dense, attention_bias, softmax_attention
 
 # The collection of projected keys and values.
@@ -24,11 +25,13 @@ class MultiHeadAttention(nn.Module):
       num_heads: attention heads.
       head_dim: width of a head; num_heads * head_dim need not equal the width of the input.
       dtype: dtype of the computation.
+      dropout_rate: of attention weights, with `enable_dropout`; queries share a mask.
     """
 
     num_heads: int
     head_dim: int
     dtype: DTypeLike = jnp.float32
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -38,6 +41,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Array, "#batch 1 #queries keys_or_cache"] | None,
         bias: Float[Array, "1 heads #queries keys_or_cache"] | None = None,
         *,
+        enable_dropout: bool = False,
         decode: bool = False,
     ) -> Float[Array, "batch queries embed"]:
         """Attend from `inputs_q` to `inputs_kv`.
@@ -47,6 +51,7 @@ class MultiHeadAttention(nn.Module):
           inputs_kv: projected to keys and values.
           mask: True where attention is allowed; None allows all.
           bias: relative position bias, added to the logits.
+          enable_dropout: drop attention weights.
           decode: keep keys and values in the collection `cache`. The first call (no cache yet)
             only creates it, sized by `inputs_kv`; each later call takes one position.
 
@@ -84,7 +89,10 @@ class MultiHeadAttention(nn.Module):
             total_bias = attention_bias(mask, self.dtype)
         if bias is not None:
             total_bias = total_bias + bias
-        attended = softmax_attention(query, key, value, total_bias)
+        drop = functools.partial(
+            shared_dropout(self.dropout_rate), deterministic=not enable_dropout
+        )
+        attended = softmax_attention(query, key, value, total_bias, drop)
         joined = attended.reshape(*attended.shape[:-2], self.num_heads * self.head_dim)
         return Dense(inputs_q.shape[-1], self.dtype, name="out")(joined)
 
@@ -101,11 +109,13 @@ class CrossAttention(nn.Module):
       num_heads: attention heads.
       head_dim: width of a head; num_heads * head_dim need not equal the width of the input.
       dtype: dtype of the computation.
+      dropout_rate: of attention weights, with `enable_dropout`; queries share a mask.
     """
 
     num_heads: int
     head_dim: int
     dtype: DTypeLike = jnp.float32
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -113,6 +123,8 @@ class CrossAttention(nn.Module):
         inputs_q: Float[Array, "rows queries embed"],
         inputs_kv: Float[Array, "rows keys embed"],
         mask: Bool[Array, "rows 1 #queries keys"],
+        *,
+        enable_dropout: bool = False,
     ) -> Float[Array, "rows queries embed"]:
         """Attend from `inputs_q` to `inputs_kv` where `mask` is True."""
         project = functools.partial(_project, self)
@@ -135,7 +147,10 @@ class CrossAttention(nn.Module):
         query = query.reshape(examples, queries, *query.shape[2:])
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], inputs_q.shape[1], mask.shape[-1]))
         mask = mask.reshape(examples, 1, queries, mask.shape[-1])
-        attended = softmax_attention(query, key, value, attention_bias(mask, self.dtype))
+        drop = functools.partial(
+            shared_dropout(self.dropout_rate), deterministic=not enable_dropout
+        )
+        attended = softmax_attention(query, key, value, attention_bias(mask, self.dtype), drop)
         joined = attended.reshape(*inputs_q.shape[:2], self.num_heads * self.head_dim)
         return Dense(inputs_q.shape[-1], self.dtype, name="out")(joined)
 

@@ -13,6 +13,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from qmoe_jax.models.dropout import shared_dropout
+
 # fan-in scaling; only `init` uses it, checkpoints replace it.
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _stacked_kernel_init = nn.initializers.variance_scaling(
@@ -66,8 +68,16 @@ class T5LayerNorm(nn.Module):
         return y * lax.broadcast_to_rank(scale.astype(self.dtype), y.ndim)
 
 
+# Collection beside `params` of low-rank corrections: for the kernel of a module, at its path, `a`
+# [in, rank] and `b` [rank, features]; of experts with a leading axis. A kernel is then W + a b.
+ADAPTERS = "adapters"
+
+
 class Dense(nn.Module):
-    """x @ kernel without bias; kernel [in, features], cast to `dtype` at use."""
+    """x @ kernel without bias; kernel [in, features], cast to `dtype` at use.
+
+    With arrays in the collection `adapters` it is x @ kernel + (x @ a) @ b.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -76,9 +86,13 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Project the last axis; return `dtype`."""
         kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(
-            x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype)
-        )
+        dot = functools.partial(jnp.dot, precision=matmul_precision(self.dtype))
+        x = x.astype(self.dtype)
+        y = dot(x, kernel.astype(self.dtype))
+        if not self.has_variable(ADAPTERS, "a"):
+            return y
+        a, b = (self.get_variable(ADAPTERS, name).astype(self.dtype) for name in "ab")
+        return y + dot(dot(x, a), b)
 
 
 class StackedKernel(nn.Module):
@@ -222,12 +236,17 @@ class DenseMlp(nn.Module):
     activations: tuple[str, ...]
     mlp_dim: int
     dtype: DTypeLike = jnp.float32
+    dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+    def __call__(
+        self, x: Float[Array, "... embed"], *, enable_dropout: bool = False
+    ) -> Float[Array, "... embed"]:
         """Apply the MLP; return `dtype`."""
-        hidden = [Dense(self.mlp_dim, self.dtype, name=name)(x) for name in self.wi_names]
-        return Dense(x.shape[-1], self.dtype, name="wo")(gated_activation(hidden, self.activations))
+        inputs = [Dense(self.mlp_dim, self.dtype, name=name)(x) for name in self.wi_names]
+        hidden = gated_activation(inputs, self.activations)
+        hidden = shared_dropout(self.dropout_rate)(hidden, deterministic=not enable_dropout)
+        return Dense(x.shape[-1], self.dtype, name="wo")(hidden)
 
 
 def attention_bias(
@@ -279,12 +298,14 @@ def softmax_attention(
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
     bias: Float[Array, "#batch #heads #queries #keys"],
+    drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Dot-product attention without 1/sqrt(head_dim): T5 folds it into the query's initialiser.
 
-    Everything, the softmax too, is computed in the dtype of the query.
+    Everything, the softmax too, is computed in the dtype of the query. `drop` is dropout of the
+    weights, [batch, heads, queries, keys].
     """
     precision = matmul_precision(query.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision)
     weights = jax.nn.softmax(logits + bias.astype(logits.dtype)).astype(query.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
+    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights), value, precision=precision)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.adapters import Adapters, read_adapters
 from qmoe_jax.checkpoints.compressed import (
     CompressedCheckpoint,
     is_compressed_checkpoint,
@@ -24,6 +25,8 @@ from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, CudaError
+from qmoe_jax.models.adapters import adapter_variables
+from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
@@ -50,6 +53,7 @@ def load_switch(
     train_capacity_factor: float | None = None,
     min_expert_capacity: int | None = None,
     implementation: str = "auto",
+    adapters: str | os.PathLike[str] | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a Switch Transformer from a native T5X or a compressed checkpoint.
 
@@ -69,22 +73,26 @@ def load_switch(
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
-        host's cores (differentiation and export need "xla"); "cuda", the kernels in
+        host's cores (export needs "xla"); "cuda", the kernels in
         `kernels_cuda/`, on a GPU with CuPy installed; or "auto": "cuda" where that can be, "cpu" on
         a CPU if all codes are of codings that it multiplies, and "xla" elsewhere.
+      adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
+        `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
     Returns:
       The module and its variables, `{"params": ...}`. `module.apply(variables,
       encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, enable_dropout=False)`
       takes int32 [batch, length] and returns float32 logits [batch, length, vocab]. With "cuda"
-      the variables hold `"derived"` too, which saves the kernels work and may be left out.
+      the variables hold `"derived"` too, which saves the kernels work and may be left out. With
+      adapters they hold `"adapters"`; without it the model computes as the checkpoint alone.
 
     Raises:
-      CheckpointError: nothing readable at `path`, or it is damaged.
+      CheckpointError: nothing readable at `path`, or it is damaged; or adapters of another model.
       CudaError: "cuda" without a GPU, without CuPy, without codes, or with codes that its kernels
         do not take.
     """
     check_choice(implementation)
+    corrections = None if adapters is None else read_adapters(adapters)
     if isinstance(activation_dtype, str) and activation_dtype == "auto":
         activation_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(activation_dtype)
@@ -113,10 +121,11 @@ def load_switch(
     if is_compressed_checkpoint(path):
         compressed = open_compressed_checkpoint(path)
         config = dataclasses.replace(compressed.config, **overrides)
+        added = _adapter_collection(corrections, config, mesh)
         coded = tuple(sorted(compressed.specs.items()))
         implementation = _choose_implementation(implementation, config, coded)
         flat = _compressed_params(compressed, config, mesh)
-        variables: dict[str, Any] = {"params": names.unflatten(flat)}
+        variables: dict[str, Any] = {"params": names.unflatten(flat), **added}
         if implementation == "cuda" and (derived := _derive(coded, flat)):
             variables[DERIVED] = names.unflatten(derived)
         return SwitchTransformer(config, dtype, coded, implementation, mesh), variables
@@ -127,10 +136,20 @@ def load_switch(
         )
     native = open_t5x_checkpoint(path, cache_bytes=0)
     config = read_config(native, **overrides)
+    added = _adapter_collection(corrections, config, mesh)
     if mesh is not None:
         check_split(config.num_experts, mesh)
     flat = {name: _on_device(name, native.read(name), mesh) for name in native.names}
-    return SwitchTransformer(config, dtype, mesh=mesh), {"params": names.unflatten(flat)}
+    variables = {"params": names.unflatten(flat), **added}
+    return SwitchTransformer(config, dtype, mesh=mesh), variables
+
+
+def _adapter_collection(
+    adapters: Adapters | None, config: SwitchConfig, mesh: Mesh | None
+) -> dict[str, Any]:
+    if adapters is None:
+        return {}
+    return {ADAPTERS: adapter_variables(adapters, config, mesh)}
 
 
 def _compressed_params(
@@ -214,4 +233,5 @@ def dequantized(
         flat[f"{kernel}/kernel"] = jnp.stack(
             [decode(arrays, e).reshape(-1, num_in).T for e in range(spec.num_experts)]
         )
-    return dataclasses.replace(module, coded=()), {"params": names.unflatten(flat)}
+    rest = {ADAPTERS: variables[ADAPTERS]} if ADAPTERS in variables else {}
+    return dataclasses.replace(module, coded=()), {"params": names.unflatten(flat), **rest}

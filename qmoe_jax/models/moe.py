@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -12,9 +13,9 @@ from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models import routing
-from qmoe_jax.models.layers import StackedKernel, gated_activation
+from qmoe_jax.models.layers import ADAPTERS, StackedKernel, gated_activation
 from qmoe_jax.ops.expert_parallel import split_expert_mlp
-from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, DenseExperts, Experts
 from qmoe_jax.ops.products import expert_mlp
 
 # Which expert kernels are stored as codes: name relative to the holding module -> its spec.
@@ -77,10 +78,14 @@ class Expert(nn.Module):
         kernels: dict[str, Experts] = {}
         for name, (fan_in, fan_out) in shapes.items():
             if name in specs:
-                kernels[name] = CodedKernel(specs[name], fan_in, name=name)()
+                kernel = CodedKernel(specs[name], fan_in, name=name)()
             else:
-                kernel = StackedKernel(config.num_experts, fan_in, fan_out, name=name)()
-                kernels[name] = DenseExperts(kernel)
+                stacked = StackedKernel(config.num_experts, fan_in, fan_out, name=name)()
+                kernel = DenseExperts(stacked)
+            kernels[name] = kernel
+            if self.has_variable(ADAPTERS, name):
+                adapter = self.get_variable(ADAPTERS, name)
+                kernels[name] = AdaptedExperts(kernel, adapter["a"], adapter["b"])
         return kernels
 
 
@@ -102,6 +107,7 @@ class MoeLayer(nn.Module):
         weights are float32 and promote it).
       implementation: of the experts' products, "xla", "cpu" or "cuda" (`ops.products`).
       mesh: over which experts are split (`ops.expert_parallel`); None: they are not.
+      dropout_rate: of experts' hidden layers; the tokens of an expert share a mask.
     """
 
     config: SwitchConfig
@@ -109,6 +115,7 @@ class MoeLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -118,7 +125,7 @@ class MoeLayer(nn.Module):
 
         Args:
           x: normalised tokens; padding is exactly zero.
-          enable_dropout: use the training capacity factor.
+          enable_dropout: use the training capacity factor, and dropout.
         """
         config = self.config
         batch, length, embed = x.shape
@@ -161,10 +168,19 @@ class MoeLayer(nn.Module):
             wi=[kernels[name] for name in config.wi_names],
             wo=kernels["wo"],
             activation=lambda hidden: gated_activation(hidden, config.mlp_activations),
+            hidden_scale=self._dropout(enable_dropout),
             implementation=self.implementation,
         )
         combined = outputs.astype(jnp.float32) * gate.reshape(-1, 1)
         return combined.reshape(x.shape)[:batch, :length]
+
+    def _dropout(self, enable_dropout: bool) -> Float[Array, "experts mlp"] | None:
+        """Return factors of the experts' hidden layers: 0, or what makes up for the zeros."""
+        if not enable_dropout or not self.dropout_rate:
+            return None
+        config, keep = self.config, 1 - self.dropout_rate
+        shape = (config.num_experts, config.expert_mlp_dim)
+        return jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / jnp.float32(keep)
 
     def _sow(
         self,

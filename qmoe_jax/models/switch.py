@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.attention import CrossAttention, MultiHeadAttention
+from qmoe_jax.models.dropout import DropoutRates, shared_dropout
 from qmoe_jax.models.layers import (
     Dense,
     DenseMlp,
@@ -42,14 +43,18 @@ class EncoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout: DropoutRates = DropoutRates()
 
     def setup(self) -> None:
         """Declare parameters and submodules."""
         config = self.config
         self.pre_attention_layer_norm = T5LayerNorm(self.dtype)
-        self.attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
+        self.attention = MultiHeadAttention(
+            config.num_heads, config.head_dim, self.dtype, self.dropout.dense
+        )
         self.pre_mlp_layer_norm = T5LayerNorm(self.dtype)
         self.mlp = _make_mlp(self)
+        self.output_dropout = shared_dropout(self.dropout.dense)
 
     def __call__(
         self,
@@ -61,13 +66,23 @@ class EncoderLayer(nn.Module):
         enable_dropout: bool = False,
     ) -> Hidden:
         """Apply the layer to the residual stream; `is_token` zeroes padding."""
-        x = self.attend(x, mask, bias, is_token)
-        return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
+        x = self.attend(x, mask, bias, is_token, enable_dropout=enable_dropout)
+        y = self.mlp(self.normalise_for_mlp(x, is_token), enable_dropout=enable_dropout)
+        return x + self.output_dropout(y, deterministic=not enable_dropout)
 
-    def attend(self, x: Hidden, mask: SelfMask, bias: Bias, is_token: IsToken) -> Hidden:
+    def attend(
+        self,
+        x: Hidden,
+        mask: SelfMask,
+        bias: Bias,
+        is_token: IsToken,
+        *,
+        enable_dropout: bool = False,
+    ) -> Hidden:
         """Return the layer up to its MLP: the residual stream after attention."""
         y = self.pre_attention_layer_norm(x) * is_token.astype(self.dtype)
-        return x + self.attention(y, y, mask, bias)
+        y = self.attention(y, y, mask, bias, enable_dropout=enable_dropout)
+        return x + self.output_dropout(y, deterministic=not enable_dropout)
 
     def normalise_for_mlp(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return what the MLP sees; exactly zero at padding."""
@@ -83,18 +98,22 @@ class DecoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout: DropoutRates = DropoutRates()
 
     def setup(self) -> None:
         """Declare parameters and submodules."""
         config = self.config
         self.pre_self_attention_layer_norm = T5LayerNorm(self.dtype)
-        self.self_attention = MultiHeadAttention(config.num_heads, config.head_dim, self.dtype)
+        self.self_attention = MultiHeadAttention(
+            config.num_heads, config.head_dim, self.dtype, self.dropout.dense
+        )
         self.pre_cross_attention_layer_norm = T5LayerNorm(self.dtype)
         self.encoder_decoder_attention = CrossAttention(
-            config.num_heads, config.head_dim, self.dtype
+            config.num_heads, config.head_dim, self.dtype, self.dropout.dense
         )
         self.pre_mlp_layer_norm = T5LayerNorm(self.dtype)
         self.mlp = _make_mlp(self)
+        self.output_dropout = shared_dropout(self.dropout.dense)
 
     def __call__(
         self,
@@ -109,8 +128,10 @@ class DecoderLayer(nn.Module):
         decode: bool = False,
     ) -> Hidden:
         """Apply the layer to the residual stream; `is_token` zeroes padding."""
-        x = self.attend(x, encoded, mask, cross_mask, bias, is_token, decode=decode)
-        return x + _call_mlp(self, self.normalise_for_mlp(x, is_token), enable_dropout)
+        attention = (encoded, mask, cross_mask, bias, is_token)
+        x = self.attend(x, *attention, enable_dropout=enable_dropout, decode=decode)
+        y = self.mlp(self.normalise_for_mlp(x, is_token), enable_dropout=enable_dropout)
+        return x + self.output_dropout(y, deterministic=not enable_dropout)
 
     def attend(
         self,
@@ -121,14 +142,17 @@ class DecoderLayer(nn.Module):
         bias: Bias,
         is_token: IsToken,
         *,
+        enable_dropout: bool = False,
         decode: bool = False,
     ) -> Hidden:
         """Return the layer up to its MLP: the residual stream after both attentions."""
         is_token = is_token.astype(self.dtype)
         y = self.pre_self_attention_layer_norm(x) * is_token
-        x = x + self.self_attention(y, y, mask, bias, decode=decode)
+        y = self.self_attention(y, y, mask, bias, enable_dropout=enable_dropout, decode=decode)
+        x = x + self.output_dropout(y, deterministic=not enable_dropout)
         y = self.pre_cross_attention_layer_norm(x) * is_token
-        return x + self.encoder_decoder_attention(y, encoded, cross_mask)
+        y = self.encoder_decoder_attention(y, encoded, cross_mask, enable_dropout=enable_dropout)
+        return x + self.output_dropout(y, deterministic=not enable_dropout)
 
     def normalise_for_mlp(self, x: Hidden, is_token: IsToken) -> Hidden:
         """Return what the MLP sees; exactly zero at padding."""
@@ -136,16 +160,14 @@ class DecoderLayer(nn.Module):
 
 
 def _make_mlp(layer: EncoderLayer | DecoderLayer) -> MoeLayer | DenseMlp:
-    config = layer.config
+    config, dropout = layer.config, layer.dropout
     if layer.sparse:
         coded = coded_below(layer.coded, "mlp")
-        return MoeLayer(config, coded, layer.dtype, layer.implementation, layer.mesh)
-    return DenseMlp(config.wi_names, config.mlp_activations, config.mlp_dim, layer.dtype)
-
-
-def _call_mlp(layer: EncoderLayer | DecoderLayer, x: Hidden, enable_dropout: bool) -> Hidden:
-    mlp = layer.mlp
-    return mlp(x, enable_dropout=enable_dropout) if isinstance(mlp, MoeLayer) else mlp(x)
+        placement = (layer.dtype, layer.implementation, layer.mesh)
+        return MoeLayer(config, coded, *placement, dropout.expert)
+    return DenseMlp(
+        config.wi_names, config.mlp_activations, config.mlp_dim, layer.dtype, dropout.dense
+    )
 
 
 class Encoder(nn.Module):
@@ -156,6 +178,7 @@ class Encoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout: DropoutRates = DropoutRates()
 
     def setup(self) -> None:
         """Declare parameters and submodules."""
@@ -175,10 +198,13 @@ class Encoder(nn.Module):
                 self.dtype,
                 self.implementation,
                 self.mesh,
+                self.dropout,
             )
             for i in range(config.num_encoder_layers)
         ]
         self.encoder_norm = T5LayerNorm(self.dtype)
+        self.input_dropout = shared_dropout(self.dropout.dense)
+        self.output_dropout = shared_dropout(self.dropout.dense)
 
     def __call__(
         self, embedded: Hidden, tokens: Tokens, mask: SelfMask, *, enable_dropout: bool = False
@@ -186,14 +212,15 @@ class Encoder(nn.Module):
         """Encode embedded tokens; exactly zero at padding."""
         is_token = jnp.asarray(tokens > 0)[..., None]
         bias = self.relpos_bias(tokens.shape[1])
-        x = embedded
+        x = self.input_dropout(embedded, deterministic=not enable_dropout)
         for layer in self.layers:
             x = layer(x, mask, bias, is_token, enable_dropout=enable_dropout)
-        return self.normalise(x, is_token)
+        return self.normalise(x, is_token, enable_dropout=enable_dropout)
 
-    def normalise(self, x: Hidden, is_token: IsToken) -> Hidden:
+    def normalise(self, x: Hidden, is_token: IsToken, *, enable_dropout: bool = False) -> Hidden:
         """Return the final norm; exactly zero at padding."""
-        return self.encoder_norm(x) * is_token.astype(self.dtype)
+        y = self.output_dropout(self.encoder_norm(x), deterministic=not enable_dropout)
+        return y * is_token.astype(self.dtype)
 
 
 class Decoder(nn.Module):
@@ -204,6 +231,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout: DropoutRates = DropoutRates()
 
     def setup(self) -> None:
         """Declare parameters and submodules."""
@@ -223,10 +251,13 @@ class Decoder(nn.Module):
                 self.dtype,
                 self.implementation,
                 self.mesh,
+                self.dropout,
             )
             for i in range(config.num_decoder_layers)
         ]
         self.decoder_norm = T5LayerNorm(self.dtype)
+        self.input_dropout = shared_dropout(self.dropout.dense)
+        self.output_dropout = shared_dropout(self.dropout.dense)
         if not config.tied_logits:
             self.logits_dense = Dense(config.num_embeddings, jnp.dtype(jnp.float32))
 
@@ -245,7 +276,7 @@ class Decoder(nn.Module):
         """Decode embedded tokens into normalised hidden states; exactly zero at padding."""
         is_token = decoder_token_mask(tokens)[..., None]
         bias = self.relpos_bias(cache_length or tokens.shape[1], decode=decode)
-        x = embedded
+        x = self.input_dropout(embedded, deterministic=not enable_dropout)
         for layer in self.layers:
             x = layer(
                 x,
@@ -257,20 +288,25 @@ class Decoder(nn.Module):
                 enable_dropout=enable_dropout,
                 decode=decode,
             )
-        return self.normalise(x, is_token)
+        return self.normalise(x, is_token, enable_dropout=enable_dropout)
 
-    def normalise(self, x: Hidden, is_token: IsToken) -> Hidden:
+    def normalise(self, x: Hidden, is_token: IsToken, *, enable_dropout: bool = False) -> Hidden:
         """Return the final norm; exactly zero at padding."""
-        return self.decoder_norm(x) * is_token.astype(self.dtype)
+        y = self.output_dropout(self.decoder_norm(x), deterministic=not enable_dropout)
+        return y * is_token.astype(self.dtype)
 
 
 class SwitchTransformer(nn.Module):
-    """Encoder-decoder Switch Transformer for inference.
+    """Encoder-decoder Switch Transformer.
 
     Parameters have the names, shapes and orientation of native T5X checkpoints. Expert kernels
     may instead be stored as codes (`coded`); they stay codes in memory, and an expert is expanded
-    when tokens reach it. No dropout is applied in any mode: `enable_dropout=True` only selects
-    the training capacity factor.
+    when tokens reach it. `enable_dropout=True` selects the training capacity factor and, where the
+    rates are not 0, dropout, with masks from the random numbers `dropout`.
+
+    Gradients go to parameters of floats, to those that codes have too (levels, origins), and
+    through the products of experts in any implementation, one expert expanded at a time
+    (`ops.gradients`); reverse mode only.
 
     Attributes:
       config: geometry and routing.
@@ -280,6 +316,7 @@ class SwitchTransformer(nn.Module):
         (`encoder/layers_1/mlp/expert/wi`).
       implementation: of products with codes, "xla", "cpu" or "cuda" (`ops.products`).
       mesh: over which each layer's experts are split (`ops.expert_parallel`); None: they are not.
+      dropout: rates with `enable_dropout=True`.
     """
 
     config: SwitchConfig
@@ -287,13 +324,14 @@ class SwitchTransformer(nn.Module):
     coded: CodedKernels = ()
     implementation: str = "xla"
     mesh: Mesh | None = None
+    dropout: DropoutRates = DropoutRates()
 
     def setup(self) -> None:
         """Declare parameters and submodules."""
         config = self.config
         self.token_embedder = Embed(config.num_embeddings, config.embed_dim, self.dtype)
         encoder_coded, decoder_coded = (coded_below(self.coded, n) for n in ("encoder", "decoder"))
-        placement = (self.dtype, self.implementation, self.mesh)
+        placement = (self.dtype, self.implementation, self.mesh, self.dropout)
         self.encoder = Encoder(config, encoder_coded, *placement)
         self.decoder = Decoder(config, decoder_coded, *placement)
 
@@ -321,7 +359,7 @@ class SwitchTransformer(nn.Module):
           decoder_segment_ids: segments of packed examples.
           encoder_positions: accepted for T5X; relative position biases need none.
           decoder_positions: accepted for T5X.
-          enable_dropout: use the training capacity factor (no dropout is applied).
+          enable_dropout: use the training capacity factor, and dropout.
           decode: create or use the autoregressive cache.
           max_decode_length: length of the cache; needed for each decoding step.
         """

@@ -5,7 +5,7 @@ puts the outputs together, since a token has an output on one device only. All e
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
-from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
+from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, Experts
+from qmoe_jax.ops.grouped_mlp import Activation
 from qmoe_jax.ops.local_devices import local_devices
 from qmoe_jax.ops.products import expert_mlp
+from qmoe_jax.varying import varying_as
 
 AXIS = "experts"
 
@@ -90,46 +92,55 @@ def split_expert_mlp(
     num_experts: int,
     wi: Sequence[Experts],
     wo: Experts,
-    activation: Callable[[list[Array]], Array],
+    activation: Activation,
+    hidden_scale: Float[Array, "experts mlp"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "tokens embed"]:
-    """`expert_mlp` with experts as `split_dense` and `split_coded` place them; same arguments."""
+    """`expert_mlp` with experts as `split_dense` and `split_coded` place them; same arguments.
+
+    Raises:
+      ValueError: a kernel has a low-rank correction.
+    """
     count = num_experts // mesh.size
     kernels = [*wi, wo]
+    if any(isinstance(kernel, AdaptedExperts) for kernel in kernels):
+        raise ValueError(
+            f"experts with adapters cannot be split over {mesh.size} devices; load the model with "
+            "num_devices=1"
+        )
     whole, mine = PartitionSpec(), PartitionSpec(AXIS)
 
-    def local(x: Array, expert_index: Array, arrays: list[Mapping[str, Array]]) -> Array:
+    def local(
+        x: Array,
+        expert_index: Array,
+        arrays: list[Mapping[str, Array]],
+        hidden_scale: Array | None,
+    ) -> Array:
         first = lax.axis_index(AXIS) * count
         is_mine = (expert_index >= first) & (expert_index < first + count)
         own = [
             _own_experts(kernel, held, mesh) for kernel, held in zip(kernels, arrays, strict=True)
         ]
         outputs = expert_mlp(
-            x,
+            # A device's gradient of x is that of its own experts; this adds them up.
+            varying_as(x, is_mine),
             jnp.where(is_mine, expert_index - first, -1),
             num_experts=count,
             wi=own[:-1],
             wo=own[-1],
             activation=activation,
+            hidden_scale=hidden_scale,
             implementation=implementation,
         )
         return lax.psum(outputs, AXIS)
 
-    split = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, mine), out_specs=whole)
-    return split(x, expert_index, [_arrays(kernel) for kernel in kernels])
-
-
-def _arrays(kernel: Experts) -> Mapping[str, Array]:
-    if isinstance(kernel, DenseExperts):
-        return {"kernel": kernel.kernel}
-    return {**kernel.arrays, **kernel.derived}
+    split = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, mine, mine), out_specs=whole)
+    return split(x, expert_index, [kernel.by_name for kernel in kernels], hidden_scale)
 
 
 def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
     """Return a device's part: a dense kernel's own experts, or codes under a leading axis of 1."""
-    if isinstance(kernel, DenseExperts):
-        return DenseExperts(held["kernel"])
-    own = {name: array[0] for name, array in held.items()}
-    arrays = {name: own[name] for name in kernel.arrays}
-    derived = {name: own[name] for name in kernel.derived}
-    return CodedExperts(split_spec(kernel.spec, mesh), arrays, kernel.in_features, derived)
+    if not isinstance(kernel, CodedExperts):
+        return kernel.replace_arrays(held)
+    own = kernel.replace_arrays({name: array[0] for name, array in held.items()})
+    return dataclasses.replace(own, spec=split_spec(kernel.spec, mesh))

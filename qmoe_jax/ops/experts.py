@@ -1,7 +1,8 @@
-"""The kernels of all experts of one layer: dense, or codes."""
+"""The kernels of all experts of one layer: dense, or codes, perhaps with a low-rank correction."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.tensor import TensorSpec
 
@@ -27,9 +29,24 @@ class DenseExperts:
     kernel: Array
 
     @property
-    def leaves(self) -> tuple[Array, ...]:
-        """The arrays that kernels are fetched from."""
-        return (self.kernel,)
+    def by_name(self) -> dict[str, Array]:
+        """All arrays; those of floats have gradients."""
+        return {"kernel": self.kernel}
+
+    def replace_arrays(self, arrays: Mapping[str, Any]) -> "DenseExperts":
+        """Return the same with other arrays, named as in `by_name`."""
+        return DenseExperts(arrays["kernel"])
+
+    def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
+        """Return an expert's part of the arrays of floats."""
+        return {"kernel": own_part(self.kernel, expert)}
+
+    def weights(
+        self, floats: Mapping[str, Array], expert: Int[Array, ""]
+    ) -> Float[Array, "in out"]:
+        """Return an expert's kernel, float32, as a function of its `floats`."""
+        del expert
+        return floats["kernel"].astype(jnp.float32)
 
     def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
         """One expert's kernel in the activation dtype."""
@@ -58,9 +75,36 @@ class CodedExperts:
     derived: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @property
-    def leaves(self) -> tuple[Array, ...]:
-        """The arrays that kernels are fetched from."""
-        return tuple(self.arrays.values())
+    def by_name(self) -> dict[str, Array]:
+        """All arrays; those of floats, levels or origins, have gradients."""
+        return {**self.arrays, **self.derived}
+
+    def replace_arrays(self, arrays: Mapping[str, Any]) -> "CodedExperts":
+        """Return the same with other arrays, named as in `by_name`."""
+        stored, derived = ({n: arrays[n] for n in own} for own in (self.arrays, self.derived))
+        return CodedExperts(self.spec, stored, self.in_features, derived)
+
+    def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
+        """Return an expert's part of the arrays of floats."""
+        return {
+            name: own_part(array, expert) for name, array in self.arrays.items() if is_float(array)
+        }
+
+    def weights(
+        self, floats: Mapping[str, Array], expert: Int[Array, ""]
+    ) -> Float[Array, "in out"]:
+        """Return an expert's kernel, float32, as a function of its `floats`; codes are fixed."""
+        coding = get_coding(self.spec.coding)
+        codes = coding.decode_expert(self.spec, self.arrays, expert)
+        # Levels of this expert alone, or a gradient would be an array of all experts.
+        levels = {
+            name: floats[name] if name in floats else own_part(self.arrays[name], expert)
+            for name, kind in coding.array_kinds.items()
+            if kind == "levels"
+        }
+        own = {name: array[None] for name, array in levels.items()}
+        rows = coding.weights(self.spec, own, jnp.zeros((), jnp.int32), codes)
+        return rows.reshape(-1, self.in_features).T
 
     @property
     def out_features(self) -> int:
@@ -73,7 +117,65 @@ class CodedExperts:
         return rows.reshape(-1, self.in_features).T
 
 
-Experts = DenseExperts | CodedExperts
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedExperts:
+    """Kernels with a low-rank correction: base + a b.
+
+    Attributes:
+      base: the kernels.
+      a: float [experts, in, rank], or [1, in, rank]: one that all experts share.
+      b: float [experts, rank, out], or [1, rank, out].
+    """
+
+    base: DenseExperts | CodedExperts
+    a: Array
+    b: Array
+
+    @property
+    def by_name(self) -> dict[str, Array]:
+        """All arrays; those of floats have gradients."""
+        return {**self.base.by_name, "adapter_a": self.a, "adapter_b": self.b}
+
+    def replace_arrays(self, arrays: Mapping[str, Any]) -> "AdaptedExperts":
+        """Return the same with other arrays, named as in `by_name`."""
+        base = self.base.replace_arrays(arrays)
+        return AdaptedExperts(base, arrays["adapter_a"], arrays["adapter_b"])
+
+    def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
+        """Return an expert's part of the arrays of floats."""
+        own = {"adapter_a": own_part(self.a, expert), "adapter_b": own_part(self.b, expert)}
+        return {**self.base.floats(expert), **own}
+
+    def weights(
+        self, floats: Mapping[str, Array], expert: Int[Array, ""]
+    ) -> Float[Array, "in out"]:
+        """Return an expert's kernel, float32, as a function of its `floats`."""
+        a, b = (floats[name].astype(jnp.float32) for name in ("adapter_a", "adapter_b"))
+        correction = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+        return self.base.weights(floats, expert) + correction
+
+    def fetch(self, expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "in out"]:
+        """One expert's kernel in the activation dtype, the correction added."""
+        a, b = (own_part(array, expert).astype(jnp.float32) for array in (self.a, self.b))
+        correction = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+        return (self.base.fetch(expert, jnp.float32) + correction).astype(dtype)
+
+
+Experts = DenseExperts | CodedExperts | AdaptedExperts
+
+
+def is_float(array: Array) -> bool:
+    """Whether an array has gradients."""
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def own_part(array: Array, expert: Int[Array, ""]) -> Array:
+    """Return an expert's part of an array; the one part of an array that experts share."""
+    if array.shape[0] == 1:
+        return array[0]
+    # Behind a barrier, as in `DenseExperts.fetch`.
+    array, expert = lax.optimization_barrier((array, expert))
+    return lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
 
 def find_row_block_starts(

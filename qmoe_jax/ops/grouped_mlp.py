@@ -9,12 +9,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.varying import varying_zeros
 
 # An expert's kernel in the activation dtype, [in, out], for a traced scalar expert index.
 KernelFetch = Callable[[Int[Array, ""]], Float[Array, "in out"]]
+# Input projections [tokens, mlp] to the hidden layer.
+Activation = Callable[[list[Array]], Array]
 
 
 def grouped_mlp(
@@ -25,7 +27,8 @@ def grouped_mlp(
     fetch_wi: Sequence[KernelFetch],
     fetch_wo: KernelFetch,
     fetched_from: Sequence[Array] = (),
-    activation: Callable[[list[Array]], Array],
+    activation: Activation,
+    hidden_scale: Float[Array, "experts mlp"] | None = None,
     block_size: int = 128,
 ) -> Float[Array, "tokens embed"]:
     """activation(x wi) wo, with the kernels of each token's expert.
@@ -38,20 +41,21 @@ def grouped_mlp(
       fetch_wo: fetch for `wo`.
       fetched_from: see `grouped_apply`.
       activation: maps the list of input projections [block, mlp] to the hidden layer.
+      hidden_scale: factors of an expert's hidden layer, for dropout; None: there are none.
       block_size: tokens that are multiplied at a time.
 
     Returns:
       Outputs in the order and dtype of `x`.
     """
-    precision = dot_precision(x)
+    scales = [] if hidden_scale is None else [hidden_scale]
 
-    def fetch(expert: Array) -> tuple[list[Array], Array]:
-        return [fetch(expert) for fetch in fetch_wi], fetch_wo(expert)
+    def fetch(expert: Array) -> tuple[list[Array], Array, list[Array]]:
+        own = [lax.dynamic_index_in_dim(s, expert, keepdims=False) for s in scales]
+        return [fetch(expert) for fetch in fetch_wi], fetch_wo(expert), own
 
-    def run(tokens: Array, kernels: tuple[list[Array], Array]) -> Array:
-        wi, wo = kernels
-        hidden = activation([jnp.dot(tokens, w, precision=precision) for w in wi])
-        return jnp.dot(hidden, wo, precision=precision)
+    def run(tokens: Array, fetched: tuple[list[Array], Array, list[Array]]) -> Array:
+        wi, wo, own = fetched
+        return mlp(tokens, wi, wo, activation, *own)
 
     return grouped_apply(
         x,
@@ -59,10 +63,25 @@ def grouped_mlp(
         num_experts=num_experts,
         out_features=x.shape[1],
         fetch=fetch,
-        fetched_from=fetched_from,
+        fetched_from=[*fetched_from, *scales],
         run=run,
         block_size=block_size,
     )
+
+
+def mlp(
+    tokens: Float[Array, "block embed"],
+    wi: Sequence[Float[Array, "embed mlp"]],
+    wo: Float[Array, "mlp embed"],
+    activation: Activation,
+    hidden_scale: Float[Array, "mlp"] | None = None,
+) -> Float[Array, "block embed"]:
+    """activation(tokens wi) wo of one expert, its hidden layer scaled if asked."""
+    precision = dot_precision(tokens)
+    hidden = activation([jnp.dot(tokens, w, precision=precision) for w in wi])
+    if hidden_scale is not None:
+        hidden = hidden * hidden_scale.astype(hidden.dtype)
+    return jnp.dot(hidden, wo, precision=precision)
 
 
 def dot_precision(x: Array) -> lax.Precision | None:
@@ -97,9 +116,55 @@ def grouped_apply(
     Returns:
       Outputs in the order and dtype of `x`.
     """
+    return grouped_fold(
+        x,
+        expert_index,
+        num_experts=num_experts,
+        out_features=out_features,
+        begin=lambda expert: (fetch(expert), ()),
+        run=lambda tokens, mine, kernels, partial: (run(tokens, kernels), partial),
+        end=lambda expert, kernels, partial, sums: sums,
+        sums=(),
+        fetched_from=fetched_from,
+        block_size=block_size,
+    )[0]
+
+
+def grouped_fold(
+    x: Float[Array, "tokens in"],
+    expert_index: Int[Array, "tokens"],
+    *,
+    num_experts: int,
+    out_features: int,
+    begin: Callable[[Int[Array, ""]], tuple[Any, Any]],
+    run: Callable[[Float[Array, "block in"], Bool[Array, "block 1"], Any, Any], tuple[Array, Any]],
+    end: Callable[[Int[Array, ""], Any, Any, Any], Any],
+    sums: Any,
+    fetched_from: Sequence[Array] = (),
+    block_size: int = 128,
+) -> tuple[Float[Array, "tokens out"], Any]:
+    """`grouped_apply`, with sums over the tokens of an expert, such as gradients of its kernels.
+
+    Args:
+      x: tokens.
+      expert_index: expert of each token in [0, num_experts); a negative index yields zeros.
+      num_experts: number of experts.
+      out_features: width of what `run` returns first.
+      begin: an expert's kernels, anything, and the partial sums to begin with, arrays; for a
+        traced scalar index, once an expert.
+      run: a block of tokens, which of them are the expert's, its kernels and its partial sums, to
+        a row for each token and the partial sums with the block in.
+      end: an expert, its kernels, its partial sums and `sums`, to `sums` with the expert in.
+      sums: arrays to begin with.
+      fetched_from: see `grouped_apply`.
+      block_size: tokens that are run at a time.
+
+    Returns:
+      Outputs in the order and dtype of `x`, and the sums.
+    """
     num_tokens, in_features = x.shape
     if num_tokens == 0:
-        return jnp.zeros((0, out_features), x.dtype)
+        return jnp.zeros((0, out_features), x.dtype), sums
     # `jax.export` may leave the number of tokens open; then it cannot be compared.
     block = min(block_size, num_tokens) if isinstance(num_tokens, int) else block_size
 
@@ -113,24 +178,30 @@ def grouped_apply(
     sorted_x = jnp.concatenate([x[order], jnp.zeros((block, in_features), x.dtype)])
     rows = jnp.arange(block)
 
-    def run_expert(i: Array, outputs: Array) -> Array:
+    def run_expert(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        outputs, sums = carry
         expert = busy[i]
-        kernels = fetch(expert)
+        kernels, partial = begin(expert)
         count, start = counts[expert], starts[expert]
 
-        def run_block(j: Array, outputs: Array) -> Array:
+        def run_block(j: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            outputs, partial = carry
             at = (start + j * block, 0)
             tokens = lax.dynamic_slice(sorted_x, at, (block, in_features))
-            result = run(tokens, kernels)
             # Rows past this expert's tokens belong to the next one.
             mine = (rows < count - j * block)[:, None]
+            result, partial = run(tokens, mine, kernels, partial)
             old = lax.dynamic_slice(outputs, at, (block, out_features))
-            return lax.dynamic_update_slice(outputs, jnp.where(mine, result, old), at)
+            outputs = lax.dynamic_update_slice(outputs, jnp.where(mine, result, old), at)
+            return outputs, partial
 
-        return lax.fori_loop(0, (count + block - 1) // block, run_block, outputs)
+        blocks = (count + block - 1) // block
+        outputs, partial = lax.fori_loop(0, blocks, run_block, (outputs, partial))
+        return outputs, end(expert, kernels, partial, sums)
 
     outputs = varying_zeros(
         (num_tokens + block, out_features), x.dtype, x, expert_index, *fetched_from
     )
-    outputs = lax.fori_loop(0, num_busy, run_expert, outputs)[:num_tokens]
-    return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+    outputs, sums = lax.fori_loop(0, num_busy, run_expert, (outputs, sums))
+    outputs = outputs[:num_tokens]
+    return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True), sums

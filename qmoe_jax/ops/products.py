@@ -15,6 +15,7 @@ are float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit co
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,16 @@ from jaxtyping import Array, Float, Int
 from qmoe_jax.ops.cuda import kernels
 from qmoe_jax.ops.cuda.kernels import TokenOrder
 from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
-from qmoe_jax.ops.experts import CodedExperts, Experts
-from qmoe_jax.ops.grouped_mlp import KernelFetch, dot_precision, grouped_apply, grouped_mlp
+from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, Experts, own_part
+from qmoe_jax.ops.gradients import differentiable
+from qmoe_jax.ops.grouped_mlp import (
+    Activation,
+    KernelFetch,
+    dot_precision,
+    grouped_apply,
+    grouped_mlp,
+    mlp,
+)
 
 IMPLEMENTATIONS = ("xla", "cpu", "cuda")
 # What a user may choose; "auto" becomes one of the others when a model is loaded.
@@ -62,22 +71,31 @@ def compressed_product(
       ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
-    if implementation == "cpu" and (multiply := _stored_product(x, [experts])):
-        return multiply(x, expert_index, experts)
-    if implementation == "cuda" and isinstance(experts, CodedExperts) and x.shape[0]:
-        launcher = current_launcher()
-        if _is_fused(launcher, x, [experts], num_experts):
-            return _FusedProducts(launcher, x, expert_index, num_experts).multiply(x, experts)
-    fetch = kernel_fetch(experts, x.dtype, implementation)
     precision = dot_precision(x)
-    return grouped_apply(
+
+    def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: Any) -> Array:
+        del scale
+        (experts,) = kernels
+        if multiply := _direct_product(x, index, kernels, num_experts, implementation):
+            return multiply(x, experts)
+        return grouped_apply(
+            x,
+            index,
+            num_experts=num_experts,
+            out_features=out_features,
+            fetch=kernel_fetch(experts, x.dtype, implementation),
+            fetched_from=list(experts.by_name.values()),
+            run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
+        )
+
+    return differentiable(
+        forward,
+        lambda tokens, kernels, scale: jnp.dot(tokens, kernels[0], precision=precision),
+        lambda experts: kernel_fetch(experts, x.dtype, implementation),
         x,
         expert_index,
+        [experts],
         num_experts=num_experts,
-        out_features=out_features,
-        fetch=fetch,
-        fetched_from=experts.leaves,
-        run=lambda tokens, kernel: jnp.dot(tokens, kernel, precision=precision),
     )
 
 
@@ -88,7 +106,8 @@ def expert_mlp(
     num_experts: int,
     wi: Sequence[Experts],
     wo: Experts,
-    activation: Callable[[list[Array]], Array],
+    activation: Activation,
+    hidden_scale: Float[Array, "experts mlp"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "tokens embed"]:
     """activation(x wi) wo, with the kernels of each token's expert.
@@ -101,6 +120,8 @@ def expert_mlp(
       wo: kernels `wo`.
       activation: maps the list of input projections [tokens, mlp] to the hidden layer; of a zero
         row it makes a zero row.
+      hidden_scale: factors of an expert's hidden layer, as dropout has them; not differentiated.
+        None: there are none.
       implementation: "xla", "cpu" or "cuda".
 
     Returns:
@@ -111,24 +132,34 @@ def expert_mlp(
       ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
-    if implementation == "cpu" and (multiply := _stored_product(x, [*wi, wo])):
-        hidden = activation([multiply(x, expert_index, kernel) for kernel in wi])
-        return multiply(hidden, expert_index, wo)
-    coded = [kernel for kernel in (*wi, wo) if isinstance(kernel, CodedExperts)]
-    if implementation == "cuda" and len(coded) == len(wi) + 1 and x.shape[0]:
-        launcher = current_launcher()
-        if _is_fused(launcher, x, coded, num_experts):
-            products = _FusedProducts(launcher, x, expert_index, num_experts)
-            hidden = activation([products.multiply(x, kernel) for kernel in coded[:-1]])
-            return products.multiply(hidden, coded[-1])
-    return grouped_mlp(
+
+    def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: Array | None) -> Array:
+        *wi, wo = kernels
+        if multiply := _direct_product(x, index, kernels, num_experts, implementation):
+            hidden = activation([multiply(x, kernel) for kernel in wi])
+            if scale is not None:
+                hidden = hidden * scale[jnp.maximum(index, 0)].astype(hidden.dtype)
+            return multiply(hidden, wo)
+        return grouped_mlp(
+            x,
+            index,
+            num_experts=num_experts,
+            fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
+            fetch_wo=kernel_fetch(wo, x.dtype, implementation),
+            fetched_from=[array for kernel in kernels for array in kernel.by_name.values()],
+            activation=activation,
+            hidden_scale=scale,
+        )
+
+    return differentiable(
+        forward,
+        lambda tokens, kernels, scale: mlp(tokens, kernels[:-1], kernels[-1], activation, scale),
+        lambda experts: kernel_fetch(experts, x.dtype, implementation),
         x,
         expert_index,
+        [*wi, wo],
+        hidden_scale,
         num_experts=num_experts,
-        fetch_wi=[kernel_fetch(kernel, x.dtype, implementation) for kernel in wi],
-        fetch_wo=kernel_fetch(wo, x.dtype, implementation),
-        fetched_from=[array for kernel in (*wi, wo) for array in kernel.leaves],
-        activation=activation,
     )
 
 
@@ -162,17 +193,77 @@ def check_choice(implementation: str) -> None:
         check_implementation(implementation)
 
 
-def _stored_product(x: Array, kernels: Sequence[Experts]) -> Callable[..., Array] | None:
+def _direct_product(
+    x: Array,
+    expert_index: Array,
+    kernels: Sequence[Experts],
+    num_experts: int,
+    implementation: str,
+) -> Callable[[Array, Experts], Array] | None:
+    """Return the product of tokens and a kernel without expanding it, if all kernels have one."""
+    bases = [kernel.base if isinstance(kernel, AdaptedExperts) else kernel for kernel in kernels]
+    coded = [kernel for kernel in bases if isinstance(kernel, CodedExperts)]
+    if len(coded) < len(bases):
+        return None
+    multiply = None
+    if implementation == "cpu":
+        multiply = _stored_product(x, expert_index, coded)
+    if implementation == "cuda" and x.shape[0]:
+        launcher = current_launcher()
+        if _is_fused(launcher, x, coded, num_experts):
+            multiply = _FusedProducts(launcher, x, expert_index, num_experts).multiply
+    if multiply is None:
+        return None
+    of_codes = multiply
+
+    def product(x: Array, kernel: Experts) -> Array:
+        if isinstance(kernel, AdaptedExperts):
+            assert isinstance(kernel.base, CodedExperts)
+            low_rank = _low_rank_product(x, expert_index, kernel, num_experts)
+            return of_codes(x, kernel.base) + low_rank
+        assert isinstance(kernel, CodedExperts)
+        return of_codes(x, kernel)
+
+    return product
+
+
+def _low_rank_product(
+    x: Float[Array, "tokens in"],
+    expert_index: Int[Array, "tokens"],
+    experts: AdaptedExperts,
+    num_experts: int,
+) -> Float[Array, "tokens out"]:
+    """x a b of each token's expert, zeros for a negative index."""
+    precision = dot_precision(x)
+    a, b = (array.astype(x.dtype) for array in (experts.a, experts.b))
+
+    def multiply(tokens: Array, own: tuple[Array, Array]) -> Array:
+        return jnp.dot(jnp.dot(tokens, own[0], precision=precision), own[1], precision=precision)
+
+    if a.shape[0] == b.shape[0] == 1:
+        return jnp.where(expert_index[:, None] < 0, 0, multiply(x, (a[0], b[0])))
+    return grouped_apply(
+        x,
+        expert_index,
+        num_experts=num_experts,
+        out_features=b.shape[2],
+        fetch=lambda expert: (own_part(a, expert), own_part(b, expert)),
+        fetched_from=[a, b],
+        run=multiply,
+    )
+
+
+def _stored_product(
+    x: Array, expert_index: Array, kernels: Sequence[CodedExperts]
+) -> Callable[[Array, CodedExperts], Array] | None:
     """Return the product from stored codes, if all kernels have one.
 
     `jax.export` may leave the number of tokens open; the callback behind the product may not.
     """
     from qmoe_jax.ops.cpu import products as on_cpu
 
-    if isinstance(x.shape[0], int) and all(
-        isinstance(kernel, CodedExperts) and on_cpu.is_supported(kernel) for kernel in kernels
-    ):
-        return on_cpu.stored_product
+    if isinstance(x.shape[0], int) and all(map(on_cpu.is_supported, kernels)):
+        return lambda x, kernel: on_cpu.stored_product(x, expert_index, kernel)
     return None
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 import time
@@ -20,6 +21,7 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import T5XCheckpoint, open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.evaluation.divergence import DivergenceReport, measure_divergence
 from qmoe_jax.evaluation.metrics import LossReport, evaluate_loss
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.ops.products import check_choice
@@ -35,6 +37,7 @@ from qmoe_jax.pipeline.processes import Processes
 from qmoe_jax.pipeline.report import CompressionReport
 from qmoe_jax.pipeline.run import Run
 from qmoe_jax.pipeline.run_log import RunLog, peak_host_bytes
+from qmoe_jax.pipeline.run_pages import check_pages, write_pages
 from qmoe_jax.pipeline.samples import Samples
 from qmoe_jax.pipeline.schedule import Finished, LayerSchedule, kernel_reads, make_schedule
 from qmoe_jax.progress import Progress
@@ -44,6 +47,8 @@ from qmoe_jax.quantization.settings import CompressionSettings
 from qmoe_jax.quantization.step_search import typical_bits
 
 PathLike = str | os.PathLike[str]
+# A model that takes more is not loaded for the report: `evaluate` compares it.
+_MOST_BYTES_COMPARED = 2**30
 
 
 def compress(
@@ -59,7 +64,10 @@ def compress(
     log: PathLike | None = None,
     num_devices: int | None = 1,
     separate_evaluation: bool = False,
+    compare: bool = False,
     implementation: str = "auto",
+    report: bool | str = False,
+    report_examples: int = 32,
     progress: bool = True,
     settings: CompressionSettings | None = None,
     **changes: Any,
@@ -89,13 +97,20 @@ def compress(
       num_devices: devices of each process to spread experts and samples over; all where None.
         `expert_batch` experts go to each.
       separate_evaluation: load the output again and evaluate it on the validation tokens.
-      implementation: of that evaluation's products with codes, as in `load_switch`.
+      compare: the same beside the uncompressed model, for KL, agreement and the paired loss gap
+        (`evaluation.divergence`); both must fit in memory then.
+      implementation: of these evaluations' products with codes, as in `load_switch`.
+      report: write a page and a model card beside the output, `<output>.report.html` and
+        `<output>.model_card.md`; a text is the command that made it, which they show.
+      report_examples: so many validation examples, or else calibration examples, tell how far the
+        output's predictions are from the uncompressed model's (KL), where that takes at most 1 GiB;
+        0 does not measure it. Only with `report`.
       progress: show progress bars.
-      settings: how to compress; the paper's ternary GPTQ where None.
-      **changes: single fields of `CompressionSettings`, as `grid="2bit"`.
+      settings: how to compress; GPTQ to the lattice at its default step where None.
+      **changes: single fields of `CompressionSettings`, as `grid="ternary"`.
 
     Returns:
-      A report per kernel and in total.
+      What the run did, per kernel and in total.
 
     Raises:
       CheckpointError: the input is no readable Switch checkpoint; the output exists, cannot be
@@ -115,7 +130,13 @@ def compress(
         raise TokensError("validation_tokens without tokens; pass both, or evaluate the output")
     if separate_evaluation and validation_tokens is None:
         raise TokensError("separate_evaluation needs validation_tokens; pass them too")
+    if compare and validation_tokens is None:
+        raise TokensError("compare needs validation_tokens; pass them too")
     check_choice(implementation)
+    if report_examples < 0:
+        raise ValueError(f"report_examples is {report_examples}; give 0 or more")
+    if report:
+        check_pages(output)
     allocation = chosen.allocation
     run_log = RunLog(log)
     inputs = _paths(checkpoint, tokens, validation_tokens)
@@ -168,7 +189,7 @@ def compress(
         if processes.is_primary:
             run_log.write("start", output=os.fspath(output), run=facts)
         loop = BlockLoop(run, reader, schedule, samples, run_log, buffers)
-        report = loop.all_layers(os.fspath(output))
+        done = loop.all_layers(os.fspath(output))
         processes.barrier("all written")
         if processes.is_primary:
             told = chosen.to_json() | {"allocation": allocation}
@@ -176,16 +197,59 @@ def compress(
         processes.barrier("finished")
         if work_dir is not None:
             journal.clear()
-    if separate_evaluation and validation is not None and processes.is_primary:
-        report.separate_validation = _evaluate_output(
-            output, validation, chosen, implementation, show
-        )
-    report.settings["allocation"] = allocation
-    report.seconds = time.monotonic() - started
-    report.peak_host_bytes = peak_host_bytes()
+    if validation is not None and processes.is_primary:
+        if compare:
+            done.divergence_text = "validation"
+            done.divergence = _measure_divergence(
+                *(checkpoint, output, validation, chosen, implementation, progress)
+            )
+            done.separate_validation = done.divergence.losses
+        elif separate_evaluation:
+            done.separate_validation = _evaluate_output(
+                output, validation, chosen, implementation, show
+            )
+    done.settings["allocation"] = allocation
+    done.seconds = time.monotonic() - started
+    done.peak_host_bytes = peak_host_bytes()
+    if report and processes.is_primary:
+        examples = calibration if validation is None else validation
+        wanted = report_examples > 0 and done.divergence is None
+        if wanted and examples is not None and processes.count == 1 and _is_small(source):
+            done.divergence_text = "calibration" if validation is None else "validation"
+            few = examples.first(min(report_examples, len(examples)))
+            done.divergence = _measure_divergence(
+                *(checkpoint, output, few, chosen, implementation, progress)
+            )
+        command = report if isinstance(report, str) else None
+        write_pages(done, checkpoint=source.url, command=command)
+        done.has_pages = True
     if processes.is_primary:
-        run_log.write("finish", **{k: v for k, v in report.to_json().items() if k != "kernels"})
-    return report
+        run_log.write("finish", **{k: v for k, v in done.to_json().items() if k != "kernels"})
+    return done
+
+
+def _is_small(source: T5XCheckpoint) -> bool:
+    """Whether the uncompressed model may be loaded for the report alone."""
+    sizes = (
+        source.dtypes[name].itemsize * math.prod(shape) for name, shape in source.shapes.items()
+    )
+    return sum(sizes) <= _MOST_BYTES_COMPARED
+
+
+def _measure_divergence(
+    checkpoint: PathLike,
+    output: PathLike,
+    examples: TokenFile,
+    settings: CompressionSettings,
+    implementation: str,
+    progress: bool,
+) -> DivergenceReport:
+    return measure_divergence(
+        *load_switch(output, settings.activation_dtype, implementation=implementation),
+        *load_switch(checkpoint, settings.activation_dtype),
+        [batch.arrays() for batch in examples.batches(min(settings.batch_size, len(examples)))],
+        progress="compare" if progress else None,
+    )
 
 
 def _open(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_jax.evaluation.divergence import DivergenceReport
 from qmoe_jax.evaluation.metrics import LossReport
 from qmoe_jax.formatting import format_memory
 from qmoe_jax.quantization.expert_batch import ExpertStatus
@@ -29,6 +30,7 @@ class KernelReport:
       nonfinite_experts: experts whose Hessian was not finite; rounded to nearest.
       overload_share: share of lattice codes at the ends of their range: clipped, or just fitting.
       step: of the lattice, mean over experts; None of other grids.
+      token_counts: calibration tokens of each expert; zeros where there was no calibration.
     """
 
     name: str
@@ -43,6 +45,7 @@ class KernelReport:
     nonfinite_experts: int
     overload_share: float = 0.0
     step: float | None = None
+    token_counts: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -63,6 +66,9 @@ class CompressionReport:
         where none were given.
       validation_warning: what is wrong with that loss; None where nothing is.
       separate_validation: loss on them of the finished output, loaded again; None where not asked.
+      divergence: of the finished output from the uncompressed model; None where not measured.
+      divergence_text: whose examples these are, "calibration" or "validation".
+      has_pages: whether a page and a model card stand beside the output, see `run_pages`.
     """
 
     output: str
@@ -77,6 +83,9 @@ class CompressionReport:
     validation: LossReport | None = None
     validation_warning: str | None = None
     separate_validation: LossReport | None = None
+    divergence: DivergenceReport | None = None
+    divergence_text: str = "calibration"
+    has_pages: bool = False
 
     @property
     def expert_weights(self) -> int:
@@ -176,6 +185,7 @@ class CompressionReport:
             "separate_validation_loss": None
             if self.separate_validation is None
             else self.separate_validation.loss,
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
             "validation_loss": None if self.validation is None else self.validation.loss,
             "warnings": self.warnings(),
         }
@@ -194,6 +204,14 @@ class CompressionReport:
             lines.append(f"validation loss {self.validation.loss:.4f}")
         if self.separate_validation is not None:
             lines.append(f"of the output, loaded again: {self.separate_validation.loss:.4f}")
+        if self.divergence is not None:
+            (kl, kl_error), (gap, gap_error) = self.divergence.divergence, self.divergence.gap
+            lines.append(
+                f"against the uncompressed model on {len(self.divergence.kl):,} "
+                f"{self.divergence_text} examples: KL {kl:.5f} ± {kl_error:.5f}, loss "
+                f"{gap:+.4f} ± {gap_error:.4f} nats a target token, "
+                f"{self.divergence.agreement:.2%} of the most probable tokens agree"
+            )
         return "\n".join(lines)
 
 
@@ -235,4 +253,5 @@ def kernel_report(
         if "overload_share" in joined
         else 0.0,
         step=float(joined["step"].mean()) if "step" in joined else None,
+        token_counts=[float(count) for count in counts],
     )

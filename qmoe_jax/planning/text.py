@@ -7,19 +7,29 @@ from qmoe_jax.planning.plan import Plan
 from qmoe_jax.planning.public_checkpoints import public_checkpoints
 from qmoe_jax.planning.sizes import compressed_size, zero_share
 from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.quantization.step_search import typical_bits
 
 
 def format_list() -> str:
     """Return the public checkpoints with parameters and sizes."""
-    rows = [
-        ("name", "parameters", "layers", "embed", "mlp", "experts", "bfloat16", "tunstall", "zeros")
+    rows: list[tuple[str, ...]] = [
+        (
+            *("name", "parameters", "layers", "embed", "mlp", "experts", "bfloat16"),
+            *("ternary", "zeros", "lattice"),
+        )
     ]
+    ternary, lattice = CompressionSettings(grid="ternary"), CompressionSettings(grid="lattice")
     assumed = False
     for entry in public_checkpoints().values():
         model = ModelFacts.from_registry(entry, "float32")
         config, zeros = model.config, zero_share(entry.config, "ternary")
-        size = compressed_size(
-            config, model.shapes, model.dtypes, CompressionSettings(), {"ternary": zeros}
+        codes = {
+            "ternary": zeros,
+            "lattice": zero_share(config, "lattice", typical_bits(lattice.step)),
+        }
+        size, smaller = (
+            compressed_size(config, model.shapes, model.dtypes, settings, codes)
+            for settings in (ternary, lattice)
         )
         is_assumed = zeros.source.startswith("assumed")
         assumed |= is_assumed
@@ -34,9 +44,10 @@ def format_list() -> str:
                 format_bytes(size.bfloat16_bytes),
                 format_bytes(size.total),
                 f"{zeros.value:.1%}{'*' if is_assumed else ' '}",
+                format_bytes(smaller.total),
             )
         )
-    widths = (18, 20, 8, 7, 7, 9, 11, 11, 7)
+    widths = (18, 20, 8, 7, 7, 9, 11, 11, 7, 11)
     lines = [format_table(rows, min_widths=widths, separator="", rule="line")]
     if assumed:
         lines += ["", "* assumed: that of the model nearest in width among the QMoE paper's three"]

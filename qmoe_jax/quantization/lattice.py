@@ -135,7 +135,7 @@ def refuse_groups(group_size: int | None) -> None:
     if group_size is not None:
         raise ValueError(
             f"group_size is {group_size}, but the lattice has a step for each input feature and "
-            "nothing that a group could share; leave it None"
+            'nothing that a group could share; leave it None, or choose grid="ternary" or "2bit"'
         )
 
 

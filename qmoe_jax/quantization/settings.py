@@ -35,7 +35,8 @@ class CompressionSettings:
     """Settings of a compression run; recorded in the compressed checkpoint.
 
     Attributes:
-      grid: "ternary" or "2bit", levels of a row; or "lattice", steps of the input features.
+      grid: "lattice", steps of the input features; or the paper's "ternary" or "2bit", levels of a
+        row.
       step: of the lattice, in units of a kernel's weights (c of `quantization.lattice`): about
         0.85 bit a weight at 3, 0.63 at 4, 0.50 at 5. On the demo model the paper's ternary has
         the KL of 4.2, so that the default is no worse than it.
@@ -75,7 +76,7 @@ class CompressionSettings:
       token_chunk: tokens of each expert that are multiplied together.
     """
 
-    grid: str = "ternary"
+    grid: str = "lattice"
     step: float = 4.0
     target_bits_per_weight: float | None = None
     target_size: str | int | None = None

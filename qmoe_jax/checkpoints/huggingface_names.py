@@ -1,8 +1,9 @@
-"""Names in the published QMoE models: Hugging Face's Switch Transformers, and ours beside them.
+"""Names in Hugging Face's Switch Transformers, which the published QMoE models have too, and ours.
 
 Source: `modeling_switch_transformers.py` of Hugging Face's transformers and `sub1.py` of the QMoE
-code. PyTorch weights are `[out, in]`, Flax kernels
-`[in, out]`; the position bias is `[buckets, heads]` there, `[heads, buckets]` here.
+code; gated MLPs, which neither has, are named as in its T5 (`modeling_t5.py`). PyTorch weights are
+`[out, in]`, Flax kernels `[in, out]`; the position bias is `[buckets, heads]` there,
+`[heads, buckets]` here.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError
 
+HF_EMBEDDING = "shared.weight"
+"""`[vocab, embed]`."""
 HF_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Hugging Face's further names for `shared.weight`."""
 HF_LOGITS = "lm_head.weight"
@@ -30,7 +33,7 @@ _ATTENTION_NORMS = {
 }
 _MLP_SUBLAYER = {"encoder": "layer.1", "decoder": "layer.2"}
 _OUTSIDE_BLOCKS = {
-    names.EMBEDDING: ("shared.weight", False),
+    names.EMBEDDING: (HF_EMBEDDING, False),
     "decoder/logits_dense/kernel": (HF_LOGITS, True),
     "encoder/encoder_norm/scale": ("encoder.final_layer_norm.weight", False),
     "decoder/decoder_norm/scale": ("decoder.final_layer_norm.weight", False),
@@ -52,7 +55,11 @@ class HfParameter(NamedTuple):
 
 
 def dense_parameters(config: SwitchConfig) -> dict[str, HfParameter]:
-    """Hugging Face's parameter for each of ours that is no expert kernel, by our sorted names."""
+    """Hugging Face's parameter for each of ours that is no expert kernel, by our sorted names.
+
+    Raises:
+      CheckpointError: a parameter has none.
+    """
     return {
         name: _hf_parameter(name)
         for name in parameter_shapes(config)
@@ -75,11 +82,11 @@ def _hf_parameter(name: str) -> HfParameter:
             return HfParameter(f"{block}.{_MLP_SUBLAYER[stack]}.layer_norm.weight", False)
         case ["mlp", "router", *_]:
             return HfParameter(f"{block}.{_MLP_SUBLAYER[stack]}.mlp.router.classifier.weight", True)
-        case ["mlp", "wi" | "wo" as kernel, "kernel"]:
+        case ["mlp", "wi" | "wi_0" | "wi_1" | "wo" as kernel, "kernel"]:
             return HfParameter(f"{block}.{_MLP_SUBLAYER[stack]}.mlp.{kernel}.weight", True)
     raise CheckpointError(
         f"parameter {name} has no counterpart in Hugging Face's Switch Transformers, so the "
-        "published layout cannot hold it: keep the checkpoint in this project's layout"
+        "layout cannot hold it: keep the checkpoint in this project's layout"
     )
 
 
@@ -100,3 +107,10 @@ def expert_kernel(stack: str, layer: int, expert: int, kernel: str) -> str:
     """Hugging Face's module of an expert kernel: `....mlp.experts.expert_0.wi`."""
     experts = f"{stack}.block.{layer}.{_MLP_SUBLAYER[stack]}.mlp.experts"
     return f"{experts}.expert_{expert}.{kernel}"
+
+
+def expert_weights(name: str, num_experts: int) -> list[str]:
+    """Hugging Face's parameters, `[out, in]` each, for our stack of expert kernels of a layer."""
+    stack, layer, _, _, kernel, _ = name.split("/")
+    index = int(layer.removeprefix("layers_"))
+    return [f"{expert_kernel(stack, index, e, kernel)}.weight" for e in range(num_experts)]

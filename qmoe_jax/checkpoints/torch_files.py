@@ -21,8 +21,8 @@ def _torch() -> Any:
         return importlib.import_module("torch")
     except ImportError as error:
         raise CheckpointError(
-            "the published QMoE models are PyTorch files, and PyTorch is not installed: "
-            "pip install 'qmoe-jax[torch]' (a CPU build is enough)"
+            "these are PyTorch files, and PyTorch is not installed: pip install 'qmoe-jax[torch]' "
+            "(a CPU build is enough)"
         ) from error
 
 
@@ -58,7 +58,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, expected a dict with names as keys: it is "
-            f"no file of a published QMoE model"
+            "no file of a model's parameters"
         )
     return content
 

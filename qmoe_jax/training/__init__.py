@@ -1,0 +1,1 @@
+"""Fine-tuning and recovery: what is trained, its loss, the loop, and what it writes."""

@@ -1,0 +1,346 @@
+"""Fine-tune a checkpoint over its codes, or win back what compression took from it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import qmoe_jax
+from qmoe_jax.atomic_file import write_json
+from qmoe_jax.calibration.tokens import TokenFile, read_tokens
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.adapters import read_adapters, write_adapters
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
+from qmoe_jax.checkpoints.read_config import read_config
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
+from qmoe_jax.config import SwitchConfig
+from qmoe_jax.errors import CheckpointError, TokensError
+from qmoe_jax.evaluation.divergence import measure_divergence
+from qmoe_jax.evaluation.metrics import evaluate_loss
+from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard_steps
+from qmoe_jax.models.adapters import merge_adapters
+from qmoe_jax.models.layers import ADAPTERS
+from qmoe_jax.models.load import load_switch
+from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.outputs import check_is_no_input, check_no_input, check_writable
+from qmoe_jax.paths import local_path
+from qmoe_jax.run_folder import RunFolder
+from qmoe_jax.training.loop import Loop
+from qmoe_jax.training.optimizer import make_optimizer
+from qmoe_jax.training.settings import FinetuneSettings
+from qmoe_jax.training.state import FILE
+from qmoe_jax.training.step import make_step
+from qmoe_jax.training.trainable import (
+    Parts,
+    Trained,
+    gradient_masks,
+    join_variables,
+    rounded_levels,
+    split_variables,
+)
+from qmoe_jax.training.written import stored_parameters, write_trained
+
+PathLike = str | os.PathLike[str]
+ADAPTER_FILE = "adapters.npz"
+EXPERT_ADAPTER_FILE = "expert_adapters.npz"
+REPORT = "report.json"
+
+
+def finetune(
+    checkpoint: PathLike,
+    output: PathLike,
+    tokens: PathLike | TokenFile,
+    settings: FinetuneSettings | None = None,
+    *,
+    validation_tokens: PathLike | TokenFile | None = None,
+    reference: PathLike | None = None,
+    activation_dtype: str = "float32",
+    expert_capacity_factor: float | None = None,
+    adapters: PathLike | None = None,
+    overwrite: bool = False,
+    tensorboard: bool | None = None,
+    load: Callable[..., Any] = load_switch,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train parts of a checkpoint, native or compressed; the codes of experts stay as they are.
+
+    The same call goes on after a kill and ends with the same bytes, where the device repeats a sum
+    to the bit, as CPUs do (GPUs with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+
+    Args:
+      checkpoint: what is trained: native T5X or compressed, local or gs://.
+      output: local folder. At the end it holds `checkpoint_<steps>`, of the source's kind, that
+        every command takes (with adapters of kernels that are no codes merged into them),
+        `adapters.npz` where there are any, `expert_adapters.npz` for `checkpoint_<steps>` where
+        some are of codes, `metrics.jsonl`, `report.json` and TensorBoard events; until then also
+        the state that a stopped run goes on from.
+      tokens: token file to train on, or what `read_tokens` returns.
+      settings: what is trained and how; the defaults where None.
+      validation_tokens: token file to evaluate on while training; None evaluates nothing.
+      reference: checkpoint whose predictions are learned instead of the tokens (KL), as the
+        uncompressed model's after compression; in memory beside the other.
+      activation_dtype: "float32" or "bfloat16"; what is trained is float32 in both.
+      expert_capacity_factor: None trains and evaluates dropless; a number is T5X's evaluation
+        factor, and training has the training factor.
+      adapters: an adapter file to begin with.
+      overwrite: throw away what `output` holds of a run.
+      tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
+      load: called with a path, `activation_dtype` and `expert_capacity_factor`; returns (module,
+        variables): `load_switch`, or that with further arguments bound.
+      progress: show progress bars.
+
+    Returns:
+      A JSON object: `settings`; `num_trained`, parameters that were trained, and `trained_bytes`;
+      `checkpoint`, where the result is; `adapters`, those that were trained, for the source, and
+      `expert_adapters`, those of them that codes cannot take in, for the result, None without; and
+      with validation tokens
+      `validation`: figures `before`, `after` (as trained) and `written` (as stored), each with
+      `loss` and `accuracy` per target token and, with a reference, `kl`.
+
+    Raises:
+      CheckpointError: a checkpoint is unreadable, or `output` cannot be written, is in use, or
+        holds a run with other settings.
+      TokensError: unreadable tokens, or of a larger vocabulary than the model's.
+      ValueError: settings that do not fit the model, or a loss that is no number any more.
+    """
+    settings = settings or FinetuneSettings()
+    folder = _check_output(output, checkpoint, reference)
+    train = tokens if isinstance(tokens, TokenFile) else read_tokens(tokens)
+    held_out = validation_tokens
+    if held_out is not None and not isinstance(held_out, TokenFile):
+        held_out = read_tokens(held_out)
+    config = _check_vocabulary(checkpoint, [train, held_out])
+    if reference is not None:
+        other = _check_vocabulary(reference, [])
+        if other.num_embeddings != config.num_embeddings:
+            raise CheckpointError(
+                f"reference {reference} has {other.num_embeddings} embeddings, and {checkpoint} "
+                f"has {config.num_embeddings}; predictions over one vocabulary can be compared"
+            )
+    write_events = check_tensorboard(tensorboard)
+    begin = None if adapters is None else read_adapters(adapters)
+    determining = {
+        "checkpoint": _fingerprint(checkpoint),
+        "reference": None if reference is None else _fingerprint(reference),
+        "adapters": None if begin is None else begin.sha256(),
+        "tokens": train.sha256(),
+        "validation_tokens": None if held_out is None else held_out.sha256(),
+        "settings": settings.to_json(),
+        "activation_dtype": activation_dtype,
+        "expert_capacity_factor": expert_capacity_factor,
+        "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+    }
+    arguments = {} if adapters is None else {"adapters": adapters}
+    with RunFolder(folder, determining, discard=overwrite, results=FILE) as run:
+        if overwrite:
+            (folder / REPORT).unlink(missing_ok=True)
+        if (folder / REPORT).exists():
+            return json.loads((folder / REPORT).read_bytes())
+        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor, **arguments)
+        compared = None
+        if reference is not None:
+            compared = load(reference, activation_dtype, expert_capacity_factor)
+        parts = split_variables(module, variables, settings)
+        del variables
+        report = _train(module, parts, compared, train, held_out, settings, run.path, progress)
+        report = _finish(
+            module, parts, compared, held_out, settings, checkpoint, run.path, report, progress
+        )
+        if write_events:
+            write_tensorboard_steps(run.path, report.pop("history"))
+        report.pop("history", None)
+        write_json(run.path / REPORT, report)
+        with contextlib.suppress(OSError):
+            (run.path / FILE).unlink()
+    return report
+
+
+def recover(
+    checkpoint: PathLike,
+    reference: PathLike,
+    output: PathLike,
+    tokens: PathLike | TokenFile,
+    settings: FinetuneSettings | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Win back what compression took: train to predict what the uncompressed model does.
+
+    Args:
+      checkpoint: the compressed checkpoint.
+      reference: the native checkpoint that it was made from.
+      output: see `finetune`, as for the following.
+      tokens: the text on which predictions are compared; its targets do not matter.
+      settings: where None, norms and gains are trained, without dropout.
+      **keywords: as `finetune` takes them.
+
+    Returns:
+      What `finetune` does.
+
+    Raises:
+      ValueError: as `finetune` does.
+    """
+    settings = settings or RECOVER
+    return finetune(checkpoint, output, tokens, settings, reference=reference, **keywords)
+
+
+RECOVER = FinetuneSettings(
+    trainable=("norms", "gains"),
+    batch_size=32,
+    dropout_rate=0.0,
+    expert_dropout_rate=0.0,
+    z_loss=0.0,
+    auxiliary_loss=0.0,
+)
+"""Settings of `recover` where none are given."""
+
+
+def _train(
+    module: SwitchTransformer,
+    parts: Parts,
+    compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
+    train: TokenFile,
+    held_out: TokenFile | None,
+    settings: FinetuneSettings,
+    folder: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """Run the loop; return values, history and figures."""
+    levels = rounded_levels(module, parts)
+    optimizer = make_optimizer(settings)
+
+    def evaluate(trained: Trained) -> Mapping[str, Any]:
+        assert held_out is not None
+        variables = join_variables(trained, parts.frozen, levels)
+        return _figures(module, variables, compared, held_out, settings.batch_size)
+
+    loop = Loop(
+        step=make_step(
+            dataclasses.replace(module, dropout=settings.dropout),
+            optimizer,
+            settings.factors,
+            levels=levels,
+            masks=gradient_masks(module, parts),
+            seed=settings.seed,
+            reference=None if compared is None else compared[0],
+        ),
+        optimizer=optimizer,
+        parts=parts,
+        reference_variables=None if compared is None else compared[1],
+        tokens=train,
+        settings=settings,
+        evaluate=None if held_out is None else evaluate,
+        folder=folder,
+        title="finetune" if compared is None else "recover",
+        progress=progress,
+    )
+    state = loop.run()
+    return {"trained": state.trained, "history": state.history}
+
+
+def _finish(
+    module: SwitchTransformer,
+    parts: Parts,
+    compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
+    held_out: TokenFile | None,
+    settings: FinetuneSettings,
+    checkpoint: PathLike,
+    folder: Path,
+    done: Mapping[str, Any],
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the checkpoint and the adapters, and measure what was written."""
+    del progress
+    values = {name: np.asarray(value) for name, value in done["trained"].items()}
+    everything = {**parts.frozen, **done["trained"]}
+    prefix = f"{ADAPTERS}/"
+    corrections = {
+        name.removeprefix(prefix): np.asarray(array)
+        for name, array in everything.items()
+        if name.startswith(prefix)
+    }
+    flat = names.flatten(merge_adapters(names.unflatten(everything)))
+    changed = {
+        name.removeprefix("params/"): np.asarray(array, np.float32)
+        for name, array in flat.items()
+        if name.startswith("params/") and (name in values or _is_corrected(name, corrections))
+    }
+    record = {"settings": settings.to_json(), "reference": compared is not None}
+    if corrections:
+        write_adapters(folder / ADAPTER_FILE, corrections, record)
+    # Codes are no sums: corrections of theirs go with the written checkpoint, the others are in it.
+    left = {n.removeprefix(prefix): np.asarray(a) for n, a in flat.items() if n.startswith(prefix)}
+    if left:
+        write_adapters(folder / EXPERT_ADAPTER_FILE, left, record)
+    path = write_trained(checkpoint, folder, settings.train_steps, changed, record)
+    report: dict[str, Any] = {
+        "settings": settings.to_json(),
+        "num_trained": int(sum(value.size for value in values.values())),
+        "trained_bytes": int(sum(value.nbytes for value in values.values())),
+        "checkpoint": os.fspath(path),
+        "adapters": os.fspath(folder / ADAPTER_FILE) if corrections else None,
+        "expert_adapters": os.fspath(folder / EXPERT_ADAPTER_FILE) if left else None,
+        "history": done["history"],
+    }
+    if held_out is not None:
+        found = [line["validation"] for line in done["history"] if "validation" in line]
+        stored = stored_parameters(checkpoint, changed)
+        variables = names.unflatten({**flat, **{f"params/{n}": v for n, v in stored.items()}})
+        written = _figures(module, variables, compared, held_out, settings.batch_size)
+        report["validation"] = {"before": found[0], "after": found[-1], "written": written}
+    return report
+
+
+def _is_corrected(name: str, corrections: Mapping[str, Any]) -> bool:
+    return f"{name.removeprefix('params/').removesuffix('/kernel')}/a" in corrections
+
+
+def _figures(
+    module: SwitchTransformer,
+    variables: Mapping[str, Any],
+    compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
+    tokens: TokenFile,
+    batch_size: int,
+) -> dict[str, float]:
+    batches = [batch.arrays() for batch in tokens.batches(min(batch_size, len(tokens)))]
+    if compared is None:
+        losses = evaluate_loss(module, variables, batches)
+        return {"loss": losses.loss, "accuracy": losses.accuracy}
+    found = measure_divergence(module, variables, *compared, batches)
+    (kl, _), losses = found.divergence, found.losses
+    return {"loss": losses.loss, "accuracy": losses.accuracy, "kl": kl}
+
+
+def _check_output(output: PathLike, checkpoint: PathLike, reference: PathLike | None) -> Path:
+    folder = local_path(output, "output")
+    check_writable(folder, "output")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"output is {folder}, a file; give a folder")
+    inputs = [checkpoint, *([] if reference is None else [reference])]
+    check_is_no_input(folder, "output", inputs)
+    check_no_input(folder, inputs)
+    return folder
+
+
+def _check_vocabulary(checkpoint: PathLike, files: list[TokenFile | None]) -> SwitchConfig:
+    config = read_config(checkpoint)
+    for tokens in files:
+        if tokens is not None and tokens.metadata.vocabulary_size > config.num_embeddings:
+            raise TokensError(
+                f"the tokens were made with a vocabulary of {tokens.metadata.vocabulary_size} ids, "
+                f"but the model has {config.num_embeddings} embeddings; tokenise with the model's "
+                "own vocabulary"
+            )
+    return config
+
+
+def _fingerprint(checkpoint: PathLike) -> str:
+    if is_compressed_checkpoint(checkpoint):
+        return open_compressed_checkpoint(checkpoint).fingerprint()
+    return open_t5x_checkpoint(checkpoint, cache_bytes=0).fingerprint()

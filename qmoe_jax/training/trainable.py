@@ -1,0 +1,155 @@
+"""A model's variables in two: what is trained, as float32, and what stays as it is."""
+
+import dataclasses
+import fnmatch
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.models.layers import ADAPTERS
+from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.training.settings import FinetuneSettings
+
+# By "params/PATH" or "adapters/PATH".
+Trained = dict[str, Float[Array, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Variables in two.
+
+    Attributes:
+      trained: float32 copies of what is trained.
+      frozen: the rest, by "collection/path".
+      dtypes: what trained parameters are stored as.
+    """
+
+    trained: Trained
+    frozen: dict[str, Array]
+    dtypes: Mapping[str, np.dtype]
+
+
+def split_variables(
+    module: SwitchTransformer, variables: Mapping[str, Any], settings: FinetuneSettings
+) -> Parts:
+    """Choose what is trained; adapters that are not there yet begin as corrections of nothing.
+
+    Raises:
+      ValueError: a kind that the model has not, or a pattern without a kernel.
+    """
+    flat = names.flatten(variables)
+    chosen: set[str] = set()
+    for kind in settings.kinds:
+        if kind != "lora":
+            chosen |= _of_kind(module, flat, kind)
+    trained = {name: flat.pop(name).astype(jnp.float32) for name in sorted(chosen)}
+    dtypes = {name: np.dtype(variables_dtype) for name, variables_dtype in _dtypes(variables)}
+    held = {name: flat.pop(name) for name in list(flat) if name.startswith(f"{ADAPTERS}/")}
+    if "lora" in settings.kinds:
+        trained |= held or _new_adapters(module, settings)
+    else:
+        flat |= held
+    return Parts(trained, flat, {name: dtypes[name] for name in chosen})
+
+
+def join_variables(
+    trained: Mapping[str, Array], frozen: Mapping[str, Array], coded: frozenset[str]
+) -> dict[str, Any]:
+    """Return the variables of a module.
+
+    Args:
+      trained: of `split_variables`, or later values.
+      frozen: of `split_variables`.
+      coded: names of the trained arrays that belong to codes; they are rounded as they are stored,
+        in bfloat16, and gradients pass.
+    """
+    rounded = {n: a.astype(jnp.bfloat16) if n in coded else a for n, a in trained.items()}
+    return names.unflatten({**frozen, **rounded})
+
+
+def rounded_levels(module: SwitchTransformer, parts: Parts) -> frozenset[str]:
+    """Name the trained arrays of codes that are stored as bfloat16."""
+    kernels = tuple(f"params/{kernel}/" for kernel, _ in module.coded)
+    return frozenset(
+        name
+        for name, dtype in parts.dtypes.items()
+        if name.startswith(kernels) and dtype == jnp.bfloat16
+    )
+
+
+def gradient_masks(module: SwitchTransformer, parts: Parts) -> dict[str, Array]:
+    """Return factors of gradients: 0 where a trained array has parts that must stay.
+
+    The second level of 2-bit codes is their zero, a code: others would stand for other weights.
+    """
+    masks = {}
+    for kernel, spec in module.coded:
+        name = f"params/{kernel}/levels"
+        if name in parts.trained and get_coding(spec.coding).grid == "2bit":
+            masks[name] = jnp.array([1.0, 0.0], jnp.float32)
+    return masks
+
+
+def _dtypes(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, array.dtype) for name, array in names.flatten(variables).items()]
+
+
+def _of_kind(module: SwitchTransformer, flat: Mapping[str, Array], kind: str) -> set[str]:
+    params = {name for name in flat if name.startswith("params/")}
+    coded = tuple(f"params/{kernel}/" for kernel, _ in module.coded)
+    of_codes = {name for name in params if coded and name.startswith(coded)}
+    experts = {n for n in params if names.is_expert_kernel(n.removeprefix("params/"))}
+    if kind == "dense":
+        return params - of_codes - experts
+    if kind == "norms":
+        return {name for name in params if name.endswith("_norm/scale")}
+    if kind == "gains":
+        found = {n for n in of_codes if jnp.issubdtype(flat[n].dtype, jnp.floating)}
+        remedy = "compress the checkpoint first, or train 'experts'"
+    else:
+        found = experts
+        remedy = "its codes stay as they are; train 'gains', 'dense' or 'lora'"
+    if not found:
+        raise ValueError(f"trainable is {kind!r}, and the checkpoint has none: {remedy}")
+    return found
+
+
+def _new_adapters(module: SwitchTransformer, settings: FinetuneSettings) -> Trained:
+    """Return corrections a b with a random and b 0."""
+    shapes = parameter_shapes(module.config)
+    kernels = [
+        name.removesuffix("/kernel")
+        for name in shapes
+        if name.endswith("/kernel") and not name.endswith("/router_weights/w/kernel")
+    ]
+    chosen: set[str] = set()
+    for pattern in settings.lora_kernels:
+        found = fnmatch.filter(kernels, pattern)
+        # Models without dense MLPs or gates have no kernels for some of the default patterns.
+        default = settings.lora_kernels == FinetuneSettings.lora_kernels
+        if not found and not default:
+            raise ValueError(
+                f"lora_kernels has {pattern!r}, which is no kernel of the model; kernels are "
+                f"{kernels[0]}, {kernels[-1]} and the like"
+            )
+        chosen |= set(found)
+    key = jax.random.key(settings.seed)
+    adapters: Trained = {}
+    for kernel in sorted(chosen):
+        *experts, num_in, num_out = shapes[f"{kernel}/kernel"]
+        if experts and settings.lora_shared:
+            experts = [1]
+        # By name, so that a kernel's correction begins alike whichever others there are.
+        own = jax.random.fold_in(key, zlib.crc32(kernel.encode()))
+        a = jax.random.normal(own, (*experts, num_in, settings.lora_rank)) / np.sqrt(num_in)
+        adapters[f"{ADAPTERS}/{kernel}/a"] = a.astype(jnp.float32)
+        adapters[f"{ADAPTERS}/{kernel}/b"] = jnp.zeros((*experts, settings.lora_rank, num_out))
+    return adapters
