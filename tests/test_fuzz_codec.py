@@ -5,8 +5,8 @@ import pytest
 
 from qmoe_jax.codec import codings
 
-COUNT = 4000
-LIMITS = {"seed": 1, "seconds": 20, "max_compiled": 2}
+COUNT = 1000
+LIMITS = {"seed": 1, "max_compiled": 2}
 
 
 def test_damaged_tensors_are_refused_or_decode_as_the_reference_does():
