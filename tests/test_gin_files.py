@@ -55,6 +55,7 @@ def run(golden_checkpoint, tmp_path_factory):
                 f"--gin.BATCH_SIZE={batch_size}",
                 f"--gin.OUTPUT='{folder / 'out'}'",
                 "--gin.TENSORBOARD=False",
+                "--routers",
                 *bindings,
             ]
         )

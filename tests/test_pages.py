@@ -309,3 +309,50 @@ def test_the_page_of_an_evaluation(made, base, tmp_path, capsys):
     (output / "report.html").write_text("mine")
     with pytest.raises(qmoe_jax.CheckpointError, match="is not such a file as the report"):
         qmoe_jax.evaluate(base, few, output=output, progress=False)
+
+
+# --- The demo ---
+
+
+def demo_row(name, bits, gap, **changes):
+    compression = report_of(4).to_json()
+    row = {
+        "name": name,
+        "loss": 2.7 + gap,
+        "num_target_tokens": 100,
+        "gap": gap,
+        "gap_standard_error": 0.0003,
+        "kl": gap / 2,
+        "kl_standard_error": gap / 30,
+        "bits_per_weight": bits,
+        "expert_compression": 16 / bits,
+        "model_compression": 3.0,
+        "zeros": 0.8,
+        "seconds": 20.0,
+        "compression": compression,
+        "samples": [{"text": "Returns the <mean> of x."}],
+    }
+    return {key: value for key, value in (row | changes).items() if value is not None}
+
+
+def test_the_demo_s_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    from qmoe_jax.demo import report as demo_report
+
+    rows = [
+        demo_row("uncompressed", 16.0, 0.0, compression=None),
+        demo_row("RTN ternary", 0.9, 0.03),
+        demo_row("lattice, 1 bit", 1.0, 0.001),
+    ]
+    facts = {"checkpoint": "here", "num_calibration_examples": 5, "seconds": 1.0}
+    document = demo_report.document(rows, **facts)
+    demo_report.write_html(document, tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    outline = Outline(content)
+    assert outline.fetched == []
+    assert [row[0] for row in outline.tables[0]] == ["model", *(row["name"] for row in rows)]
+    assert len(figures(content)) == 2
+    assert "Returns the &lt;mean&gt; of x." in content
+    assert demo_report.is_html_report(tmp_path / "report.html")
+    (tmp_path / "other.html").write_text("<!doctype html>")
+    assert not demo_report.is_html_report(tmp_path / "other.html")
