@@ -137,7 +137,10 @@ def test_adapters_apart_and_merged_are_the_same_model(native, compressed, tuned)
     # Kernels are bfloat16, so a merged correction is rounded.
     assert abs(apart - together) < 2e-3
     assert abs(apart - without) > 5e-3
-    # Dense kernels of experts take theirs in.
+
+
+@pytest.mark.slow
+def test_dense_kernels_of_experts_take_their_adapters_in(native, tuned):
     module, variables = load_switch(native, adapters=tuned[0] / "adapters.npz")
     wide = names.flatten(variables["params"])
     variables["params"] = names.unflatten({n: a.astype(jnp.float32) for n, a in wide.items()})
@@ -237,6 +240,7 @@ def test_ten_killed_runs_end_with_the_same_bytes(compressed, tmp_path):
     assert same_tree(killed / "checkpoint_60", undisturbed / "checkpoint_60")
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_and_its_experts(native, tmp_path):
     settings = dataclasses.replace(
         QUICK, trainable=("dense", "experts"), train_steps=2, microbatches=1, optimizer="adam"
@@ -266,17 +270,23 @@ def test_recover_takes_the_uncompressed_model_as_target(native, compressed, tmp_
 def test_dropout_is_drawn_from_its_key_and_spares_evaluation(compressed):
     module, variables = load_switch(compressed)
     dropped = dataclasses.replace(module, dropout=DropoutRates(0.5, 0.5))
-    batch = [HELD_OUT.tokens.arrays()[n][:4] for n in list(HELD_OUT.tokens.arrays())[:3]]
+    arrays = HELD_OUT.tokens.arrays()
+    batch = [jnp.asarray(arrays[n][:4]) for n in tuple(arrays)[:3]]
 
     @jax.jit
     def logits(key):
         return dropped.apply(variables, *batch, enable_dropout=True, rngs={"dropout": key})
 
-    plain = jax.jit(lambda m: m.apply(variables, *batch, enable_dropout=False), static_argnums=0)
     one, again, other = (logits(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0.1
-    np.testing.assert_array_equal(plain(dropped), plain(module))
+    # What a model without rates computes in evaluation, this one does.
+    plain, spared = (
+        str(jax.make_jaxpr(lambda v, m=m: m.apply(v, *batch, enable_dropout=False))(variables))
+        for m in (module, dropped)
+    )
+    assert "random_bits" not in spared
+    assert len(plain) == len(spared)
 
 
 def test_every_example_comes_once_an_epoch():
@@ -354,7 +364,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="adapter"):
             read_adapters(path)
 
-    def test_a_loss_that_is_no_number(self, compressed, tmp_path):
+    def test_a_loss_that_is_no_number(self, compressed, tmp_path, monkeypatch):
         settings = dataclasses.replace(
             QUICK, trainable="dense", learning_rate=1e30, optimizer="adam"
         )
