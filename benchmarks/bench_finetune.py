@@ -242,8 +242,6 @@ def run_memory(done: dict[str, Any], save: Any, arguments: argparse.Namespace) -
             masks=gradient_masks(module, parts),
             seed=0,
         )
-        arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), parts)
-        del arrays
         lowered = step.lower(parts.trained, state, parts.frozen, None, batch, np.int32(0))
         analysis = lowered.compile().memory_analysis()
         rows[kind] = {
