@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qmoe_jax.pipeline.compress import compress as compress
     from qmoe_jax.pipeline.report import CompressionReport as CompressionReport
     from qmoe_jax.quantization.settings import CompressionSettings as CompressionSettings
+    from qmoe_jax.training.finetune import finetune as finetune
+    from qmoe_jax.training.finetune import recover as recover
+    from qmoe_jax.training.settings import FinetuneSettings as FinetuneSettings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "CompressionReport",
     "CompressionSettings",
     "CudaError",
+    "FinetuneSettings",
     "LossReport",
     "SwitchConfig",
     "SwitchTransformer",
@@ -35,10 +39,12 @@ __all__ = [
     "Vocabulary",
     "compress",
     "evaluate",
+    "finetune",
     "generate",
     "load_switch",
     "open_t5x_checkpoint",
     "read_tokens",
+    "recover",
 ]
 
 # Where each public name is defined: imported on first use, so that `import qmoe_jax` alone imports
@@ -49,6 +55,7 @@ _HOMES = {
     "CompressionReport": "pipeline.report",
     "CompressionSettings": "quantization.settings",
     "CudaError": "errors",
+    "FinetuneSettings": "training.settings",
     "LossReport": "evaluation.metrics",
     "SwitchConfig": "config",
     "SwitchTransformer": "models.switch",
@@ -56,10 +63,12 @@ _HOMES = {
     "Vocabulary": "generation.text",
     "compress": "pipeline.compress",
     "evaluate": "evaluation.evaluate",
+    "finetune": "training.finetune",
     "generate": "generation.text",
     "load_switch": "models.load",
     "open_t5x_checkpoint": "checkpoints.t5x",
     "read_tokens": "calibration.tokens",
+    "recover": "training.finetune",
 }
 
 if not TYPE_CHECKING:  # which would take it as leave to accept any name, misspelt ones too

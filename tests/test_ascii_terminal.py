@@ -67,6 +67,20 @@ COMMANDS = {
     ),
     "infer": (lambda f: ["infer", PROMPT, *gin_flags(f, **INFER)], 0),
     "infer, streaming": (lambda f: ["infer", PROMPT, *gin_flags(f, **INFER, STREAM=True)], 0),
+    "finetune": (
+        lambda f: [
+            *("finetune", "--gin.TRAIN_STEPS=1"),
+            *gin_flags(f, INITIAL_CHECKPOINT=f"{f}/native", OUTPUT=f"{f}/x", TOKENS=f"{f}/none"),
+        ],
+        2,
+    ),
+    "recover": (
+        lambda f: [
+            *("recover", *gin_flags(f, CHECKPOINT=f"{f}/native", REFERENCE=f"{f}/native")),
+            *gin_flags(f, OUTPUT=f"{f}/x", TOKENS=f"{f}/none"),
+        ],
+        2,
+    ),
     "dequantize": (lambda f: ["dequantize", f"{f}/compressed", f"{f}/dense", "--step", "1"], 0),
     "convert": (lambda f: ["convert", "published", "export", f"{f}/native", f"{f}/x"], 2),
     "demo": (lambda f: ["demo", "--model", f"{f}/none"], 2),

@@ -20,7 +20,18 @@ from qmoe_jax.__main__ import COMMANDS, main
 from qmoe_jax.calibration.sources import task_tokens
 from qmoe_jax.calibration.tokens import write_tokens
 from qmoe_jax.checkpoints.recode import recode_checkpoint
-from qmoe_jax.cli import convert, demo, dequantize, evaluate, infer, inspect, plan, prepare_tokens
+from qmoe_jax.cli import (
+    convert,
+    demo,
+    dequantize,
+    evaluate,
+    finetune,
+    infer,
+    inspect,
+    plan,
+    prepare_tokens,
+    recover,
+)
 from qmoe_jax.pipeline.compress import compress
 from qmoe_jax.quantization.settings import CompressionSettings
 
@@ -105,6 +116,9 @@ C4 = ("TASK='c4_v301_span_corruption'", "--source=c4_tfds", "--vocabulary=vocabu
 TEXT = ("--source=text", "--num_examples=2", "--inputs_length=64", "--vocabulary=vocabulary.model")
 PLAN = ("model/checkpoint_500100", "--num_examples=8")
 EXPORT = ("published", "export", "compressed_qmoe")
+TUNE = ("INITIAL_CHECKPOINT='model/checkpoint_500100'", "OUTPUT='out'", "TRAIN_STEPS=1", TOKENS)
+TUNE_TASK = (*TUNE[:3], "MIXTURE_OR_TASK='text_span_corruption'", "NUM_EXAMPLES=2")
+RECOVER = (MODEL, "REFERENCE='model/checkpoint_500100'", "OUTPUT='out'", TOKENS)
 DEMO = ("--num_examples=2", "--num_validation_examples=2")
 
 PATHS = [
@@ -129,6 +143,23 @@ PATHS = [
     gin("infer", "vocabulary", READ_FILE, SMALL, "VOCABULARY={}", INFER[1]),
     gin("infer", "prompts_file", READ_TEXT, SMALL, INFER[0], "PROMPTS_FILE={}"),
     gin("infer", "output", WRITE_FILE | onto("vocabulary.model"), SMALL, *INFER, "OUTPUT={}"),
+    gin("finetune", "checkpoint", READ_FOLDER, "INITIAL_CHECKPOINT={}", *TUNE[1:]),
+    gin("finetune", "tokens", READ_FILE, *TUNE[:3], "TOKENS={}"),
+    gin("finetune", "validation_tokens", READ_FILE, *TUNE, "VALIDATION_TOKENS={}"),
+    gin("finetune", "output", WRITE_FOLDER | OWN, TUNE[0], "OUTPUT={}", *TUNE[2:]),
+    gin("finetune", "reference", READ_FOLDER, *TUNE, "REFERENCE={}"),
+    gin("finetune", "adapters", READ_FILE, *TUNE, "ADAPTERS={}"),
+    gin("finetune", "files", READ_TEXT, *TUNE_TASK, INFER[0], "FILES={}"),
+    gin("finetune", "vocabulary", READ_FILE, *TUNE_TASK, "VOCABULARY={}", "FILES='notes.txt'"),
+    gin(
+        *("finetune", "data_dir", READ_FOLDER, *TUNE_TASK[:3], INFER[0], "DATA_DIR={}"),
+        "MIXTURE_OR_TASK='c4_v301_span_corruption'",
+    ),
+    gin("recover", "checkpoint", READ_FOLDER, "CHECKPOINT={}", *RECOVER[1:]),
+    gin("recover", "reference", READ_FOLDER, RECOVER[0], "REFERENCE={}", *RECOVER[2:]),
+    gin("recover", "output", WRITE_FOLDER | OWN, *RECOVER[:2], "OUTPUT={}", TOKENS),
+    gin("recover", "tokens", READ_FILE, *RECOVER[:3], "TOKENS={}"),
+    gin("recover", "validation_tokens", READ_FILE, *RECOVER, "VALIDATION_TOKENS={}"),
     plain("plan", "checkpoint", READ_FOLDER, "{}"),
     plain("plan", "tokens", READ_FILE, *PLAN, "--tokens={}"),
     plain(
@@ -171,7 +202,7 @@ PATHS = [
     plain("demo", "vocabulary", READ_FILE, *DEMO, "--output=out", "--vocabulary={}"),
     *(
         Row(command, "gin_file", READ_FILE, ("--gin_file={}",))
-        for command in ("compress", "evaluate", "infer")
+        for command in ("compress", "evaluate", "finetune", "infer", "recover")
     ),
 ]
 
@@ -181,15 +212,19 @@ NO_PATHS = {
     "convert": {"to"},
     "demo": {"implementation"},
     "evaluate": {"task", "split", "activation_dtype", "task_module", "cache"},
+    "finetune": {"task", "split", "activation_dtype", "task_module", "cache", "settings"},
     "infer": {"prompts", "activation_dtype"},
     "plan": {"device"},
-    "prepare-tokens": {"split", "version"},
+    "prepare-tokens": {"split", "version", "task", "task_module"},
+    "recover": {"activation_dtype", "settings"},
 }
 # The functions that gin binds for each command.
 BOUND = {
     "compress": [compress],
     "evaluate": [evaluate.evaluate, task_tokens],
+    "finetune": [finetune.finetune, task_tokens],
     "infer": [infer.infer],
+    "recover": [recover.recover],
 }
 PARSERS = {
     "convert": convert.make_parser,

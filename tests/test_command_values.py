@@ -15,7 +15,7 @@ from command import refusal
 
 from qmoe_jax.__main__ import main
 from qmoe_jax.calibration.sources import task_tokens
-from qmoe_jax.cli import evaluate, infer
+from qmoe_jax.cli import evaluate, finetune, infer, recover
 from qmoe_jax.cli.argument_types import check_arguments, describe, fits
 from qmoe_jax.cli.plan import make_parser
 from qmoe_jax.cli.wording import spell_flags, spell_options
@@ -23,6 +23,7 @@ from qmoe_jax.generation.settings import GenerationSettings
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.pipeline.compress import compress
 from qmoe_jax.quantization.settings import CompressionSettings
+from qmoe_jax.training.settings import FinetuneSettings
 
 pytest.importorskip("gin")
 
@@ -55,7 +56,13 @@ class TestTypes:
 
     def test_every_annotation_is_known(self):
         """None of the commands' own fields is let through because its type is not understood."""
-        for function in (compress, CompressionSettings, GenerationSettings, infer.infer):
+        for function in (
+            compress,
+            CompressionSettings,
+            FinetuneSettings,
+            GenerationSettings,
+            infer.infer,
+        ):
             holder = function if inspect.isclass(function) else inspect.unwrap(function)
             for name, hint in typing.get_type_hints(holder).items():
                 if name in ("return", "changes", "settings", "load"):
@@ -97,10 +104,16 @@ BINDINGS = {
         (GenerationSettings, "GenerationSettings"),
         (load_switch, "load_switch"),
     ],
+    "finetune": [(finetune.finetune, "finetune"), (FinetuneSettings, "FinetuneSettings")],
+    "recover": [(recover.recover, "recover")],
 }
 REQUIRED = {
     "compress": ("CHECKPOINT='none'", "OUTPUT='out'", "TOKENS='none.npz'"),
     "evaluate": ("CHECKPOINT='none'", "TOKENS='none.npz'"),
+    "finetune": (
+        *("INITIAL_CHECKPOINT='none'", "OUTPUT='out'", "TRAIN_STEPS=1", "TOKENS='none.npz'"),
+    ),
+    "recover": ("CHECKPOINT='none'", "REFERENCE='none'", "OUTPUT='out'", "TOKENS='none.npz'"),
     "infer": ("CHECKPOINT='none'", "VOCABULARY='none.model'", "PROMPTS=['a <extra_id_0>']"),
 }
 

@@ -15,9 +15,10 @@ gin = pytest.importorskip("gin")
 REPOSITORY = Path(__file__).parent.parent
 # The golden model that was made from the gin file of this public one, scaled down.
 GOLDEN_OF = {"base": "base", "large": "base", "xxl": "xxl", "c": "c"}
-# Each of these is run by a test: models and eval here, the others in test_commands.
+# Each of these is run by a test: models and eval here, the others in test_commands and
+# test_finetune.
 RUN = {f"models/switch_{model}.gin" for model in GOLDEN_OF} | {
-    f"runs/{run}.gin" for run in ("compress", "eval", "infer")
+    f"runs/{run}.gin" for run in ("compress", "eval", "finetune", "infer", "recover")
 }
 
 

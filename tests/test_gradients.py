@@ -127,7 +127,7 @@ def inputs():
     return x, index, scale, weight
 
 
-CASES_OF_EXPERTS = [("tunstall", "cpu", True), ("packed2", "xla", False), ("dense", "xla", False)]
+CASES_OF_EXPERTS = [("tunstall", "cpu", True), ("dense", "xla", False)]
 OTHERS = [
     (kind, implementation, adapted)
     for kind in KINDS

@@ -18,6 +18,7 @@ NAMES = [
     "CompressionReport",
     "CompressionSettings",
     "CudaError",
+    "FinetuneSettings",
     "LossReport",
     "SwitchConfig",
     "SwitchTransformer",
@@ -25,10 +26,12 @@ NAMES = [
     "Vocabulary",
     "compress",
     "evaluate",
+    "finetune",
     "generate",
     "load_switch",
     "open_t5x_checkpoint",
     "read_tokens",
+    "recover",
 ]
 
 

@@ -291,6 +291,63 @@ def test_command_line(jsonl_folder, c4_folder, tmp_path, capsys):
     assert "qmoe-jax prepare-tokens: --source c4_jsonl needs --files" in capsys.readouterr().err
 
 
+class TestPairs:
+    """Inputs and targets as they are."""
+
+    @pytest.fixture
+    def pairs(self, tmp_path):
+        lines = [{"inputs": f"the array {i} of this", "targets": f"type {i}"} for i in range(5)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return tmp_path / "pairs.jsonl", lines
+
+    def test_the_texts_are_those_of_the_lines(self, pairs, tmp_path):
+        path, lines = pairs
+        output = tmp_path / "pairs.npz"
+        given = ["--source", "pairs", "--files", str(path), "--vocabulary", VOCABULARY]
+        lengths = ["--inputs_length", "16", "--targets_length", "8", "--output", str(output)]
+        assert command("prepare-tokens")([*given, *lengths]) == 0
+        read = tokens.read_tokens(output)
+        vocabulary = tasks.load_vocabulary(VOCABULARY)
+        for i, line in enumerate(lines):
+            for key, array in (
+                ("inputs", read.tokens.encoder_input_tokens[i]),
+                ("targets", read.tokens.decoder_target_tokens[i]),
+            ):
+                ids = [*vocabulary.encode(line[key]), 1]
+                np.testing.assert_array_equal(array, np.pad(ids, (0, len(array) - len(ids))))
+        # What is longer than asked for is cut, with an end of sequence.
+        short = ["--inputs_length", "4", "--targets_length", "8", "--output", str(output)]
+        assert command("prepare-tokens")([*given, *short, "--overwrite"]) == 0
+        cut = tokens.read_tokens(output).tokens.encoder_input_tokens
+        assert cut.shape == (5, 4)
+        assert (cut[:, -1] == 1).all()
+
+    def test_a_line_without_targets(self, pairs, tmp_path, capsys):
+        path, _ = pairs
+        path.write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "a"}\n')
+        given = ["--source", "pairs", "--files", str(path), "--vocabulary", VOCABULARY]
+        line = refusal(capsys, "prepare-tokens", *given, "--output", str(tmp_path / "x.npz"))
+        assert (
+            'line 2 has no "targets"; needed is a JSON object with "inputs" and "targets"' in line
+        )
+
+    def test_a_registered_task(self, pairs, tmp_path, monkeypatch):
+        path, _ = pairs
+        (tmp_path / "my_own_tasks.py").write_text(
+            "from qmoe_jax.calibration import tasks\n"
+            "import seqio\n"
+            f"made = tasks.pairs_task({VOCABULARY!r}, {{'validation': {str(path)!r}}})\n"
+            "seqio.TaskRegistry.add_provider('my_own_task', made)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        output = str(tmp_path / "task.npz")
+        given = ["--source", "task", "--task", "my_own_task", "--split", "validation"]
+        lengths = ["--inputs_length", "16", "--targets_length", "8", "--output", output]
+        assert command("prepare-tokens")([*given, *lengths]) == 2  # no module
+        assert command("prepare-tokens")([*given, *lengths, "--task_module", "my_own_tasks"]) == 0
+        assert len(tokens.read_tokens(output)) == 5
+
+
 class TestOutput:
     """What could not be written, or must not be replaced, is said before documents are read."""
 

@@ -86,7 +86,18 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
     Raises:
       TokensError: a line that is no JSON object with "text", or a file that cannot be unpacked.
     """
+    for record in json_records(paths, ("text",)):
+        yield record["text"]
+
+
+def json_records(paths: Sequence[str], keys: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Return the texts under some keys of each line that is not blank.
+
+    Raises:
+      TokensError: a line that is no JSON object with these, or a file that cannot be unpacked.
+    """
     tf = text_packages.tensorflow()
+    needed = " and ".join(f'"{key}"' for key in keys)
 
     for path in paths:
         done = 0
@@ -95,27 +106,28 @@ def json_lines(paths: Sequence[str]) -> Iterator[str]:
                 lines = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
                 for line in lines:
                     if line.strip():
-                        yield _text_of(line)
+                        yield _texts_of(line, keys)
                     done += 1
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise TokensError(
-                f'{path} line {done + 1} {_fault(error)}; needed is a JSON object with "text" a '
+                f"{path} line {done + 1} {_fault(error)}; needed is a JSON object with {needed} a "
                 "line."
             ) from error
 
 
-def _text_of(line: bytes) -> str:
-    """Return the text of a JSON line.
+def _texts_of(line: bytes, keys: Sequence[str]) -> dict[str, str]:
+    """Return the texts of a JSON line.
 
     Raises:
-      ValueError: it has none.
+      ValueError: it has not all of them.
     """
     record = json.loads(line)
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError('has no "text"')
-    if not isinstance(record["text"], str):
-        raise ValueError(f'has {record["text"]!r:.40} as its "text"')
-    return record["text"]
+    for key in keys:
+        if not isinstance(record, dict) or key not in record:
+            raise ValueError(f'has no "{key}"')
+        if not isinstance(record[key], str):
+            raise ValueError(f'has {record[key]!r:.40} as its "{key}"')
+    return {key: record[key] for key in keys}
 
 
 def _fault(error: Exception) -> str:

@@ -157,6 +157,45 @@ def text_files_task(
     return _task("text_files", source, vocabulary_path, protocol, settings)
 
 
+def pairs_task(vocabulary_path: str, files: documents.Files) -> Task:
+    """Take inputs and targets as they are, such as a model was or is to be fine-tuned on.
+
+    Each line of the files is a JSON object with the texts "inputs" and "targets". They get an
+    end-of-sequence id each, and are cut to the lengths that are asked for.
+
+    Args:
+      vocabulary_path: see `load_vocabulary`.
+      files: see `c4_jsonl_task`.
+
+    Raises:
+      TokensError: bad vocabulary, or a pattern without a file. A bad line raises when it is read.
+    """
+    seqio, tf = text_packages.seqio(), text_packages.tensorflow()
+    found = documents.find_json_files(files)
+    full = {"files": found, "vocabulary": vocabulary_path}
+    digest = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"qmoe_jax_pairs_{digest}"
+    if name in seqio.TaskRegistry.names():
+        return seqio.TaskRegistry.get(name)
+    vocabulary = load_vocabulary(vocabulary_path)
+    keys = ("inputs", "targets")
+
+    def dataset_fn(split, shuffle_files, seed=None):
+        del shuffle_files, seed
+        return tf.data.Dataset.from_generator(
+            functools.partial(documents.json_records, found[split], keys),
+            output_signature={key: tf.TensorSpec([], tf.string) for key in keys},
+        )
+
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset_fn, splits=tuple(found)),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={key: seqio.Feature(vocabulary=vocabulary, add_eos=True) for key in keys},
+        metric_fns=[],
+    )
+
+
 def text_task(
     name: str,
     vocabulary_path: str,

@@ -18,6 +18,14 @@ Any text: a folder of .txt files, each one document (JSON lines: --source c4_jso
 
     qmoe-jax prepare-tokens --source text --files books/ --split validation \\
         --protocol paper --output books.npz
+
+Inputs and targets, to fine-tune on or to calibrate a fine-tuned model with its own text: JSON lines
+with "inputs" and "targets", or a seqio task that a module of yours registers:
+
+    qmoe-jax prepare-tokens --source pairs --files train.jsonl --targets_length 64 \\
+        --output train.npz
+    qmoe-jax prepare-tokens --source task --task my_task --task_module my_tasks \\
+        --split validation --targets_length 64 --output validation.npz
 """
 
 import argparse
@@ -124,6 +132,20 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
         return docstrings.demo_tokens(
             arguments.vocabulary, arguments.split, arguments.num_examples, **common
         )
+    if arguments.source == "task":
+        if not arguments.task or not arguments.task_module:
+            raise TokensError(
+                "--source task needs --task, and --task_module, the module that registers it."
+            )
+        from qmoe_jax.calibration.sources import task_tokens
+
+        return task_tokens(
+            arguments.task,
+            split=arguments.split,
+            num_examples=arguments.num_examples,
+            task_module=arguments.task_module,
+            **common,
+        )
     if arguments.source == "c4_tfds":
         version = choose_version(arguments.version, arguments.data_dir)
         print(f"C4 is c4/en:{version}", file=sys.stderr)
@@ -138,14 +160,15 @@ def _tokenize(arguments: argparse.Namespace) -> tokens.TokenFile:
         kind, make_task = {
             "c4_jsonl": ("JSON lines", tasks.c4_jsonl_task),
             "text": ("text files", tasks.text_files_task),
+            "pairs": ("JSON lines", tasks.pairs_task),
         }[arguments.source]
         if not arguments.files:
             raise TokensError(
                 f"--source {arguments.source} needs --files: paths, globs or folders of {kind}."
             )
-        task = make_task(
-            arguments.vocabulary, {arguments.split: arguments.files}, protocol=arguments.protocol
-        )
+        as_they_are = arguments.source == "pairs"
+        protocol = {} if as_they_are else {"protocol": arguments.protocol}
+        task = make_task(arguments.vocabulary, {arguments.split: arguments.files}, **protocol)
         source = f"{kind} {' '.join(arguments.files)}"
     return tasks.tokenize_task(
         task, split=arguments.split, num_examples=arguments.num_examples, source=source, **common
@@ -158,10 +181,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--source",
         required=True,
-        choices=("demo", "c4_tfds", "c4_jsonl", "text"),
+        choices=("demo", "c4_tfds", "c4_jsonl", "text", "pairs", "task"),
         help="demo: docstrings of installed packages; c4_tfds: C4 prepared by TensorFlow Datasets; "
         "c4_jsonl: C4 as released, or any JSON lines with a text each; text: text files, each one "
-        "document",
+        "document; pairs: JSON lines with inputs and targets, as they are; task: a seqio task",
     )
     parser.add_argument("--output", required=True, help="token file to write, .npz")
     parser.add_argument("--overwrite", action="store_true", help="replace a token file there")
@@ -183,8 +206,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--version", help="c4_tfds: version, as 3.1.0 (default: the newest that is prepared)"
     )
     parser.add_argument(
-        "--files", nargs="+", help="c4_jsonl, text: paths, globs or folders, .gz too"
+        "--files", nargs="+", help="c4_jsonl, text, pairs: paths, globs or folders, .gz too"
     )
+    parser.add_argument("--task", help="task: its name among seqio's")
+    parser.add_argument("--task_module", help="task: the module that registers it")
     parser.add_argument(
         "--protocol",
         default="t5x",

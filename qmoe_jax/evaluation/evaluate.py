@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import qmoe_jax
 from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.calibration.tokens import TokenBatch, TokenFile, read_tokens
+from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
@@ -28,6 +31,7 @@ from qmoe_jax.evaluation.metrics import BatchSums, LossReport, evaluate_batch, w
 from qmoe_jax.evaluation.report import example_losses, model_report, reference_report
 from qmoe_jax.evaluation.shards import Arrays, evaluate_shards
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard
+from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.outputs import (
@@ -181,6 +185,8 @@ def evaluate(
                     "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
                     "device": jax.devices()[0].device_kind,
                 }
+                if ADAPTERS in variables:
+                    determining["adapters"] = _digest(variables[ADAPTERS])
                 folder = RunFolder(Path(output, name), determining, discard=overwrite)
                 stack.enter_context(folder)
             compute = functools.partial(_compute, module, variables, compared)
@@ -337,6 +343,15 @@ def _identify(path: PathLike, tokens: TokenFile) -> tuple[dict[str, Any], Switch
             f"{config.num_embeddings} embeddings; tokenise with the model's own vocabulary"
         )
     return identity, config
+
+
+def _digest(adapters: Mapping[str, Any]) -> str:
+    """Tell adapters of a model from others."""
+    digest = hashlib.sha256()
+    for name, array in sorted(names.flatten(adapters).items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _sizes(path: PathLike) -> tuple[float | None, int]:

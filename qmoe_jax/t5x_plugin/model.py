@@ -34,7 +34,7 @@ class SwitchModel(models.EncoderDecoderModel):
     """`MODEL` in a gin file: what T5X's programs evaluate and infer with.
 
     Parameters come through `restore.SwitchCheckpointer`. The experts stay codes in memory. For
-    inference only: codes are no parameters that a gradient could move.
+    inference only: T5X's optimizers hold every parameter, and codes are integers.
     """
 
     def __init__(

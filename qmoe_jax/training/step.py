@@ -87,15 +87,17 @@ def make_step(
             )
             return gradients, {"loss": loss, **terms}
 
-        # The first one outside of the loop, which then has something to add to.
-        sums = run({name: array[0] for name, array in batch.items()}, keys[0])
-        if count > 1:
+        def add(sums: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, run(*part)), None
 
-            def add(sums: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, run(*part)), None
-
-            rest = {name: array[1:] for name, array in batch.items()}
-            sums, _ = jax.lax.scan(add, sums, (rest, keys[1:]))
+        if count == 1:
+            sums = run({name: array[0] for name, array in batch.items()}, keys[0])
+        else:
+            one = jax.eval_shape(
+                lambda b, k: run({n: x[0] for n, x in b.items()}, k[0]), batch, keys
+            )
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+            sums, _ = jax.lax.scan(add, zeros, (dict(batch), keys))
         gradients, terms = sums
         gradients = {n: g * masks[n] if n in masks else g for n, g in gradients.items()}
         terms["gradient_norm"] = jnp.sqrt(
