@@ -326,6 +326,8 @@ def test_command_both_ways(tmp_path, capsys):
         "spiece.model",
         "tokenizer_config.json",
     ]
+    # The demo's vocabulary holds its sentinels: transformers is not to put more above them.
+    assert json.loads((hf / "tokenizer_config.json").read_text())["extra_ids"] == 0
     assert convert(["huggingface", str(hf), str(native), "--step", "7", quiet]) == 0
     assert f"{native / 'checkpoint_7'} written" in capsys.readouterr().out
     assert (native / "spiece.model").read_bytes() == (hf / "spiece.model").read_bytes()

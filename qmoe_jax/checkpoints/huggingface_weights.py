@@ -45,7 +45,8 @@ def safetensors_package() -> Any:
 class HuggingFaceWeights:
     """The parameters of a Hugging Face folder; values are read when they are asked for.
 
-    Memory is that of what is read: safetensors and PyTorch files are both mapped.
+    Memory is that of what is read, and of one shard that is mapped; PyTorch's stay mapped, since to
+    open one again means to check it again.
 
     Attributes:
       folder: where the files are.
@@ -68,7 +69,8 @@ class HuggingFaceWeights:
         """
         self.folder = folder
         files = _shards(folder)
-        self._shards: dict[str, Any] = {}
+        self._shards: dict[str, _Safetensors | _Torch] = {}
+        self._open: str | None = None
         self._places: dict[str, str] = {}
         self.shapes, self.dtypes, self.bytes = {}, {}, 0
         for file, expected in files.items():
@@ -92,7 +94,11 @@ class HuggingFaceWeights:
         Raises:
           CheckpointError: it cannot be read, or holds NaN or infinite values.
         """
-        array = self._shards[self._places[name]].read(name)
+        place = self._places[name]
+        if self._open not in (None, place):
+            self._shards[self._open].close()
+        self._open = place
+        array = self._shards[place].read(name)
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"{self.place(name)} holds NaN or infinite values: the file is damaged, or its "
@@ -109,17 +115,12 @@ class _Safetensors:
         self._path, self._error = path, package.SafetensorError
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the model is incomplete, {_REMEDY}")
-        try:
-            self._file = package.safe_open(os.fspath(path), "np")
-        except (self._error, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}): it is truncated, damaged, or no file of "
-                f"safetensors; {_REMEDY}"
-            ) from error
+        self._package, self._file = package, None
+        file = self._opened()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for name in self._file.keys():  # noqa: SIM118  (no mapping)
-            entry = self._file.get_slice(name)
+        for name in file.keys():  # noqa: SIM118  (no mapping)
+            entry = file.get_slice(name)
             if entry.get_dtype() not in _DTYPES:
                 raise CheckpointError(
                     f"{path}: {name} is {entry.get_dtype()}, expected {', '.join(_DTYPES)}: "
@@ -127,10 +128,27 @@ class _Safetensors:
                 )
             self.shapes[name] = tuple(entry.get_shape())
             self.dtypes[name] = _DTYPES[entry.get_dtype()]
+        self.close()
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            try:
+                self._file = self._package.safe_open(os.fspath(self._path), "np")
+            except (self._error, OSError) as error:
+                raise CheckpointError(
+                    f"{self._path} cannot be read ({error}): it is truncated, damaged, or no file "
+                    f"of safetensors; {_REMEDY}"
+                ) from error
+        return self._file
+
+    def close(self) -> None:
+        """Unmap the file until it is read again."""
+        self._file = None
 
     def read(self, name: str) -> np.ndarray:
+        """Read a parameter."""
         try:
-            return self._file.get_tensor(name)
+            return self._opened().get_tensor(name)
         except (self._error, OSError) as error:
             raise CheckpointError(f"{self._path}: {name} cannot be read: {error}") from error
 
@@ -151,7 +169,11 @@ class _Torch:
                 )
             self.shapes[name], self.dtypes[name] = tuple(tensor.shape), dtype
 
+    def close(self) -> None:
+        """Leave it mapped."""
+
     def read(self, name: str) -> np.ndarray:
+        """Read a parameter."""
         return torch_files.to_numpy(
             self._content[name], f"{self._path}: {name}", (self.dtypes[name],), self.shapes[name]
         )

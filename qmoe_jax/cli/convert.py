@@ -99,17 +99,20 @@ def _huggingface(arguments: argparse.Namespace) -> str | os.PathLike[str]:
             f"--step is for a T5X checkpoint that is written, but {arguments.source} is no Hugging "
             "Face folder to be read; leave it out"
         )
+    extra_ids = 100
     if arguments.vocabulary is not None:
         from qmoe_jax.checkpoints.read_config import read_config
         from qmoe_jax.generation.text import Vocabulary, check_vocabulary
 
         words = Vocabulary(arguments.vocabulary)
         check_vocabulary(words, read_config(arguments.source).num_embeddings)
+        extra_ids = words.num_extra_ids
     return export_huggingface(
         arguments.source,
         arguments.destination,
         dtype=arguments.dtype or "float32",
         vocabulary=arguments.vocabulary,
+        extra_ids=extra_ids,
         overwrite=arguments.overwrite,
         progress=progress,
     )

@@ -83,6 +83,11 @@ class Vocabulary:
         """Ids of all sentinels."""
         return tuple(self._sentinels)
 
+    @property
+    def num_extra_ids(self) -> int:
+        """Sentinels that the file does not hold: what seqio and transformers call `extra_ids`."""
+        return self._len - self._num_pieces
+
     def __len__(self) -> int:
         return self._len
 
