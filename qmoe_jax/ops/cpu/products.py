@@ -60,7 +60,8 @@ def stored_product(
 
     Sums are float32, of float32 weights, and the same for any number of threads. Any contents of
     the arrays are read in bounds. A program with it cannot be exported or kept in JAX's compilation
-    cache; `ops.gradients` differentiates it. Under `jax.vmap` of tokens alone, all are multiplied at once.
+    cache; `ops.gradients` differentiates it. Under `jax.vmap` of tokens alone, all are
+    multiplied at once.
 
     Args:
       x: float32 or bfloat16.
