@@ -256,6 +256,9 @@ def test_a_native_checkpoint_and_its_experts(native, tmp_path):
     assert any("/expert/" in name for name in moved)
     assert "token_embedder/embedding" in moved
     assert report["num_trained"] == sum(array.size for array in before.values())
+    # A run that was killed when the checkpoint was whole and the report was not.
+    (tmp_path / "run" / "report.json").unlink()
+    assert finetune(native, tmp_path / "run", TRAIN, settings, **SILENT) == report
 
 
 @pytest.mark.slow

@@ -38,8 +38,13 @@ class T5XCheckpointWriter:
       path: where the checkpoint will be.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], step: int):
+    def __init__(self, folder: str | os.PathLike[str], step: int, *, overwrite: bool = False):
         """Begin a checkpoint; what an unfinished writer left behind is deleted.
+
+        Args:
+          folder: local.
+          step: training steps, of its name.
+          overwrite: replace a T5X checkpoint that is there, once the new one is whole.
 
         Raises:
           CheckpointError: it exists already, the folder is no local one, or the step is negative.
@@ -47,10 +52,10 @@ class T5XCheckpointWriter:
         if step < 0:
             raise CheckpointError(f"step is {step}; a training step is at least 0")
         path = local_path(folder, "the folder of the output").absolute() / f"checkpoint_{step}"
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not overwrite:
             raise CheckpointError(f"{path} exists already; choose another folder or step")
         self._step = step
-        self._folder = OutputFolder(path, _KIND)
+        self._folder = OutputFolder(path, _KIND, overwrite=overwrite)
         self._folder.begin(anew=True)
         self.path, self._partial = self._folder.path, self._folder.partial
         self._specs: dict[str, dict[str, Any]] = {}

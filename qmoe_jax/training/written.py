@@ -32,7 +32,7 @@ def write_trained(
     Args:
       source: checkpoint that was trained.
       folder: where it goes.
-      step: training steps, of the name; a native source's own are added.
+      step: training steps, of the name.
       parameters: what replaces the source's, by the names of its arrays
         (`encoder/layers_1/mlp/expert/wi/levels`); rounded to the dtypes that they are stored in.
       record: how it was made, JSON; kept in the manifest as `finetuned`.
@@ -82,7 +82,7 @@ def _write_native(
     source: PathLike, folder: Path, step: int, parameters: Mapping[str, np.ndarray]
 ) -> Path:
     native = open_t5x_checkpoint(source, cache_bytes=0)
-    writer = T5XCheckpointWriter(folder, step)
+    writer = T5XCheckpointWriter(folder, step, overwrite=True)  # of a killed run
     try:
         for name in native.names:
             array = _replaced(name, native.read(name), parameters)
