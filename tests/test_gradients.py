@@ -96,7 +96,7 @@ def make_kernels(kind, adapted):
 
 def all_weights(kernel, floats):
     """[experts, in, out], all experts at once, as a function of the arrays of floats."""
-    whole = kernel.replace_arrays({**kernel.by_name, **floats})
+    whole = kernel.layout()({**kernel.by_name, **floats})
 
     def one(expert):
         return whole.weights(whole.floats(expert), expert)
@@ -147,9 +147,7 @@ def test_gradients_of_experts_are_those_through_dense_kernels(inputs, case):
         return jnp.sum(weight * jnp.tanh(0.1 * mlp(x, floats)))
 
     def ours(x, floats):
-        *wi, wo = (
-            k.replace_arrays({**k.by_name, **own}) for k, own in zip(kernels, floats, strict=True)
-        )
+        *wi, wo = (k.layout()({**k.by_name, **own}) for k, own in zip(kernels, floats, strict=True))
         return expert_mlp(
             x,
             index,
@@ -192,7 +190,7 @@ def test_gradients_of_one_kernel_are_finite_differences(inputs, kind):
 
     @jax.jit
     def loss(x, floats):
-        own = experts.replace_arrays({**experts.by_name, name: floats})
+        own = experts.layout()({**experts.by_name, name: floats})
         y = compressed_product(x, index, own, num_experts=NUM_EXPERTS, out_features=MLP)
         return jnp.sum(y**2)
 
@@ -214,7 +212,7 @@ def test_gradients_of_frozen_kernels_are_not_computed(inputs):
     kernels = make_kernels("dense", adapted=False)
 
     def loss(x, arrays):
-        *wi, wo = (k.replace_arrays(own) for k, own in zip(kernels, arrays, strict=True))
+        *wi, wo = (k.layout()(own) for k, own in zip(kernels, arrays, strict=True))
         y = expert_mlp(x, index, num_experts=NUM_EXPERTS, wi=wi, wo=wo, activation=gated)
         return jnp.sum(weight * y)
 

@@ -141,6 +141,6 @@ def split_expert_mlp(
 def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
     """Return a device's part: a dense kernel's own experts, or codes under a leading axis of 1."""
     if not isinstance(kernel, CodedExperts):
-        return kernel.replace_arrays(held)
-    own = kernel.replace_arrays({name: array[0] for name, array in held.items()})
+        return kernel.layout()(held)
+    own = kernel.layout()({name: array[0] for name, array in held.items()})
     return dataclasses.replace(own, spec=split_spec(kernel.spec, mesh))

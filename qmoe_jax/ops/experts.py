@@ -1,7 +1,7 @@
 """The kernels of all experts of one layer: dense, or codes, perhaps with a low-rank correction."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ class DenseExperts:
         """All arrays; those of floats have gradients."""
         return {"kernel": self.kernel}
 
-    def replace_arrays(self, arrays: Mapping[str, Any]) -> "DenseExperts":
-        """Return the same with other arrays, named as in `by_name`."""
-        return DenseExperts(arrays["kernel"])
+    def layout(self) -> Callable[[Mapping[str, Any]], "DenseExperts"]:
+        """Return what makes the same of other arrays, named as in `by_name`; it holds none."""
+        return lambda arrays: DenseExperts(arrays["kernel"])
 
     def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
         """Return an expert's part of the arrays of floats."""
@@ -79,10 +79,16 @@ class CodedExperts:
         """All arrays; those of floats, levels or origins, have gradients."""
         return {**self.arrays, **self.derived}
 
-    def replace_arrays(self, arrays: Mapping[str, Any]) -> "CodedExperts":
-        """Return the same with other arrays, named as in `by_name`."""
-        stored, derived = ({n: arrays[n] for n in own} for own in (self.arrays, self.derived))
-        return CodedExperts(self.spec, stored, self.in_features, derived)
+    def layout(self) -> Callable[[Mapping[str, Any]], "CodedExperts"]:
+        """Return what makes the same of other arrays, named as in `by_name`; it holds none."""
+        spec, in_features = self.spec, self.in_features
+        names = tuple(self.arrays), tuple(self.derived)
+
+        def make(arrays: Mapping[str, Any]) -> CodedExperts:
+            stored, derived = ({name: arrays[name] for name in own} for own in names)
+            return CodedExperts(spec, stored, in_features, derived)
+
+        return make
 
     def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
         """Return an expert's part of the arrays of floats."""
@@ -136,10 +142,10 @@ class AdaptedExperts:
         """All arrays; those of floats have gradients."""
         return {**self.base.by_name, "adapter_a": self.a, "adapter_b": self.b}
 
-    def replace_arrays(self, arrays: Mapping[str, Any]) -> "AdaptedExperts":
-        """Return the same with other arrays, named as in `by_name`."""
-        base = self.base.replace_arrays(arrays)
-        return AdaptedExperts(base, arrays["adapter_a"], arrays["adapter_b"])
+    def layout(self) -> Callable[[Mapping[str, Any]], "AdaptedExperts"]:
+        """Return what makes the same of other arrays, named as in `by_name`; it holds none."""
+        base = self.base.layout()
+        return lambda arrays: AdaptedExperts(base(arrays), arrays["adapter_a"], arrays["adapter_b"])
 
     def floats(self, expert: Int[Array, ""]) -> dict[str, Array]:
         """Return an expert's part of the arrays of floats."""

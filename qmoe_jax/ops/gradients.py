@@ -61,10 +61,11 @@ def differentiable(
     Returns:
       What `forward` does.
     """
-    arrays = [kernel.by_name for kernel in kernels]
+    # JAX keeps the functions below in caches, so they hold no arrays, which may be tracers.
+    layouts = [kernel.layout() for kernel in kernels]
 
     def whole(arrays: Sequence[dict[str, Array]]) -> list[Experts]:
-        return [kernel.replace_arrays(own) for kernel, own in zip(kernels, arrays, strict=True)]
+        return [make(own) for make, own in zip(layouts, arrays, strict=True)]
 
     @jax.custom_vjp
     def product(x: Array, index: Array, arrays: list[dict[str, Array]], scale: Any) -> Array:
@@ -88,7 +89,7 @@ def differentiable(
         return dx, None, gradients, None
 
     product.defvjp(keep, pull, symbolic_zeros=True)
-    return product(x, expert_index, arrays, hidden_scale)
+    return product(x, expert_index, [kernel.by_name for kernel in kernels], hidden_scale)
 
 
 def _pull(

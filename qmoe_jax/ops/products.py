@@ -71,7 +71,7 @@ def compressed_product(
       ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
-    precision = dot_precision(x)
+    precision, dtype = dot_precision(x), x.dtype
 
     def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: Any) -> Array:
         del scale
@@ -91,7 +91,7 @@ def compressed_product(
     return differentiable(
         forward,
         lambda tokens, kernels, scale: jnp.dot(tokens, kernels[0], precision=precision),
-        lambda experts: kernel_fetch(experts, x.dtype, implementation),
+        lambda experts: kernel_fetch(experts, dtype, implementation),
         x,
         expert_index,
         [experts],
@@ -132,6 +132,7 @@ def expert_mlp(
       ValueError: "cpu" where JAX computes on something else.
     """
     check_implementation(implementation)
+    dtype = x.dtype
 
     def forward(x: Array, index: Array, kernels: Sequence[Experts], scale: Array | None) -> Array:
         *wi, wo = kernels
@@ -154,7 +155,7 @@ def expert_mlp(
     return differentiable(
         forward,
         lambda tokens, kernels, scale: mlp(tokens, kernels[:-1], kernels[-1], activation, scale),
-        lambda experts: kernel_fetch(experts, x.dtype, implementation),
+        lambda experts: kernel_fetch(experts, dtype, implementation),
         x,
         expert_index,
         [*wi, wo],
