@@ -120,9 +120,11 @@ def test_what_cannot_be_met_is_remarked_on(base, tmp_path):
 
 def test_only_the_lattice_has_a_target():
     with pytest.raises(ValueError, match=r"target_bits_per_weight is 0\.5, but no layer has grid"):
-        CompressionSettings(target_bits_per_weight=0.5)
+        CompressionSettings(grid="ternary", target_bits_per_weight=0.5)
     with pytest.raises(ValueError, match=r"target_bits_per_weight is 7\.0; it must be above 0"):
         CompressionSettings(grid="lattice", target_bits_per_weight=7.0)
     CompressionSettings(
-        target_bits_per_weight=0.5, layer_overrides={"encoder/*": {"grid": "lattice"}}
+        grid="ternary",
+        target_bits_per_weight=0.5,
+        layer_overrides={"encoder/*": {"grid": "lattice"}},
     )

@@ -24,7 +24,8 @@ from qmoe_jax.ops.cuda.launcher import use_launcher
 def compressed(golden_checkpoint, tmp_path_factory):
     """The smallest golden model, rounded to nearest."""
     output = tmp_path_factory.mktemp("compressed") / "base"
-    qmoe_jax.compress(golden_checkpoint("base", "t5x_bfloat16"), output, method="rtn")
+    native = golden_checkpoint("base", "t5x_bfloat16")
+    qmoe_jax.compress(native, output, grid="ternary", method="rtn", progress=False)
     return output
 
 
