@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality fuzz gpu-check notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers fuzz gpu-check notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -65,6 +65,9 @@ bench-cpu: $(VENV)/.installed-dev ## products with codes beside dense ones; 6 GB
 	$(BIN)/python benchmarks/bench_cpu.py --json benchmarks/results/cpu.json
 
 # An hour or two. What is in the result already is not measured again.
+bench-layers: $(VENV)/.installed-dev ## bits of ternary and lattice at equal error, on made layers
+	$(BIN)/python benchmarks/bench_layers.py --json benchmarks/results/layers.json
+
 bench-quality: $(VENV)/.installed-dev ## KL and loss against bits on the demo model, and a plot
 	$(BIN)/python benchmarks/bench_quality.py --output benchmarks/results/quality.json
 
