@@ -7,7 +7,6 @@ Source of the layout: `modeling_switch_transformers.py` of Hugging Face's transf
 
 import json
 import os
-import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint, open_compr
 from qmoe_jax.checkpoints.compressed_parts import CodedExperts
 from qmoe_jax.checkpoints.dequantize import NativeDtype, check_complete, dense_experts
 from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
+from qmoe_jax.checkpoints.huggingface_config import MARK, carries_mark
 from qmoe_jax.checkpoints.huggingface_weights import (
     INDEX,
     WHOLE,
@@ -208,18 +208,6 @@ def _claim_vocabulary(source: Path, folder: Path) -> Path | None:
 
 # --- Export ---
 
-# In the config.json of what `export_huggingface` writes, which it may therefore replace.
-_MARK = {"written_by": "qmoe_jax"}
-
-
-def _is_ours(folder: pathlib.Path) -> bool:
-    try:
-        fields = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(fields, dict) and fields.items() >= _MARK.items()
-
-
 _KIND = FolderKind(
     "a Hugging Face model that this package wrote",
     lambda name: (
@@ -230,7 +218,7 @@ _KIND = FolderKind(
         )
         is not None
     ),
-    _is_ours,
+    carries_mark,
 )
 
 
@@ -281,7 +269,7 @@ def export_huggingface(
     folder = OutputFolder(output, _KIND, inputs=inputs, overwrite=overwrite)
     folder.begin(anew=True)
     try:
-        _write_json(folder.partial / "config.json", fields | _MARK)
+        _write_json(folder.partial / "config.json", fields | MARK)
         if words is not None:
             shutil.copyfile(words, folder.partial / VOCABULARY)
             tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": extra_ids, "legacy": True}

@@ -248,3 +248,16 @@ def config_to_hf(config: SwitchConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": config.num_embeddings,
     }
+
+
+MARK = {"written_by": "qmoe_jax"}
+"""In the config.json of folders that this package exports, which it may therefore replace."""
+
+
+def carries_mark(folder: pathlib.Path) -> bool:
+    """Whether a folder was exported by this package; one from elsewhere lacks the mark."""
+    try:
+        fields = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.items() >= MARK.items()

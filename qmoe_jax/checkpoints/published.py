@@ -27,7 +27,7 @@ from qmoe_jax.checkpoints import huggingface_names, names, published_config, tor
 from qmoe_jax.checkpoints.compressed import CompressedCheckpoint, open_compressed_checkpoint
 from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.checkpoints.geometry import parameter_shapes
-from qmoe_jax.checkpoints.huggingface_config import read_fields
+from qmoe_jax.checkpoints.huggingface_config import MARK, carries_mark, read_fields
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.coding_qmoe import row_bound
 from qmoe_jax.codec.tensor import (
@@ -54,23 +54,10 @@ def _expert_file(index: int) -> str:
     return f"exp{index:02d}.pt"
 
 
-# In the config.json of what `export_published` writes, which it may therefore replace; a model from
-# elsewhere lacks it.
-_MARK = {"written_by": "qmoe_jax"}
-
-
-def _is_ours(folder: pathlib.Path) -> bool:
-    try:
-        fields = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(fields, dict) and fields.items() >= _MARK.items()
-
-
 _KIND = FolderKind(
     "a model that this package exported",
     lambda name: re.fullmatch(r"config\.json|(noexp|sizes|exp\d+)\.pt", name) is not None,
-    _is_ours,
+    carries_mark,
 )
 
 
@@ -293,7 +280,7 @@ def export_published(
     folder.begin(anew=True)
     partial = folder.partial
     try:
-        content = json.dumps(fields | _MARK, indent=2, sort_keys=True) + "\n"
+        content = json.dumps(fields | MARK, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(content)
         torch_files.save(partial / "noexp.pt", _dense_to_hf(source))
         sizes: dict[str, int] = {}
