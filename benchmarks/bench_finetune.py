@@ -11,14 +11,10 @@ is done already in the output is not done again.
 """
 
 import argparse
-import ast
-import hashlib
-import importlib.util
 import json
 import pathlib
 import tempfile
 import time
-import warnings
 from typing import Any
 
 import jax
@@ -28,6 +24,7 @@ from machine import machine_facts
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import TokenFile, TokenMetadata, from_sequences
 from qmoe_jax.demo.docstrings import demo_tokens
+from qmoe_jax.demo.function_names import TRAINING, VALIDATION, function_names
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.formatting import format_bytes, format_table
 from qmoe_jax.generation.sampling import greedy_generate
@@ -42,32 +39,7 @@ from qmoe_jax.training.trainable import gradient_masks, rounded_levels, split_va
 
 DEMO = pathlib.Path(__file__).parent.parent / "tests/golden/switch_demo"
 CHECKPOINT = DEMO / "checkpoint_4200"
-TRAINING = ("jax", "numpy", "scipy", "tensorflow", "orbax", "etils", "pip", "setuptools", "fsspec")
-VALIDATION = ("optax", "flax", "rich", "requests", "urllib3", "chex", "seqio", "pygments")
 INPUTS, TARGETS = 64, 12
-
-
-def function_names(packages: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Docstrings and the words of their functions' names, in an order that mixes packages."""
-    found: dict[str, str] = {}
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or () if spec else ():
-            for path in sorted(pathlib.Path(folder).rglob("*.py")):
-                if "test" in path.as_posix():
-                    continue
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # other people's invalid escapes
-                        tree = ast.parse(path.read_text("utf-8"))
-                except (SyntaxError, ValueError, RecursionError):
-                    continue
-                for node in ast.walk(tree):
-                    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                        text = ast.get_docstring(node) or ""
-                        if len(text) >= 40:
-                            found.setdefault(text, node.name.replace("_", " "))
-    return sorted(found.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
 
 
 def task_tokens(packages: tuple[str, ...], count: int) -> TokenFile:
