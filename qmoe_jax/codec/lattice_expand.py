@@ -4,6 +4,9 @@ A column of a block is a word of 32 bits, one a row, so planes are computed 32 w
 codewords to bit strings, in chunks for all blocks at once; strings dealt to the ones of the plane
 before; columns put back into their places; words to codes. Reads and writes stay in bounds whatever
 the arrays hold, and loops end, for each codeword has at least one bit.
+
+All strings but the first go through one loop: XLA does not share code between calls, and a loop for
+each took four fifths of the time that an expansion needs to be compiled.
 """
 
 from typing import NamedTuple
@@ -17,8 +20,8 @@ from qmoe_jax.varying import varying_zeros
 
 FLAGS, RESTS, PLANE_1, PLANE_2, PLANE_3, PLANE_4, SIGNS = range(7)
 _GROUPS = 4
-# Codewords of a string that are looked up at a time: a share of the width, within bounds.
-_SHARES = (1, 8, 1, 4, 16, 64, 2)
+# Codewords of a string that are looked up at a time: this share of its words, within bounds.
+_SHARE = 8
 _MIN_CHUNK, _MAX_CHUNK = 32, 4096
 _REMAINDERS = 32  # of a block that are placed at a time
 
@@ -61,32 +64,28 @@ def expand_blocks(
     if strings.words.size == 0 or blocks == 0:
         return jnp.zeros((WORD * blocks, width), jnp.uint8)
     some = num_visited > 0
-    grouped, at = _grouped_columns(strings, num_grouped, width)
-    ungrouped = WORD * jnp.broadcast_to(num_visited - num_grouped, (blocks,))
-    plane, at = _expand_string(strings, PLANE_1, at, ungrouped, width)
+    groups = _read_groups(strings, num_grouped, width)
+    found, at = _expand_strings(strings, groups, WORD * (num_visited - num_grouped), width)
+    grouped = _grouped_columns(groups, found[RESTS], num_grouped)
 
     def first_plane() -> jax.Array:
         column = jnp.arange(width, dtype=jnp.int32)
         index = width * jnp.arange(blocks, dtype=jnp.int32)[:, None] + column - num_grouped
-        behind = jnp.take(plane.reshape(-1), index, mode="clip")
+        behind = jnp.take(found[PLANE_1].reshape(-1), index, mode="clip")
         return jnp.where(column < num_grouped, grouped, behind) & jnp.where(
             column < num_visited, jnp.uint32(0xFFFFFFFF), jnp.uint32(0)
         )
 
     nonzero = apart(some, first_plane)
-    ranks = apart(some, lambda: _ranks(nonzero))
-    string, at = _expand_string(strings, PLANE_2, at, ranks[:, -1], width)
-    more, at = _expand_string(strings, PLANE_3, at, _count(string), width)
-    most, at = _expand_string(strings, PLANE_4, at, _count(more), width)
-    signs, at = _expand_string(strings, SIGNS, at, ranks[:, -1], width)
 
     def deal_all() -> tuple[jax.Array, ...]:
-        large, negative = _deal(nonzero, _window(string, ranks), _window(signs, ranks))
-        return large, negative
+        ranks = _ranks(nonzero)
+        windows = (_window(found[number], ranks) for number in (PLANE_2, SIGNS))
+        return _deal(nonzero, *windows)
 
     large, negative = apart(some, deal_all)
-    (third,) = apart(some, lambda: _deal(large, _window(more, _ranks(large))))
-    (fourth,) = apart(some, lambda: _deal(third, _window(most, _ranks(third))))
+    (third,) = apart(some, lambda: _deal(large, _window(found[PLANE_3], _ranks(large))))
+    (fourth,) = apart(some, lambda: _deal(third, _window(found[PLANE_4], _ranks(third))))
 
     def into_places() -> tuple[jax.Array, ...]:
         planes = (nonzero, large, third, fourth, negative)
@@ -106,21 +105,38 @@ def expand_blocks(
     return codes.reshape(WORD * blocks, width)
 
 
-def _grouped_columns(
-    strings: LatticeStrings, num_grouped: Int32[jax.Array, ""], width: int
-) -> tuple[UInt32[jax.Array, "blocks width"], Int32[jax.Array, "blocks"]]:
-    """Expand the columns that are stored by groups of eight rows; also the byte behind them.
+class _Groups(NamedTuple):
+    """What is known of the columns that are stored by groups of eight rows, before their rests.
 
-    Of a column's four groups, those with weights have fields of three bits and rests of up to seven
-    that follow one another: a window of either is enough for all four.
+    Of a column's four groups, those with weights have a field of three bits, its first weight, and
+    a rest of up to seven bits; fields follow one another, and so do rests: a window of either is
+    enough for all four.
     """
+
+    flags: UInt32[jax.Array, "blocks width"]
+    """A bit for each group that has weights."""
+    firsts: UInt32[jax.Array, "blocks width"]
+    """A byte a group: its first weight."""
+    count: Int32[jax.Array, "blocks"]
+    """Groups that have weights."""
+    rest_ranks: Int32[jax.Array, "blocks width+1"]
+    """Where the rests of each column begin, and where all end."""
+    behind: Int32[jax.Array, "blocks"]
+    """The byte behind the fields."""
+
+
+def _read_groups(
+    strings: LatticeStrings, num_grouped: Int32[jax.Array, ""], width: int
+) -> _Groups:
+    """Expand which groups have weights, and read the fields behind."""
     blocks = strings.starts.shape[0]
-    some = num_grouped > 0
     num_flags = jnp.broadcast_to(_GROUPS * num_grouped, (blocks,))
-    words, firsts_at = _expand_string(strings, FLAGS, strings.starts, num_flags, -(-width // 8))
+    words, firsts_at = _expand_string(
+        strings, strings.ends[FLAGS], strings.starts, num_flags, -(-width // 8)
+    )
     shifts = jnp.arange(0, WORD, _GROUPS, dtype=jnp.uint32)
 
-    def read_firsts() -> tuple[jax.Array, ...]:
+    def read() -> tuple[jax.Array, ...]:
         flags = (words[..., None] >> shifts & jnp.uint32(15)).reshape(blocks, -1)[:, :width]
         through = inclusive_scan(jax.lax.population_count(flags).astype(jnp.int32))
         place = 8 * firsts_at[:, None] + 3 * jnp.pad(through[:, :-1], ((0, 0), (1, 0)))
@@ -134,31 +150,71 @@ def _grouped_columns(
             firsts |= first << 8 * group
             rests += taken * (7 - first)
             fields >>= 3 * taken
-        rests = rests.astype(jnp.int32)
-        return flags, firsts, through[:, -1], inclusive_scan(rests) - rests, rests.sum(axis=1)
+        ranks = jnp.pad(inclusive_scan(rests.astype(jnp.int32)), ((0, 0), (1, 0)))
+        return flags, firsts, through[:, -1], ranks
 
-    flags, firsts, num_firsts, rest_ranks, num_rests = apart(some, read_firsts)
-    at = firsts_at + (3 * num_firsts + 7 >> 3)
-    rests, at = _expand_string(strings, RESTS, at, num_rests.astype(jnp.int32), width)
+    flags, firsts, count, ranks = apart(num_grouped > 0, read)
+    return _Groups(flags, firsts, count, ranks, firsts_at + (3 * count + 7 >> 3))
+
+
+def _grouped_columns(
+    groups: _Groups, rests: UInt32[jax.Array, "blocks width"], num_grouped: Int32[jax.Array, ""]
+) -> UInt32[jax.Array, "blocks width"]:
+    """Put firsts and rests together."""
 
     def into_columns() -> jax.Array:
-        window = _window(rests, jnp.pad(rest_ranks, ((0, 0), (0, 1))))
-        columns = jnp.zeros_like(flags)
+        window = _window(rests, groups.rest_ranks)
+        columns = jnp.zeros_like(groups.flags)
         for group in range(_GROUPS):
-            taken = flags >> group & jnp.uint32(1)
-            first = firsts >> 8 * group & jnp.uint32(7)
+            taken = groups.flags >> group & jnp.uint32(1)
+            first = groups.firsts >> 8 * group & jnp.uint32(7)
             length = taken * (7 - first)
             rest = window & (jnp.uint32(1) << length) - jnp.uint32(1)
             columns |= (taken | rest << 1) << first << 8 * group
             window >>= length
         return columns
 
-    return apart(some, into_columns), at
+    return apart(num_grouped > 0, into_columns)
+
+
+def _expand_strings(
+    strings: LatticeStrings, groups: _Groups, ungrouped: Int32[jax.Array, ""], width: int
+) -> tuple[UInt32[jax.Array, "strings blocks width"], Int32[jax.Array, "blocks"]]:
+    """Expand the strings behind `FLAGS`, by their numbers; also the byte behind the last.
+
+    Args:
+      strings: the stored blocks.
+      groups: of the columns that are stored by groups.
+      ungrouped: weights of a block in the other columns.
+      width: words that a string has at most.
+    """
+    blocks = strings.starts.shape[0]
+
+    def one(number, state):
+        found, ones, at = state
+        # Each weight of a plane has a bit in the next; those that are not zero have a sign.
+        wanted = jnp.select(
+            [number == RESTS, number == PLANE_1, number == SIGNS],
+            [
+                groups.rest_ranks[:, -1],
+                jnp.broadcast_to(ungrouped, (blocks,)),
+                groups.count + ones[RESTS] + ones[PLANE_1],
+            ],
+            ones[number - 1] + jnp.where(number == PLANE_2, groups.count + ones[RESTS], 0),
+        )
+        words, at = _expand_string(strings, strings.ends[number], at, wanted, width)
+        return found.at[number].set(words), ones.at[number].set(_count(words)), at
+
+    sources = strings.words, strings.starts, groups.behind
+    found = varying_zeros((SIGNS + 1, blocks, width), jnp.uint32, *sources)
+    ones = varying_zeros((SIGNS + 1, blocks), jnp.int32, *sources)
+    found, _, at = jax.lax.fori_loop(RESTS, SIGNS + 1, one, (found, ones, groups.behind))
+    return found, at
 
 
 def _expand_string(
     strings: LatticeStrings,
-    number: int,
+    ends: Int32[jax.Array, "dictionaries"],
     start: Int32[jax.Array, "blocks"],
     wanted: Int32[jax.Array, "blocks"],
     num_words: int,
@@ -167,13 +223,13 @@ def _expand_string(
 
     Args:
       strings: the stored blocks.
-      number: of the string.
+      ends: of the string's dictionaries.
       start: its first byte in each block.
       wanted: its bits in each block.
       num_words: at least a 32nd of these.
     """
     blocks = start.shape[0]
-    chunk = min(max(_MIN_CHUNK, num_words // _SHARES[number]), _MAX_CHUNK)
+    chunk = min(max(_MIN_CHUNK, num_words // _SHARE), _MAX_CHUNK)
     table = strings.table.reshape(-1, 2)
     row = num_words * jnp.arange(blocks, dtype=jnp.int32)[:, None]
 
@@ -184,7 +240,7 @@ def _expand_string(
     def step(state):
         first, length, done, words = state
         index = first + jnp.arange(chunk, dtype=jnp.int32)
-        dictionary = (index[:, None] >= strings.ends[number]).sum(axis=1, dtype=jnp.int32)
+        dictionary = (index[:, None] >= ends).sum(axis=1, dtype=jnp.int32)
         dictionary = jnp.minimum(dictionary, strings.table.shape[0] - 1)
         at = start[:, None] + index
         holding = jnp.take(strings.words, strings.first_word + (at >> 2), mode="clip")
