@@ -28,7 +28,8 @@ CURVE = (0.85 * STEP, STEP, STEP / 0.85)
 CHANGES: tuple[dict[str, Any], ...] = (
     *({"damping": damping} for damping in (0.01, 0.03, 0.3, 1.0)),
     {"act_order": True},
-    {"true_sequential": True},
+    {"move_wo": False},
+    {"move_wo": False, "true_sequential": True},
     {"max_tokens_factor": 16.0},
     {"premask_sentinels": False},
 )

@@ -44,6 +44,7 @@ def run(notebook, tmp_path_factory):
     """All cells with little text: the executed notebook, and the results that it wrote."""
     output = tmp_path_factory.mktemp("notebook") / "out"
     parameters = {"OUTPUT": str(output), "NUM_CALIBRATION": 64, "NUM_VALIDATION": 128}
+    parameters["FINETUNE_STEPS"] = 4
     executed = render.execute(notebook, parameters, timeout=600)
     return executed, json.loads((output / "results.json").read_text())
 
@@ -109,7 +110,21 @@ def test_plan_and_choice(run):
     assert results["compression"]["lattice"]["bits_per_weight"] == pytest.approx(planned, rel=0.05)
 
 
-@pytest.mark.parametrize("cell_id", ["plots", "zeros", "error", "gap"])
+def test_fine_tuning(run):
+    executed, results = run
+    figures = results["finetuning"]
+    assert figures["after"]["loss"] < figures["before"]["loss"]
+    # Corrections are rounded as the checkpoint's kernels are.
+    assert figures["written"]["loss"] == pytest.approx(figures["after"]["loss"], rel=0.01)
+    assert f"written  loss {figures['written']['loss']:.4f}" in text_of(executed, "finetune")
+
+
+def test_model_card(run):
+    (card,) = (o for o in outputs_of(run[0], "card") if o.output_type == "display_data")
+    assert "compressed by qmoe-jax" in card.data["text/markdown"]
+
+
+@pytest.mark.parametrize("cell_id", ["plots", "zeros", "error", "gap", "finetuned"])
 def test_plots(run, cell_id):
     (plot,) = (o for o in outputs_of(run[0], cell_id) if o.output_type == "display_data")
     assert len(plot.data["image/png"]) > 10_000
@@ -126,7 +141,7 @@ def test_the_page_was_made_from_this_notebook(notebook):
     page = render.NOTEBOOK.with_suffix(".html").read_text()
     digest = render.source_digest(notebook)
     assert f'content="{digest}"' in page, "the notebook has changed since: run `make notebook`"
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "<script" not in page
     assert not re.search(r"[\"'> ](/home/|/root/|/tmp/|/Users/)", page)
 

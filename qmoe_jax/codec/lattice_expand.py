@@ -125,9 +125,7 @@ class _Groups(NamedTuple):
     """The byte behind the fields."""
 
 
-def _read_groups(
-    strings: LatticeStrings, num_grouped: Int32[jax.Array, ""], width: int
-) -> _Groups:
+def _read_groups(strings: LatticeStrings, num_grouped: Int32[jax.Array, ""], width: int) -> _Groups:
     """Expand which groups have weights, and read the fields behind."""
     blocks = strings.starts.shape[0]
     num_flags = jnp.broadcast_to(_GROUPS * num_grouped, (blocks,))

@@ -27,6 +27,7 @@ from qmoe_jax.pipeline.layer_tokens import LayerTokens
 from qmoe_jax.pipeline.stored_codes import stored_bits
 from qmoe_jax.quantization.expert_batch import dequantize_experts, quantize_experts
 from qmoe_jax.quantization.lattice import Steps
+from qmoe_jax.quantization.moved_kernel import Missing, moved_kernels, update_missing
 from qmoe_jax.quantization.settings import CompressionSettings
 
 # Experts that a step is searched on, with tokens and without.
@@ -51,7 +52,7 @@ class QuantizedKernel:
       statistics: arrays [experts] by name: `status`, `token_counts`, `zero_share`,
         `overload_share`, for the lattice `step`; `weight_error`
         and `layer_error` as ExpertBatchResult has them, and `weight_energy` and `layer_energy`,
-        what they are to be divided by.
+        what they are to be divided by; of a kernel that was moved, from where it was moved to.
     """
 
     codes: UInt8[np.ndarray, "experts rows width"]
@@ -82,22 +83,30 @@ def hidden_layer(
 
 @functools.partial(jax.jit, static_argnames=("activations", "dtype"), donate_argnames="states")
 def _accumulate(
-    states: dict[str, HessianState],
+    states: dict[str, HessianState | Missing],
     scale: Float[Array, "embed"],
     kernels: Kernels,
+    exact: Kernels,
     x: Float[Array, "experts chunk embed"],
     real: Bool[Array, "experts chunk"],
     *,
     activations: tuple[str, ...],
     dtype: str,
-) -> dict[str, HessianState]:
-    """Add a chunk to the Hessians of wi's inputs ("wi") and wo's ("wo"), whichever are asked."""
+) -> dict[str, HessianState | Missing]:
+    """Add a chunk to the Hessians of wi's inputs ("wi") and wo's ("wo"), whichever are asked.
+
+    And to what wo's outputs miss ("missing") behind `kernels` in place of `exact`.
+    """
     z = _normalised(scale, x, dtype)
-    updated = {}
-    if "wi" in states:
-        updated["wi"] = update_hessian(states["wi"], z, real)
-    if "wo" in states:
-        updated["wo"] = update_hessian(states["wo"], hidden_layer(kernels, z, activations), real)
+    updated: dict[str, HessianState | Missing] = {}
+    if isinstance(state := states.get("wi"), HessianState):
+        updated["wi"] = update_hessian(state, z, real)
+    if isinstance(state := states.get("wo"), HessianState):
+        hidden = hidden_layer(kernels, z, activations)
+        updated["wo"] = update_hessian(state, hidden, real)
+        if isinstance(missing := states.get("missing"), Missing):
+            without_error = hidden_layer(exact, z, activations)
+            updated["missing"] = update_missing(missing, hidden, without_error, exact["wo"], real)
     return updated
 
 
@@ -204,17 +213,27 @@ def quantize_batch(
     """
     spread = {name: batch.spread(kernel) for name, kernel in kernels.items()}
     inputs = dict(spread)
-    states = _hessians(batch, inputs, settings, asking, which=("wi", "wo"))
+    behind = settings.true_sequential or settings.moves_wo
+    first = ("wi",) if behind else ("wi", "wo")
+    states = _sums(batch, inputs, spread, settings, asking, which=first)
     quantized: QuantizedKernels = {}
     for name in [*(name for name in sorted(kernels) if name != "wo"), "wo"]:
-        if name == "wo" and settings.true_sequential:
+        kernel = spread.get(name)
+        if name == "wo" and behind:
             # Now behind the quantized wi.
-            states = _hessians(batch, inputs, settings, asking, which=("wo",))
-        if not kernels:
+            which = ("wo", "missing") if settings.moves_wo else ("wo",)
+            states = _sums(batch, inputs, spread, settings, asking, which=which)
+        if kernel is None:
             continue
         state = None if states is None else states["wo" if name == "wo" else "wi"]
-        quantized[name] = _quantize_kernel(batch, name, spread[name], state, settings, choose_step)
-        if settings.true_sequential:
+        assert state is None or isinstance(state, HessianState)
+        if state is not None and states is not None and isinstance(states.get("missing"), Missing):
+            missing = states["missing"]
+            kernel = moved_kernels(
+                kernel, state.sums, missing, settings.damping, mesh=batch.devices.mesh
+            )
+        quantized[name] = _quantize_kernel(batch, name, kernel, state, settings, choose_step)
+        if behind and name != "wo":
             inputs[name] = dequantized_kernel(batch, quantized[name], settings)
     return quantized
 
@@ -286,24 +305,28 @@ def _quantize_kernel(
     )
 
 
-def _hessians(
+def _sums(
     batch: ExpertBatch,
     kernels: Kernels,
+    exact: Kernels,
     settings: CompressionSettings,
     asking: Sequence[range],
     *,
     which: tuple[str, ...],
-) -> dict[str, HessianState] | None:
+) -> dict[str, HessianState | Missing] | None:
+    """Sum over all calibration tokens what `_accumulate` adds up."""
     tokens = batch.tokens
     if tokens is None:
         return None
-    states = None
+    states: dict[str, HessianState | Missing] | None = None
     if kernels:
-        widths = {"wi": kernels["wo"].shape[2], "wo": kernels["wo"].shape[1]}
-        states = {
-            key: jax.tree.map(batch.devices.spread, init_hessian(batch.size, widths[key]))
-            for key in which
+        shape = kernels["wo"].shape
+        begun = {
+            "wi": lambda: init_hessian(batch.size, shape[2]),
+            "wo": lambda: init_hessian(batch.size, shape[1]),
+            "missing": lambda: Missing(jnp.zeros((batch.size, *shape[1:]), jnp.float32)),
         }
+        states = {key: jax.tree.map(batch.devices.spread, begun[key]()) for key in which}
     for chunks in tokens.chunks(asking, settings.token_chunk, hessian=True):
         rows = tokens.gather(chunks)
         if states is None:
@@ -312,6 +335,7 @@ def _hessians(
             states,
             batch.norm_scale,
             kernels,
+            exact,
             batch.spread(rows),
             batch.spread(chunks[tokens.processes.index].real),
             activations=batch.activations,

@@ -163,10 +163,12 @@ def device_memory(
     row = embed * (_FLOAT32 + activation) + mlp * (num_wi + 1) * activation
     chunk = batch * settings.token_chunk
     hessians = {"wi": _FLOAT32 * batch * embed**2, "wo": _FLOAT32 * batch * mlp**2}
+    missing = _FLOAT32 * batch * embed * mlp
     layers = [own for own in layer_settings(config, settings).values() if own.method != "none"]
     calibrated = tokens.num_calibration > 0
-    # With true_sequential the quantized input kernels are there beside the original ones.
-    if any(own.true_sequential for own in layers):
+    # wo's sums behind the quantized input kernels, which are there beside the original ones.
+    moves = any(own.moves_wo for own in layers)
+    if moves or any(own.true_sequential for own in layers):
         kernels += _FLOAT32 * batch * num_wi * embed * mlp
     phases: dict[str, Parts] = {}
     if calibrated:
@@ -176,6 +178,16 @@ def device_memory(
             "product that is added": max(hessians.values()),
             "tokens": chunk * (row + 2 * _FLOAT32 * max(embed, mlp)),
         }
+        if moves:
+            # Another hidden layer, and the outputs that are missing.
+            phases["Hessians"]["what wo misses"] = 2 * missing
+            phases["Hessians"]["tokens"] += chunk * (2 * _FLOAT32 * mlp + _FLOAT32 * embed)
+            # One factorisation at a time.
+            phases["move wo"] = {
+                "kernels": kernels + missing,
+                "sums": sum(hessians.values()) + missing,
+                "least squares": _FLOAT32 * (3 * mlp**2 + 3 * embed * mlp),
+            }
     phases["quantize"] = _largest(
         _quantize(model, batch, own.method, kernels, hessians if calibrated else {}, kernel, on_cpu)
         for kernel in ("wi", "wo")

@@ -129,12 +129,21 @@ def _layer_work(
     work: dict[str, Work] = {}
     if settings.method != "none" and tokens.num_calibration:
         entering, chunks = padded(tokens.hessian_tokens[stack])
-        passes = 2 if settings.true_sequential else 1
-        hidden = passes * num_wi * embed * mlp
+        moves = settings.moves_wo
+        hidden = (2 if moves else 1) * num_wi * embed * mlp
         work["wo's inputs"] = Work(2 * entering * hidden, 4 * chunks * hidden, activation)
         # Sums of Hessians are read, added to and written with every chunk.
-        squares = embed**2 + passes * mlp**2
+        squares = embed**2 + mlp**2
         work["Hessians"] = Work(2 * entering * squares, 3 * 4 * chunks * squares, "float32")
+        if moves:
+            missing = embed * mlp
+            sums = Work(4 * entering * missing, 3 * 4 * chunks * missing, "float32")
+            solve = Work(
+                experts * (mlp**3 / 3 + 2 * mlp**2 * embed), experts * 4 * 2 * mlp**2, "float32"
+            )
+            work["wo moved"] = Work(
+                sums.flops + solve.flops, sums.num_bytes + solve.num_bytes, "float32"
+            )
         # H W for the energies; without GPTQ once more for the errors.
         products = sum(2 * width**2 * out for out, width in shapes)
         work["layer errors"] = Work(experts * products * (1 if gptq else 2), 0, "float32")

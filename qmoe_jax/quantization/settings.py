@@ -26,6 +26,7 @@ OVERRIDABLE = (
     "damping",
     "act_order",
     "true_sequential",
+    "move_wo",
     "group_size",
 )
 
@@ -62,6 +63,9 @@ class CompressionSettings:
         paper's code).
       act_order: quantize input features by falling Hessian diagonal.
       true_sequential: measure wo's inputs behind the already quantized wi of the same expert.
+      move_wo: quantize wo to put out what the exact expert does, behind the quantized wi
+        (`quantization.moved_kernel`), instead of what wo itself would there; then true_sequential
+        changes nothing. None does so for the lattice, and not for the paper's grids.
       group_size: input features that share a pair of levels; None is the whole row, as the paper
         has it. It divides the widths of the model.
       max_tokens_factor: an expert's Hessian sees at most this multiple of the mean tokens per
@@ -89,6 +93,7 @@ class CompressionSettings:
     damping: float = 0.1
     act_order: bool = False
     true_sequential: bool = False
+    move_wo: bool | None = None
     group_size: int | None = None
     max_tokens_factor: float = 4.0
     premask_sentinels: bool = True
@@ -164,6 +169,12 @@ class CompressionSettings:
     def quantization_grid(self) -> Grid:
         """The grid that `grid` names."""
         return GRIDS[self.grid]
+
+    @property
+    def moves_wo(self) -> bool:
+        """Whether `move_wo` is in force: only GPTQ has the tokens for it."""
+        wanted = self.quantization_grid.has_steps if self.move_wo is None else self.move_wo
+        return wanted and self.method == "gptq"
 
     @property
     def coding(self) -> str:
