@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers fuzz gpu-check notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers fuzz gpu-check gpu-bundle test-newest notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -29,6 +29,18 @@ test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
 
 test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+# No constraints: what pip finds newest. Tests that need gin, seqio or TensorFlow are skipped.
+NEWEST_PYTHON ?= python3.13
+$(VENV)-newest/.installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  --editable ".[huggingface]" pytest pytest-xdist hypothesis beartype cupy-cuda13x
+	@touch $@
+
+test-newest: $(VENV)-newest/.installed ## the tests with the newest jax, flax and numpy
+	$(VENV)-newest/bin/python -m pip list | grep -iE "^(jax|jaxlib|flax|numpy|numba|cupy[^ ]*) "
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 lint: $(VENV)/.installed-dev ## ruff and pyright
 	$(BIN)/python -m ruff check .
@@ -74,6 +86,14 @@ bench-quality: $(VENV)/.installed-dev ## KL and loss against bits on the demo mo
 # With the Python that has the GPU packages; nothing is installed. PEER=FILE: the paper's kernel too.
 gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PEER),--peer $(PEER))
+
+# The commit's files but for golden data that no GPU test reads. Unpack it there, and `make gpu-check`.
+gpu-bundle: ## dist/qmoe_jax_gpu.tar.gz, what a GPU machine needs
+	@mkdir -p dist
+	git archive --format=tar.gz --prefix=qmoe_jax/ --output=dist/qmoe_jax_gpu.tar.gz HEAD -- . \
+	  $(foreach path,switch_xxl switch_c huggingface switch_base/orbax.tar.xz \
+	  switch_base/t5x_multichunk.tar.xz,":(exclude)tests/golden/$(path)")
+	@du -h dist/qmoe_jax_gpu.tar.gz
 
 notebook: $(VENV)/.installed-dev ## run the notebook on the demo and render notebooks/*.html
 	$(BIN)/python notebooks/render.py

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -230,3 +232,27 @@ def test_the_sanitizer_checks_our_kernels_only(tmp_path, option):
         at = found.command.index(option)
         assert found.command[at + 1] == "kernel_substring=fused_"
         assert found.command[found.command.index("--report-api-errors") + 1] == "no"
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("make") is None, reason="needs git and make"
+)
+def test_the_bundle_is_small_and_whole():
+    """`make gpu-bundle` of the last commit: what the GPU's tests and benchmarks read."""
+    done = subprocess.run(["make", "gpu-bundle"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bundle = ROOT / "dist" / "qmoe_jax_gpu.tar.gz"
+    assert bundle.stat().st_size < 40 * 2**20
+    with tarfile.open(bundle) as archive:
+        names = set(archive.getnames())
+    for needed in (
+        "kernels_cuda/multiply.cuh",
+        "configs/public_checkpoints.json",
+        "benchmarks/gpu_check.py",
+        "tests/gpu/test_gpu_kernels.py",
+        "tests/golden_data.py",
+        "tests/golden/switch_base/t5x.tar.xz",
+        "tests/golden/switch_base/golden.npz.xz",
+        "tests/golden/switch_demo/checkpoint_4200/checkpoint",
+    ):
+        assert f"qmoe_jax/{needed}" in names

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         f"{int((batch.encoder_input_tokens != tokens.PAD_ID).sum())} input and "
         f"{batch.num_target_tokens} target tokens, task {token_file.metadata.task}"
     )
-    print(f"note: {note}", file=sys.stderr)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -73,6 +74,8 @@ def _set_lengths(arguments: argparse.Namespace) -> str:
         "gin file); --inputs_length and --targets_length set others"
     )
     if arguments.checkpoint is None:
+        if arguments.source == "pairs" and arguments.inputs_length and arguments.targets_length:
+            return ""  # chosen for the task: any length can be fine-tuned on
         return advice + ", --checkpoint finds them"
     # Reading checkpoints imports JAX, which the rest of the command does without.
     from qmoe_jax.checkpoints.read_config import read_config

@@ -221,7 +221,7 @@ def compress(
                 *(checkpoint, output, few, chosen, implementation, progress)
             )
         command = report if isinstance(report, str) else None
-        write_pages(done, checkpoint=source.url, command=command)
+        write_pages(done, checkpoint=os.fspath(checkpoint), command=command)
         done.has_pages = True
     if processes.is_primary:
         run_log.write("finish", **{k: v for k, v in done.to_json().items() if k != "kernels"})
