@@ -11,10 +11,10 @@ from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.models.load import dequantized
 
-OPTIONS = ({"group_size": 32}, {"true_sequential": True}, {"act_order": True})
+OPTIONS = ({"group_size": 32}, {"move_wo": True}, {"act_order": True}, {"true_sequential": True})
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*OPTIONS[:3], *slow(OPTIONS[3])])
 def test_options_run_and_matter(base, gptq, tmp_path, option):
     path, report = gptq
     other = qmoe_jax.compress(base, tmp_path / "other", CALIBRATION, **option, **TERNARY)

@@ -139,11 +139,11 @@ def test_several_devices_give_the_same_model(
 def test_more_processes_than_batches_of_experts(checkpoint, files, alone, tmp_path):
     """8 experts, 3 processes: shares of 2, 3 and 3, in batches of 2 and 1."""
     results = compress_in(
-        3, 1, checkpoint, tmp_path / "out", files, expert_batch=2, true_sequential=True
+        3, 1, checkpoint, tmp_path / "out", files, expert_batch=2, move_wo=True
     )
     assert len({result["loss"] for result in results}) == 1
     reference = tmp_path / "reference"
-    qmoe_jax.compress(checkpoint, reference, files["tokens"], true_sequential=True, **TERNARY)
+    qmoe_jax.compress(checkpoint, reference, files["tokens"], move_wo=True, **TERNARY)
     assert share_of_equal_codes(reference, tmp_path / "out") >= 0.999
 
 

@@ -68,7 +68,7 @@ def test_cuda_kernels_give_the_same_logits(lattice, launcher):
     np.testing.assert_allclose(logits["cuda"], logits["xla"], atol=2e-5)
 
 
-@pytest.mark.parametrize("option", [{"true_sequential": True}, *slow({"act_order": True})])
+@pytest.mark.parametrize("option", [{"move_wo": False}, *slow({"act_order": True})])
 def test_options(base, lattice, tmp_path, option):
     report = qmoe_jax.compress(base, tmp_path / "out", CALIBRATION, **LATTICE, **option)
     assert report.bits_per_weight == pytest.approx(lattice[1].bits_per_weight, rel=0.05)
