@@ -31,7 +31,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"move_wo": False},
     {"move_wo": False, "true_sequential": True},
     {"max_tokens_factor": 16.0},
-    {"premask_sentinels": False},
+    {"premask_sentinels": True},
 )
 
 

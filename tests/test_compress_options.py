@@ -137,3 +137,11 @@ def test_bfloat16_activations(golden_checkpoint, tmp_path):
     batches = [batch.arrays() for batch in CALIBRATION[:4].batches(4)]
     loss = evaluate_loss(module, variables, batches)
     assert loss.loss == pytest.approx(report.validation.loss, rel=1e-2)
+
+
+def test_premasking_is_by_default_for_the_paper_s_grids():
+    settings = qmoe_jax.CompressionSettings
+    assert not settings().premasks_sentinels
+    assert settings(grid="ternary").premasks_sentinels
+    assert settings(premask_sentinels=True).premasks_sentinels
+    assert not settings(grid="2bit", premask_sentinels=False).premasks_sentinels

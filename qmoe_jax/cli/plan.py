@@ -91,7 +91,7 @@ def _tokens(
         return TokenFacts.from_files(
             calibration.first(arguments.num_examples),
             validation,
-            premask_sentinels=settings.premask_sentinels,
+            premask_sentinels=settings.premasks_sentinels,
         )
     if arguments.validation_tokens is not None:
         raise TokensError("--validation_tokens without --tokens; give both or neither")

@@ -160,7 +160,7 @@ def compress(
         samples = Samples.build(
             _share(calibration, processes),
             None if validation is None else _share(validation, processes),
-            premask_sentinels=chosen.premask_sentinels,
+            premask_sentinels=chosen.premasks_sentinels,
         )
     described = _describe(calibration)
     facts = _determining_facts(source, config, chosen, described, devices, processes)

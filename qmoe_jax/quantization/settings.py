@@ -71,7 +71,8 @@ class CompressionSettings:
       max_tokens_factor: an expert's Hessian sees at most this multiple of the mean tokens per
         expert; all tokens pass through the expert.
       premask_sentinels: leave sentinel inputs, and decoder positions that predict a sentinel or
-        stand last, out of Hessians.
+        stand last, out of Hessians, as the paper does. None does so for its grids, and not for the
+        lattice: what reaches experts there counts too.
       activation_dtype: "float32" or "bfloat16", of the activations during calibration.
       dense_dtype: "bfloat16" (as the paper; routers and norms keep their dtype) or "source", for
         the parameters that are not compressed.
@@ -96,7 +97,7 @@ class CompressionSettings:
     move_wo: bool | None = None
     group_size: int | None = None
     max_tokens_factor: float = 4.0
-    premask_sentinels: bool = True
+    premask_sentinels: bool | None = None
     activation_dtype: str = "float32"
     dense_dtype: str = "bfloat16"
     expert_batch: int = 16
@@ -175,6 +176,13 @@ class CompressionSettings:
         """Whether `move_wo` is in force: only GPTQ has the tokens for it."""
         wanted = self.quantization_grid.has_steps if self.move_wo is None else self.move_wo
         return wanted and self.method == "gptq"
+
+    @property
+    def premasks_sentinels(self) -> bool:
+        """Whether `premask_sentinels` is in force; of all layers, so by the grid of the run."""
+        if self.premask_sentinels is None:
+            return not self.quantization_grid.has_steps
+        return self.premask_sentinels
 
     @property
     def coding(self) -> str:
