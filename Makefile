@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers fuzz gpu-check gpu-bundle test-newest notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers bench-settings fuzz gpu-check gpu-bundle test-newest notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -82,6 +82,9 @@ bench-layers: $(VENV)/.installed-dev ## bits of ternary and lattice at equal err
 
 bench-quality: $(VENV)/.installed-dev ## KL and loss against bits on the demo model, and a plot
 	$(BIN)/python benchmarks/bench_quality.py --output benchmarks/results/quality.json
+
+bench-settings: $(VENV)/.installed-dev ## KL with other settings of GPTQ, at equal bits
+	$(BIN)/python benchmarks/bench_settings.py --json benchmarks/results/settings.json
 
 # With the Python that has the GPU packages; nothing is installed. PEER=FILE: the paper's kernel too.
 gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels

@@ -36,10 +36,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 
 def at_equal_bits(found: dict[str, float], curve: list[dict[str, float]]) -> float:
-    """Return the KL that the default has at the bits of `found`."""
+    """Return the KL that the default has at the bits of `found`; NaN outside of its curve."""
     points = sorted(curve, key=lambda point: point["bits"])
     bits, kl = (np.log([point[key] for point in points]) for key in ("bits", "kl"))
-    return math.exp(np.interp(math.log(found["bits"]), bits, kl))
+    outside = float("nan")
+    return math.exp(np.interp(math.log(found["bits"]), bits, kl, left=outside, right=outside))
 
 
 def main() -> None:
@@ -63,18 +64,22 @@ def main() -> None:
             for change in ({}, *CHANGES):
                 found = measure(calibration, batches, reference, **change) if change else curve[1]
                 share = found["kl"] / at_equal_bits(found, curve)
-                results.append({"change": change, "seed": seed, "kl_share": share, **found})
+                kept = None if math.isnan(share) else share
+                results.append({"change": change, "seed": seed, "kl_share": kept, **found})
                 figures = f"{found['bits']:.4f} {found['kl']:.5f} {share:.3f}"
                 print(change, seed, figures, flush=True)
                 if args.json is not None:
-                    write_json(args.json, {"machine": machine_facts(), "results": results})
+                    settings = CompressionSettings().to_json()
+                    facts = {"machine": machine_facts(), "settings": settings}
+                    write_json(args.json, facts | {"results": results})
     rows = [["change", "bits", "KL", "KL over the default's at these bits", "by seed"]]
     for change in ({}, *CHANGES):
         own = [result for result in results if result["change"] == change]
-        bits, kl, share = (np.mean([r[key] for r in own]) for key in ("bits", "kl", "kl_share"))
+        shares = [math.nan if r["kl_share"] is None else r["kl_share"] for r in own]
+        bits, kl = (np.mean([r[key] for r in own]) for key in ("bits", "kl"))
         name = ", ".join(f"{key} {value}" for key, value in change.items()) or "none"
-        by_seed = " ".join(f"{r['kl_share']:.3f}" for r in own)
-        rows.append([name, f"{bits:.4f}", f"{kl:.5f}", f"{share:.3f}", by_seed])
+        by_seed = " ".join(f"{share:.3f}" for share in shares)
+        rows.append([name, f"{bits:.4f}", f"{kl:.5f}", f"{np.mean(shares):.3f}", by_seed])
     print(format_table(rows))
 
 
