@@ -74,9 +74,9 @@ def load_switch(
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
-        host's cores (export needs "xla"); "cuda", the kernels in
-        `kernels_cuda/`, on a GPU with CuPy installed; or "auto": "cuda" where that can be, "cpu" on
-        a CPU if all codes are of codings that it multiplies, and "xla" elsewhere.
+        host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed; or
+        "auto": "cuda" where that can be, "cpu" on a CPU if all codes are of codings that it
+        multiplies, and "xla" elsewhere.
       adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
         `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
