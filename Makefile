@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-quality bench-layers bench-settings fuzz gpu-check gpu-bundle test-newest notebook docs clean
+.PHONY: help demo test test-all lint format bench bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-cpu-generation bench-quality bench-layers bench-settings fuzz gpu-check gpu-bundle test-newest notebook docs clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -51,7 +51,7 @@ format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: bench-codec bench-gptq bench-engine bench-generation bench-cpu ## all benchmarks; results in benchmarks/results/
+bench: bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-cpu-generation ## all benchmarks; results in benchmarks/results/
 
 # Real codes for the benchmark: those of the demo model.
 demo_out/gptq_2bit/manifest.json:
@@ -75,6 +75,9 @@ bench-generation: $(VENV)/.installed-dev ## tokens per second with and without t
 
 bench-cpu: $(VENV)/.installed-dev ## products with codes beside dense ones; 6 GB of memory
 	$(BIN)/python benchmarks/bench_cpu.py --json benchmarks/results/cpu.json
+
+bench-cpu-generation: $(VENV)/.installed-dev ## generation from codes on a CPU beside float32; 5 GB of memory
+	$(BIN)/python benchmarks/bench_cpu_generation.py --json benchmarks/results/cpu_generation.json
 
 # An hour or two. What is in the result already is not measured again.
 bench-layers: $(VENV)/.installed-dev ## bits of ternary and lattice at equal error, on made layers

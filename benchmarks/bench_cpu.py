@@ -33,7 +33,7 @@ from qmoe_jax.atomic_file import write_json
 from qmoe_jax.codec.decode import decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import CodedTensor
-from qmoe_jax.ops.cpu import products as on_cpu
+from qmoe_jax.ops.cpu.products import stored_product
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, Experts
 from qmoe_jax.ops.products import compressed_product
 
@@ -73,6 +73,9 @@ def coded_experts(rows: int, width: int, count: int) -> dict[str, CodedExperts]:
 
 
 def product(x: jax.Array, index: jax.Array, experts: Experts, count: int, rows: int, name: str):
+    if name == "one core":
+        assert isinstance(experts, CodedExperts)
+        return stored_product(x, index, experts, num_threads=1)
     return compressed_product(
         x, index, experts, num_experts=count, out_features=rows, implementation=name
     )
@@ -134,6 +137,7 @@ class Bench:
         runs: dict[str, Callable[..., Any]] = {}
         for kind, experts in self.coded.items():
             runs[kind] = self.run("cpu", kind, experts)
+            runs[f"{kind}, one core"] = self.run("one core", kind, experts)
             if tokens == 1:
                 runs[f"{kind} expanded"] = self.run("xla", kind, experts)
         for kind, kernel in self.kernels.items():
@@ -146,17 +150,16 @@ class Bench:
                 expected = np.asarray(x) @ self.weights.T
                 error = np.abs(y - expected).max() / np.abs(expected).max()
                 assert error < 1e-5, f"{name}: {error}"
+        by_numpy = runs.pop("numpy")
         for _ in range(self.repeats):
             for name, run in runs.items():
                 repeats = 1 if "expanded" in name and reached > 1 else 2
                 for _ in range(repeats):
                     seconds[name] = min(seconds.get(name, 1e9), self.timed(run, x, index()))
-        with one_thread():
-            for kind in self.coded:
-                for _ in range(2 * self.repeats):
-                    name = f"{kind}, one core"
-                    taken = self.timed(runs[kind], x, index())
-                    seconds[name] = min(seconds.get(name, 1e9), taken)
+        # Apart: OpenBLAS's threads spin for some 10 ms after a product, and slow what is next.
+        timings = [self.timed(by_numpy, x, index()) for _ in range(2 * self.repeats)]
+        seconds["numpy"] = min(timings)
+        time.sleep(0.1)
         weights = reached * self.rows * self.width
         return {
             "shape": [self.rows, self.width],
@@ -184,19 +187,8 @@ class Bench:
         return y
 
 
-class one_thread:
-    """Inside, products with codes use one thread."""
-
-    def __enter__(self) -> None:
-        self.kept = on_cpu.num_threads
-        on_cpu.num_threads = host_threads.num_threads = lambda: 1
-
-    def __exit__(self, *_: object) -> None:
-        on_cpu.num_threads = host_threads.num_threads = self.kept
-
-
 def overhead_seconds() -> dict[str, float]:
-    """A callback's way through XLA and Python: a product of one weight, beside x * 2."""
+    """A call's way through XLA: a product of a block of 8 columns, beside x * 2."""
     experts = coded_experts(32, 8, 1)["lattice"]
     run = jax.jit(lambda x, i: product(x, i, experts, 1, 32, "cpu"))
     plain = jax.jit(lambda x, i: x * 2)

@@ -6,7 +6,6 @@ at once.
 
 import functools
 import inspect
-import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,30 +36,6 @@ def map_row_chunks(work: Callable[[slice], Any], rows: int, width: int) -> list[
         return [work(chunk) for chunk in chunks]
     with ThreadPoolExecutor(min(num_threads(), len(chunks))) as pool:
         return list(pool.map(work, chunks))
-
-
-def share(work: Callable[[int], Any], count: int) -> None:
-    """Call work(i) for all i below count, on all cores, the calling thread among them.
-
-    Threads stay for the next call, and no call waits for one that is busy with another.
-    """
-    numbers = itertools.count()
-
-    def run() -> None:
-        while (number := next(numbers)) < count:
-            work(number)
-
-    helpers = min(num_threads(), count) - 1
-    futures = [_pool(num_threads()).submit(run) for _ in range(helpers)]
-    run()
-    for future in futures:
-        if not future.cancel():
-            future.result()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="qmoe_jax")
 
 
 def num_threads() -> int:

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from cpu_pieces import multiply_by_pieces
+from fake_xla import FakeApi, FakeCall
 
-from qmoe_jax import host_threads
 from qmoe_jax.codec.codings import coding_names
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.ops.cpu import products as on_cpu
+from qmoe_jax.ops.cpu import targets
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts
 from qmoe_jax.ops.products import check_choice, compressed_product, expert_mlp
 
@@ -99,18 +101,19 @@ class TestProduct:
         expected = jax.jit(product(experts, "xla"))(x, index)
         np.testing.assert_allclose(product(experts)(x, index), expected, atol=3e-6)
 
-    def test_any_number_of_threads_gives_the_same_bits(self, coding, monkeypatch):
+    def test_any_number_of_threads_gives_the_same_bits(self, coding):
         experts, _ = make_experts(coding, 5, 200, 300)
-        monkeypatch.setattr(on_cpu, "_PIECE", 1)
         for tokens in (1, 30):
             x, index = make_tokens(tokens, 5, 300, seed=3)
             index = jnp.maximum(index, 0)
-            found = []
-            for threads in (1, 2, 3, 7):
-                for module in (on_cpu, host_threads):
-                    monkeypatch.setattr(module, "num_threads", lambda threads=threads: threads)
-                found.append(np.asarray(product(experts)(x, index)))
+            found = [
+                np.asarray(
+                    on_cpu.stored_product(x, index, experts, num_threads=threads, least_piece=1)
+                )
+                for threads in (1, 2, 3, 7)
+            ]
             assert all(np.array_equal(found[0], other) for other in found[1:])
+            np.testing.assert_array_equal(found[0], product(experts)(x, index))
 
     def test_inside_a_loop_on_the_device(self, coding):
         experts, _ = make_experts(coding, 2, 40, 40)
@@ -173,19 +176,12 @@ class TestProduct:
 
         np.testing.assert_allclose(run("cpu"), run("xla"), rtol=1e-4, atol=1e-4)
 
-    def test_damaged_arrays_are_read_in_bounds(self, coding, monkeypatch):
-        """Codes end where memory ends, on either side; no scratch is written beyond its end."""
-        multiply = {"lattice": on_cpu._multiply_lattice, "tunstall": on_cpu._multiply_tunstall}
-        guarded = []
+    def test_damaged_arrays_are_read_in_bounds(self, coding):
+        """Codes end where memory ends, on either side; no scratch is written beyond its end.
 
-        def scratch(name, shape, dtype):
-            size = int(np.prod(shape))
-            whole = np.full(size * np.dtype(dtype).itemsize + 256, 0xA5, np.uint8)
-            guarded.append(whole)
-            return whole[128:-128].view(dtype).reshape(shape)
-
-        monkeypatch.setattr(on_cpu, "_scratch", scratch)
-        monkeypatch.setattr(on_cpu, "_PIECE", 1000)
+        What XLA calls gives the same bytes.
+        """
+        handler = targets.handler(coding)
         for seed in range(300):
             rng = np.random.default_rng(seed)
             shape = tuple(int(n) for n in rng.integers(1, [4, 80, 150]))
@@ -205,16 +201,16 @@ class TestProduct:
             tokens = int(rng.integers(1, 20))
             x = rng.normal(size=(tokens, shape[2])).astype(np.float32)
             index = rng.integers(-1, shape[0], tokens).astype(np.int32)
-            y = np.full((tokens, shape[1]), 7, np.float32)
             names = on_cpu._array_names(experts.spec)
+            operands = [arrays[name] for name in names]
+            y, again = np.full((2, tokens, shape[1]), 7, np.float32)
             with np.errstate(all="ignore"):
-                multiply[coding](experts.spec, x, index, [arrays[n] for n in names], y)
+                multiply_by_pieces(experts.spec, x, index, operands, y)
             assert not y[index < 0].any()
-            for whole in guarded:
-                assert (whole[:128] == 0xA5).all()
-                assert (whole[-128:] == 0xA5).all()
-            guarded.clear()
-            del words, arrays["words"]
+            call = FakeCall(FakeApi(), [x, index, *operands], again, [1000, 2])
+            assert call.run(handler) is None
+            np.testing.assert_array_equal(again, y)
+            del words, arrays["words"], operands, call
             free()
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -73,9 +74,9 @@ def load_switch(
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
-        host's cores (export needs "xla"); "cuda", the kernels in
-        `kernels_cuda/`, on a GPU with CuPy installed; or "auto": "cuda" where that can be, "cpu" on
-        a CPU if all codes are of codings that it multiplies, and "xla" elsewhere.
+        host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed; or
+        "auto": "cuda" where that can be, "cpu" on a CPU if all codes are of codings that it
+        multiplies, and "xla" elsewhere.
       adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
         `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
@@ -183,7 +184,7 @@ def _choose_implementation(implementation: str, config: SwitchConfig, coded: Cod
     kernels = [CodedExperts(spec, {}, _in_features(config, name)) for name, spec in coded]
     if implementation == "auto" and not cuda_is_available():
         on_cpu = jax.default_backend() == "cpu" and all(map(is_supported, kernels))
-        return "cpu" if on_cpu else "xla"
+        return "cpu" if on_cpu and _xla_takes({spec.coding for _, spec in coded}) else "xla"
     try:
         for kernel in kernels:
             check_coded(kernel)
@@ -235,3 +236,18 @@ def dequantized(
         )
     rest = {ADAPTERS: variables[ADAPTERS]} if ADAPTERS in variables else {}
     return dataclasses.replace(module, coded=()), {"params": names.unflatten(flat), **rest}
+
+
+def _xla_takes(codings: Iterable[str]) -> bool:
+    """Whether XLA calls the products of codings on a CPU; if not, a warning says why."""
+    from qmoe_jax.ops.cpu.targets import registered
+
+    try:
+        for coding in sorted(codings):
+            registered(coding)
+    except RuntimeError as error:
+        warnings.warn(
+            f"implementation='auto' is 'xla' here, which is slower. {error}", stacklevel=4
+        )
+        return False
+    return True

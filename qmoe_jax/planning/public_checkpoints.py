@@ -44,6 +44,8 @@ class Device:
       link_bytes_per_second: between host and device, one way; None where they are one.
       column_seconds: of one step of GPTQ's column loop, whatever its width; 0 where it keeps up
         with the products.
+      coded_weights_per_second: weights, zeros too, that are multiplied straight from stored codes a
+        second, for a token an expert; None where that is not known.
       source: where the figures are from, and which of them were measured.
     """
 
@@ -56,6 +58,7 @@ class Device:
     link_bytes_per_second: float | None
     column_seconds: float
     source: str
+    coded_weights_per_second: float | None = None
 
     @property
     def is_host(self) -> bool:

@@ -63,8 +63,10 @@ def format_plan(plan: Plan) -> str:
             _size_lines(plan),
             _memory_lines(plan),
             _time_lines(plan),
+            _inference_lines(plan),
             _verdict_lines(plan),
         )
+        if section
     )
 
 
@@ -173,6 +175,20 @@ def _time_lines(plan: Plan) -> list[str]:
         lines.append(_row(kind, format_seconds(needed), note))
     lines.append(_row("in all", format_seconds(plan.total_seconds), "without compilation"))
     return lines
+
+
+def _inference_lines(plan: Plan) -> list[str]:
+    """How fast the output answers; nothing where that is not known."""
+    parts, device = plan.seconds_a_token, plan.resources.device
+    if parts is None:
+        return []
+    rate = f"at {device.coded_weights_per_second or 0:.3g} weights/s"
+    lines = ["the output at work there, estimated: a token of one row, after its encoder"]
+    for kind, needed in parts.items():
+        if needed:
+            lines.append(_row(kind, f"{1e3 * needed:.1f} ms", rate if "codes" in kind else ""))
+    needed = sum(parts.values())
+    return [*lines, _row("in all", f"{1e3 * needed:.1f} ms", f"{1 / needed:.3g} tokens/s")]
 
 
 def _verdict_lines(plan: Plan) -> list[str]:

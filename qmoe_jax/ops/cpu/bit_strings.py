@@ -9,6 +9,7 @@ import numpy as np
 from qmoe_jax.ops.cpu.machine_code import (
     count_ones,
     get,
+    in_both,
     jitted,
     load_word,
     put,
@@ -25,6 +26,7 @@ _SWAPS = (
 )
 
 
+@in_both
 def overrun(bits: int) -> int:
     """Bytes of scratch for a string of at most so many bits, and what its last entry may add."""
     return (bits >> 3) + 96

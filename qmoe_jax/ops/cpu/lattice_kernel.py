@@ -33,12 +33,13 @@ from qmoe_jax.ops.cpu.machine_code import (
     deal_columns,
     deposit,
     get,
+    in_both,
     jitted,
-    kept,
     load_word,
     put,
     store_word,
 )
+from qmoe_jax.ops.cpu.work_sharing import stored_length
 
 FLAGS, RESTS, PLANE_1, PLANE_2, PLANE_3, PLANE_4, SIGNS = range(7)
 ROWS = 32
@@ -54,6 +55,7 @@ _deal_1 = deal_columns(1, keep=False)
 _deal_2, _deal_4, _deal_8 = (deal_columns(tokens, keep=True) for tokens in (2, 4, 8))
 
 
+@in_both
 def region_bytes(width: int) -> int:
     """Bytes of a region of scratch: no string of a block has more bits than 32 columns."""
     return overrun(ROWS * (width + 1))
@@ -310,8 +312,8 @@ def add_all(entries, count, x, columns, token, sums, tokens):
 
 @jitted
 def prepare_expert(
-    expert, schedules, dictionaries, leans, columns, bases, origins, steps, by_column, ends, order,
-    column_steps,
+    expert, schedules, dictionaries, leans, columns, bases, origins, steps, by_column, ends, counts,
+    order, column_steps,
 ):  # fmt: skip
     """Fill `ends`, and order and steps of the visited columns; return how many there are.
 
@@ -319,6 +321,7 @@ def prepare_expert(
       steps: float32 [256], steps in units of the origin.
       by_column: whether leans are of columns.
       ends: int64 [7, 16].
+      counts: int64 [257], scratch.
       order: int32 [width].
       column_steps: float32 [width], with the sign of the column's lean.
     """
@@ -336,7 +339,7 @@ def prepare_expert(
         for dictionary in range(NUM_DICTIONARIES):
             ends[string, dictionary] = _OUT_OF_REACH if dictionary >= own else 0
     # A counting sort by byte, stable.
-    counts = np.zeros(257, np.int64)
+    counts[:] = 0
     for column in range(width):
         counts[np.int64(columns[expert, column]) + 1] += 1
     for byte in range(256):
@@ -386,20 +389,19 @@ def place_tokens(x, tokens, order, column_steps, visited, placed):
         token += size
 
 
-@kept
 @jitted
 def multiply_piece(
-    words, expert_offsets, block_lengths, grouped_columns, schedules, dictionaries, leans, columns,
-    bases, origins, steps, entries, longest, rows, x, order, starts, busy, first, last, most, y,
-    scratch, pair_entries, places, column_steps, placed, all_sums,
+    words, expert_offsets, lengths, length_bytes, grouped_columns, schedules, dictionaries, leans,
+    columns, bases, origins, steps, entries, longest, x, order, starts, busy, first, last, most, y,
+    scratch, pair_entries, ends, counts, places, column_steps, placed, all_sums,
 ):  # fmt: skip
     """Write y of a piece of the work: blocks `first` to `last` - 1 of all busy experts' blocks.
 
     Args:
-      words: uint8, the stored words' bytes; the arrays behind are the stored ones.
+      words: uint8, the stored words' bytes; the arrays behind are the stored ones, but
+      lengths: uint8, of blocks, as `stored_length` takes them with `length_bytes`.
       steps: float32 [256].
       entries: of `dictionary_entries`, with `longest`.
-      rows: of an expert.
       x: float32 [tokens, width].
       order: int64 [tokens], sorted by expert.
       starts: int64 [experts + 1], first place of each expert among them.
@@ -410,9 +412,8 @@ def multiply_piece(
       y: float32 [tokens, rows].
       scratch: and the rest: of this thread.
     """
-    width = columns.shape[1]
-    blocks = block_lengths.shape[1]
-    ends = np.zeros((7, NUM_DICTIONARIES), np.int64)
+    rows, width = y.shape[1], columns.shape[1]
+    blocks = (rows + ROWS - 1) // ROWS
     by_column = rows >= width
     size = words.size
     unit = first
@@ -423,19 +424,19 @@ def multiply_piece(
         unit += last_block - first_block
         visited = prepare_expert(
             expert, schedules, dictionaries, leans, columns, bases, origins, steps, by_column,
-            ends, places, column_steps,
+            ends, counts, places, column_steps,
         )  # fmt: skip
         num_grouped = min(max(np.int64(grouped_columns[expert]), 0), visited)
         begin = 4 * np.int64(expert_offsets[expert])
         for block in range(first_block):
-            begin += np.int64(block_lengths[expert, block])
+            begin += stored_length(lengths, length_bytes, expert * blocks + block)
         for token in range(starts[expert], starts[expert + 1], most):
             own = order[token : min(token + most, starts[expert + 1])]
             place_tokens(x, own, places, column_steps, visited, placed)
             sums = all_sums[: own.size]
             at = begin
             for block in range(first_block, last_block):
-                stop = at + np.int64(block_lengths[expert, block])
+                stop = at + stored_length(lengths, length_bytes, expert * blocks + block)
                 multiply_block(
                     words, min(max(at, 0), size), min(max(stop, 0), size), ends, entries, longest,
                     num_grouped, visited, scratch, pair_entries, placed, sums,

@@ -5,6 +5,7 @@ of 16 floats: AVX-512 holds one in a register, any other machine in several. Add
 checked here: callers have buffers with room for them.
 """
 
+import contextlib
 import hashlib
 import importlib.resources
 import inspect
@@ -17,7 +18,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
-from numba.extending import intrinsic
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
+from numba.extending import intrinsic, register_jitable
 
 LANES = 16
 """Floats of a vector."""
@@ -36,25 +39,40 @@ def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(inspect.unwrap(function))
 
 
-def kept(kernel: Any) -> Any:
-    """Keep a kernel's machine code on disk: compiling takes seconds, loading it a tenth of one.
+def in_both(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let compiled code call a function that stays Python's own."""
+    return register_jitable(inspect.unwrap(function))
 
-    In the folder that numba finds for its `cache=True`; without a writable one it is compiled in
-    every process. numba asks only whether the kernel's own file has changed; here all of this
-    folder count.
+
+def c_callback(function: Callable[..., int], *tables: np.ndarray) -> CFunc:
+    """Compile a function of one address that returns one, for C to call.
+
+    Its machine code is kept on disk: compiling takes many seconds, loading it a tenth of one. It
+    lies in the folder that numba finds for its `cache=True`; without a writable one it is compiled
+    in every process. numba asks only whether the function's own file has changed; here all of this
+    folder count, and the tables that it holds.
     """
-    from numba.core.caching import FunctionCache, IndexDataCacheFile
-
-    try:
-        cache = FunctionCache(kernel.py_func)
-    except RuntimeError:
-        return kernel
-    sources = importlib.resources.files("qmoe_jax.ops.cpu").iterdir()
-    texts = sorted(source.read_bytes() for source in sources if source.name.endswith(".py"))
-    stamp = hashlib.sha256(b"\0".join(texts)).hexdigest()
-    cache._cache_file = IndexDataCacheFile(cache._cache_path, cache._impl.filename_base, stamp)
-    kernel._cache = cache
-    return kernel
+    callback: Any = CFunc(
+        inspect.unwrap(function),
+        ((types.int64,), types.int64),
+        locals={},
+        options={"nopython": True, "error_model": "numpy", "boundscheck": False},
+    )
+    cache: Any = None
+    with contextlib.suppress(RuntimeError):  # no folder that can be written
+        cache = FunctionCache(callback._pyfunc)
+    if cache is not None:
+        sources = importlib.resources.files("qmoe_jax.ops.cpu").iterdir()
+        texts = sorted(source.read_bytes() for source in sources if source.name.endswith(".py"))
+        parts = [*texts, *(table.tobytes() for table in tables)]
+        stamp = hashlib.sha256(b"\0".join(parts)).hexdigest()
+        base = cache._impl.filename_base
+        cache._cache_file = IndexDataCacheFile(cache._cache_path, base, stamp)
+        # Not by its bytecode and what it closes over, functions among that: the stamp has it all.
+        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple())
+        callback._cache = cache
+    callback.compile()
+    return callback
 
 
 def host_has(feature: str) -> bool:
@@ -67,7 +85,7 @@ def host_has(feature: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
 
 
-def _instructions(function: Callable[..., Any]) -> Any:
+def instructions(function: Callable[..., Any]) -> Any:
     """Make numba take a function's instructions; for type checkers, with other arguments."""
     return intrinsic(inspect.unwrap(function))
 
@@ -82,7 +100,7 @@ def _at(builder: Any, base: Any, offset: Any, kind: ir.Type) -> Any:
     return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
 
 
-@_instructions
+@instructions
 def get(typingctx, array, index):
     """Load an element of a contiguous array, without numba's test for negative indices."""
 
@@ -93,7 +111,7 @@ def get(typingctx, array, index):
     return array.dtype(array, types.int64), generate
 
 
-@_instructions
+@instructions
 def put(typingctx, array, index, value):
     """Store an element of a contiguous array."""
 
@@ -105,7 +123,7 @@ def put(typingctx, array, index, value):
     return types.void(array, types.int64, array.dtype), generate
 
 
-@_instructions
+@instructions
 def load_word(typingctx, array, offset):
     """Load 64 bits of a uint8 array from any byte on, the first byte lowest."""
 
@@ -118,7 +136,7 @@ def load_word(typingctx, array, offset):
     return types.uint64(array, types.int64), generate
 
 
-@_instructions
+@instructions
 def store_word(typingctx, array, offset, word):
     """Store 64 bits of a uint8 array from any byte on."""
 
@@ -130,7 +148,7 @@ def store_word(typingctx, array, offset, word):
     return types.void(array, types.int64, types.uint64), generate
 
 
-@_instructions
+@instructions
 def count_ones(typingctx, word):
     """Set bits of a word."""
 
@@ -140,7 +158,7 @@ def count_ones(typingctx, word):
     return types.int64(types.uint64), generate
 
 
-@_instructions
+@instructions
 def reverse_bits(typingctx, word):
     """Return a word with its last bit first."""
 
@@ -150,7 +168,7 @@ def reverse_bits(typingctx, word):
     return types.uint64(types.uint64), generate
 
 
-@_instructions
+@instructions
 def bfloat16_value(typingctx, bits):
     """Return the float32 that uint16 bits of a bfloat16 stand for."""
 
@@ -161,7 +179,7 @@ def bfloat16_value(typingctx, bits):
     return types.float32(types.uint16), generate
 
 
-@_instructions
+@instructions
 def _deposit_in_hardware(typingctx, bits, mask):
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(_WORD, [_WORD, _WORD])
@@ -355,7 +373,7 @@ def add_columns(tokens: int) -> Callable[..., None]:
     [columns, tokens of the tile] one after another; `sums` is float32 [all tokens, 32].
     """
 
-    @_instructions
+    @instructions
     def kernel(typingctx, entries, count, x, columns, first, sums):
         def generate(context, builder, signature, args):
             kinds = signature.args
@@ -397,7 +415,7 @@ def deal_columns(tokens: int, *, keep: bool) -> Callable[..., int]:
     Both have room for count + 1.
     """
 
-    @_instructions
+    @instructions
     def kernel(typingctx, scratch, masks, signs, second, every, some, count, x, sums):
         def generate(context, builder, signature, args):
             kinds = signature.args
@@ -453,7 +471,7 @@ def multiply_row(tokens: int) -> Callable[..., None]:
     """
     ways = {1: 4, 2: 2, 4: 2}.get(tokens, 1)  # sums apart, so that an addition need not wait
 
-    @_instructions
+    @instructions
     def kernel(typingctx, bits, signs, words, low, high, x, width, first, sums):
         def generate(context, builder, signature, args):
             kinds = signature.args

@@ -1,48 +1,28 @@
 """Products of a layer's tokens with stored codes, on the cores of the CPU that XLA computes on.
 
-Inside `jax.jit` XLA hands its own buffers to numba's kernels through a callback; nothing is copied.
+XLA calls numba's machine code with its own buffers; nothing is copied, and no Python runs.
 Tokens are grouped by expert; what is to be decoded is cut into pieces of like numbers of bytes,
-which the cores take one after another. Which of them takes what changes no result.
+which XLA's threads take one after another. Which of them takes what changes no result.
 """
 
 import functools
-import math
-import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Float32, Int, Int64
+from jaxtyping import Array, Float, Int
 
-from qmoe_jax.codec.lattice_dictionaries import lattice_dictionaries
-from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import TensorSpec
-from qmoe_jax.codec.tunstall import tunstall_family
-from qmoe_jax.host_threads import num_threads, share
 from qmoe_jax.ops.experts import CodedExperts
 
 CODINGS = ("lattice", "tunstall")
 """Codings that are multiplied as they are stored."""
-MOST_TOKENS = 128
-"""Tokens of an expert that share a decode; their x, by column, should stay in a core's cache."""
+LEAST_PIECE = 300_000
+"""Least work of a piece, as `work_sharing.cut_work` counts it; about 0.1 ms of a core."""
 _BLOCK_ROWS = 32
-# Least work of a piece, as `cut_work` counts it; about 0.1 ms of a core.
-_PIECE = 300_000
-_PIECES_A_THREAD = 4
-
-
-class _Work(NamedTuple):
-    """A layer's tokens by expert, and where the work is cut."""
-
-    order: Int64[np.ndarray, "tokens"]
-    starts: Int64[np.ndarray, "experts+1"]
-    busy: Int64[np.ndarray, "busy"]
-    cuts: Int64[np.ndarray, "cuts"]
-    pieces: int
-    most: int
 
 
 def is_supported(experts: CodedExperts) -> bool:
@@ -55,24 +35,32 @@ def stored_product(
     x: Float[Array, "tokens in"],
     expert_index: Int[Array, "tokens"],
     experts: CodedExperts,
+    *,
+    num_threads: int = 0,
+    least_piece: int = LEAST_PIECE,
 ) -> Float[Array, "tokens out"]:
     """y[t] = W_e(t) x[t] from stored codes. Reference: `compressed_product` with "xla".
 
     Sums are float32, of float32 weights, and the same for any number of threads. Any contents of
-    the arrays are read in bounds. A program with it cannot be exported or kept in JAX's compilation
-    cache; `ops.gradients` differentiates it. Under `jax.vmap` of tokens alone, all are multiplied
-    at once.
+    the arrays are read in bounds. `ops.gradients` differentiates it. Under `jax.vmap` of tokens
+    alone, all are multiplied at once. `jax.export` wants to be told of the call
+    (`DisabledSafetyCheck.custom_call`), and where the program runs `targets.registered` comes
+    first.
 
     Args:
       x: float32 or bfloat16.
       expert_index: an index outside [0, num_experts) yields zeros.
       experts: codes of which `is_supported`.
+      num_threads: at most so many; 0: as XLA computes with, on no more than the cores that this
+        process may run on.
+      least_piece: work that a thread takes at a time, at least.
 
     Returns:
       Products in the order and dtype of `x`.
 
     Raises:
       ValueError: an array is not of the shape or dtype that the spec requires.
+      RuntimeError: XLA's interface is not one that this version was made for.
     """
     spec = experts.spec
     names = _array_names(spec)
@@ -80,7 +68,9 @@ def stored_product(
     _check_arrays(spec, dict(zip(names, arrays, strict=True)))
     if x.shape[0] == 0 or spec.rows == 0 or spec.num_experts == 0:
         return jnp.zeros((x.shape[0], spec.rows), x.dtype)
-    y = _product(spec)(x.astype(jnp.float32), expert_index.astype(jnp.int32), *arrays)
+    y = _product(spec, num_threads, least_piece)(
+        x.astype(jnp.float32), expert_index.astype(jnp.int32), *arrays
+    )
     return y.astype(x.dtype)
 
 
@@ -131,22 +121,23 @@ def _check_arrays(spec: TensorSpec, arrays: Mapping[str, Array]) -> None:
 
 
 @functools.cache
-def _product(spec: TensorSpec) -> Callable[..., Array]:
+def _product(spec: TensorSpec, num_threads: int, least_piece: int) -> Callable[..., Array]:
     """Return the product as a function of arrays, the same for a spec: JAX compiles it once."""
-    from jax.experimental.buffer_callback import buffer_callback
+    from qmoe_jax.ops.cpu.targets import registered
 
-    multiply = {"lattice": _multiply_lattice, "tunstall": _multiply_tunstall}[spec.coding]
-
-    def on_buffers(context: Any, output: Any, *buffers: Any) -> None:
-        # No JAX call is allowed here.
-        del context
-        x, expert_index, *arrays = (np.asarray(buffer) for buffer in buffers)
-        multiply(spec, x, expert_index, arrays, np.asarray(output))
+    name = registered(spec.coding)
 
     @custom_vmap
     def product(x: Array, expert_index: Array, *arrays: Array) -> Array:
         result = jax.ShapeDtypeStruct((x.shape[0], spec.rows), jnp.float32)
-        return buffer_callback(on_buffers, result)(x, expert_index, *arrays)
+        call = jax.ffi.ffi_call(name, result)
+        return call(
+            x,
+            expert_index,
+            *arrays,
+            least_piece=np.int64(least_piece),
+            num_threads=np.int64(num_threads),
+        )
 
     @product.def_vmap
     def batched(axis_size: int, in_batched: Any, x: Array, expert_index: Array, *arrays: Array):
@@ -166,147 +157,3 @@ def _product(spec: TensorSpec) -> Callable[..., Array]:
         return flat.reshape(axis_size, -1, spec.rows), True
 
     return product
-
-
-def _cut(
-    spec: TensorSpec,
-    expert_index: np.ndarray,
-    expert_offsets: np.ndarray,
-    block_lengths: np.ndarray,
-) -> _Work:
-    """Sort tokens by expert and cut the blocks of those that have some into pieces."""
-    from qmoe_jax.ops.cpu.work_sharing import cut_work
-
-    most_pieces = _PIECES_A_THREAD * num_threads()
-    order = np.empty(expert_index.size, np.int64)
-    starts = np.empty(spec.num_experts + 1, np.int64)
-    busy = np.empty(spec.num_experts, np.int64)
-    cuts = np.empty(most_pieces + 1, np.int64)
-    num_busy, pieces, busiest = cut_work(
-        expert_index,
-        expert_offsets,
-        block_lengths,
-        -(-spec.rows // _BLOCK_ROWS),
-        MOST_TOKENS,
-        _PIECE,
-        most_pieces,
-        order,
-        starts,
-        busy,
-        cuts,
-    )
-    pieces = pieces if num_busy else 0
-    return _Work(order, starts, busy[:num_busy], cuts, pieces, min(MOST_TOKENS, busiest))
-
-
-_local = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an array of this thread's own, of any contents; kept, since new memory is slow."""
-    held: dict[tuple[str, Any], np.ndarray] = _local.__dict__.setdefault("held", {})
-    size = math.prod(shape)
-    if (name, dtype) not in held or held[name, dtype].size < size:
-        held[name, dtype] = np.zeros(size, dtype)
-    return held[name, dtype][:size].reshape(shape)
-
-
-@functools.cache
-def _lattice_entries() -> tuple[np.ndarray, np.ndarray]:
-    from qmoe_jax.ops.cpu import lattice_kernel
-
-    return lattice_kernel.dictionary_entries(lattice_dictionaries().table)
-
-
-@functools.cache
-def _tunstall_entries() -> tuple[np.ndarray, np.ndarray]:
-    from qmoe_jax.ops.cpu import tunstall_kernel
-
-    return tunstall_kernel.dictionary_entries(tunstall_family(0).table)
-
-
-def _multiply_lattice(
-    spec: TensorSpec,
-    x: Float32[np.ndarray, "tokens in"],
-    expert_index: np.ndarray,
-    arrays: list[np.ndarray],
-    y: Float32[np.ndarray, "tokens out"],
-) -> None:
-    from qmoe_jax.ops.cpu import lattice_kernel as kernel
-
-    words, expert_offsets, block_lengths, *others = arrays
-    work = _cut(spec, expert_index, expert_offsets, block_lengths)
-    if work.starts[-1] < len(x):
-        y[work.order[work.starts[-1] :]] = 0
-    pairs = (spec.width + 1) // 2
-    data = words.view(np.uint8)
-
-    def run(piece: int) -> None:
-        kernel.multiply_piece(
-            data,
-            expert_offsets,
-            block_lengths,
-            *others,
-            STEP_TABLE,
-            *_lattice_entries(),
-            spec.rows,
-            x,
-            work.order,
-            work.starts,
-            work.busy,
-            work.cuts[piece],
-            work.cuts[piece + 1],
-            work.most,
-            y,
-            _scratch("strings", (kernel.NUM_REGIONS, kernel.region_bytes(spec.width)), np.uint8),
-            _scratch("entries", (2, pairs + 1, 4), np.uint64),
-            _scratch("order", (spec.width,), np.int32),
-            _scratch("steps", (spec.width,), np.float32),
-            _scratch("placed", (2 * pairs * work.most,), np.float32),
-            _scratch("sums", (work.most, _BLOCK_ROWS), np.float32),
-        )
-
-    share(run, work.pieces)
-
-
-def _multiply_tunstall(
-    spec: TensorSpec,
-    x: Float32[np.ndarray, "tokens in"],
-    expert_index: np.ndarray,
-    arrays: list[np.ndarray],
-    y: Float32[np.ndarray, "tokens out"],
-) -> None:
-    from qmoe_jax.ops.cpu import tunstall_kernel as kernel
-
-    words, expert_offsets, dictionaries, shortest_rows, row_lengths, levels = arrays
-    no_lengths = row_lengths[:, :0]
-    work = _cut(spec, expert_index, expert_offsets, np.ascontiguousarray(no_lengths))
-    if work.starts[-1] < len(x):
-        y[work.order[work.starts[-1] :]] = 0
-    data = words.view(np.uint8)
-    bits_of_levels = levels.view(np.uint16)
-
-    def run(piece: int) -> None:
-        kernel.multiply_piece(
-            data,
-            expert_offsets,
-            dictionaries,
-            shortest_rows,
-            row_lengths,
-            bits_of_levels,
-            *_tunstall_entries(),
-            x,
-            work.order,
-            work.starts,
-            work.busy,
-            work.cuts[piece],
-            work.cuts[piece + 1],
-            work.most,
-            y,
-            _scratch("bits", (kernel.scratch_bytes(spec.width),), np.uint8),
-            _scratch("signs", (kernel.scratch_bytes(spec.width),), np.uint8),
-            _scratch("placed", (work.most, kernel.padded_width(spec.width)), np.float32),
-            _scratch("sums", (work.most,), np.float32),
-        )
-
-    share(run, work.pieces)

@@ -20,12 +20,13 @@ from qmoe_jax.ops.cpu.bit_strings import (
 from qmoe_jax.ops.cpu.machine_code import (
     bfloat16_value,
     get,
+    in_both,
     jitted,
-    kept,
     load_word,
     multiply_row,
     store_word,
 )
+from qmoe_jax.ops.cpu.work_sharing import stored_length
 
 ROWS = 32
 """Rows of which work is shared out."""
@@ -33,11 +34,13 @@ ROWS = 32
 _row_1, _row_2, _row_4, _row_8 = (multiply_row(tokens) for tokens in (1, 2, 4, 8))
 
 
+@in_both
 def padded_width(width: int) -> int:
     """Width of tokens as `multiply_piece` places them."""
     return -(-width // 64) * 64
 
 
+@in_both
 def scratch_bytes(width: int) -> int:
     """Bytes of one of the two strings of a row."""
     return overrun(padded_width(width))
@@ -96,16 +99,16 @@ def multiply_all(bits, signs, words, low, high, x, sums, tokens):
             token += 1
 
 
-@kept
 @jitted
 def multiply_piece(
-    words, expert_offsets, dictionaries, shortest_rows, row_lengths, levels, entries, longest, x,
-    order, starts, busy, first, last, most, y, bits, signs, placed, sums,
+    words, expert_offsets, dictionaries, shortest_rows, lengths, length_bytes, levels, entries,
+    longest, x, order, starts, busy, first, last, most, y, bits, signs, placed, sums,
 ):  # fmt: skip
     """Write y of a piece of the work: blocks `first` to `last` - 1 of all busy experts' blocks.
 
     Args:
       words: uint8, the stored words' bytes; the arrays behind are the stored ones, but
+      lengths: uint8, of rows, as `stored_length` takes them with `length_bytes`.
       levels: uint16 [experts, rows, 2], bits of bfloat16.
       entries: of `dictionary_entries`, with `longest`.
       x: float32 [tokens, width].
@@ -118,7 +121,7 @@ def multiply_piece(
       y: float32 [tokens, rows].
       bits: and the rest: of this thread.
     """
-    rows = row_lengths.shape[1]
+    rows = y.shape[1]
     width = x.shape[1]
     blocks = (rows + ROWS - 1) // ROWS
     num_words = (width + 63) >> 6
@@ -133,15 +136,16 @@ def multiply_piece(
         shortest = np.int64(shortest_rows[expert])
         begin = 4 * np.int64(expert_offsets[expert])
         for row in range(first_row):
-            begin += shortest + np.int64(row_lengths[expert, row])
+            begin += shortest + stored_length(lengths, length_bytes, expert * rows + row)
         for token in range(starts[expert], starts[expert + 1], most):
             own = order[token : min(token + most, starts[expert + 1])]
             for part in range(own.size):
-                placed[part, :width] = x[own[part]]
+                for place in range(width):
+                    placed[part, place] = x[own[part], place]
                 placed[part, width:] = 0
             at = begin
             for row in range(first_row, last_row):
-                end = at + shortest + np.int64(row_lengths[expert, row])
+                end = at + shortest + stored_length(lengths, length_bytes, expert * rows + row)
                 stop = min(max(end, 0), size)
                 decode_row(
                     words, min(max(at, 0), size), stop, entries, NUM_CODEWORDS * dictionary,

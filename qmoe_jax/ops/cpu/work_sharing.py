@@ -2,30 +2,43 @@
 
 import numpy as np
 
-from qmoe_jax.ops.cpu.machine_code import jitted, kept
+from qmoe_jax.ops.cpu.machine_code import get, jitted
 
 
-@kept
+@jitted
+def stored_length(lengths, size, number):
+    """Return one of the lengths of `size` bytes each, 1, 2 or 4, that lie in a uint8 array."""
+    length = np.int64(get(lengths, number * size))
+    if size >= 2:
+        length |= np.int64(get(lengths, number * size + 1)) << 8
+    if size == 4:
+        length |= np.int64(get(lengths, number * size + 2)) << 16
+        length |= np.int64(get(lengths, number * size + 3)) << 24
+    return length
+
+
 @jitted
 def cut_work(
-    expert_index, expert_offsets, block_lengths, blocks, most_tokens, piece, most_pieces, order,
-    starts, busy, cuts,
+    expert_index, expert_offsets, lengths, length_bytes, blocks, most_tokens, piece, most_pieces,
+    order, starts, busy, cuts, places,
 ):  # fmt: skip
     """Sort tokens by expert, and cut the blocks of experts that have some into like pieces.
 
     Args:
       expert_index: int32 [tokens]; outside [0, experts): no expert.
       expert_offsets: int32 [experts + 1], of stored words.
-      block_lengths: stored bytes of each block [experts, blocks]; or [experts, 0]: all alike.
+      lengths: uint8, stored bytes of each block [experts, blocks] as `stored_length` takes them.
+      length_bytes: of a length; 0: all blocks of an expert are alike.
       blocks: of an expert.
       most_tokens: of an expert that share a decode.
       piece: least cost of a piece: a byte costs 7 for each decode and 1 for each token.
-      most_pieces: at most so many.
+      most_pieces: at most so many; never more than blocks.
       order: int64 [tokens], gets the tokens at each sorted place; those without an expert last.
       starts: int64 [experts + 1], gets the first place of each expert.
       busy: int64 [experts], gets the experts with tokens.
       cuts: int64 [most_pieces + 1], gets where pieces begin and the last one ends: number of the
         expert among the busy ones, times blocks, plus block.
+      places: int64 [experts + 1], scratch.
 
     Returns:
       Busy experts, pieces, and tokens of the busiest expert.
@@ -44,7 +57,8 @@ def cut_work(
             num_busy += 1
             busiest = max(busiest, starts[expert + 1])
         starts[expert + 1] += starts[expert]
-    places = starts.copy()
+    for expert in range(experts + 1):
+        places[expert] = starts[expert]
     for token in range(expert_index.size):
         expert = np.int64(expert_index[token])
         if not 0 <= expert < experts:
@@ -58,7 +72,7 @@ def cut_work(
         # First the sum of all costs, then the places where it passes a piece.
         cost = 0.0
         found = 1
-        pieces = max(1, min(np.int64(min(total / piece, 1e9)), most_pieces))
+        pieces = max(1, min(np.int64(min(total / piece, 1e9)), most_pieces, num_busy * blocks))
         for number in range(num_busy):
             expert = busy[number]
             tokens = starts[expert + 1] - starts[expert]
@@ -69,8 +83,8 @@ def cut_work(
                     while found < pieces and cost * pieces >= total * found:
                         cuts[found] = number * blocks + block
                         found += 1
-                if block_lengths.shape[1] > 0:
-                    cost += a_byte * block_lengths[expert, block]
+                if length_bytes > 0:
+                    cost += a_byte * stored_length(lengths, length_bytes, expert * blocks + block)
                 else:
                     cost += a_byte * max(size, 0.0) / blocks
         total = cost
