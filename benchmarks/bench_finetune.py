@@ -39,7 +39,7 @@ from qmoe_jax.training.finetune import finetune, recover
 from qmoe_jax.training.optimizer import make_optimizer
 from qmoe_jax.training.settings import FinetuneSettings
 from qmoe_jax.training.step import make_step
-from qmoe_jax.training.trainable import gradient_masks, rounded_levels, split_variables
+from qmoe_jax.training.trainable import code_arrays, gradient_masks, split_variables
 
 DEMO = pathlib.Path(__file__).parent.parent / "tests/golden/switch_demo"
 CHECKPOINT = DEMO / "checkpoint_4200"
@@ -241,7 +241,7 @@ def run_memory(done: dict[str, Any], save: Any, arguments: argparse.Namespace) -
             module,
             optimizer,
             settings.factors,
-            levels=rounded_levels(module, parts),
+            coded=code_arrays(module, parts),
             masks=gradient_masks(module, parts),
             seed=0,
         )
@@ -270,7 +270,7 @@ def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) 
         return demo_tokens(vocabulary, split, count) if path is None else read_tokens(path)
 
     train = text(arguments.calibration, "train", 1280)
-    held_out = text(arguments.validation, "validation", 512)
+    held_out = text(arguments.validation, "validation", 128).first(128)
     work = pathlib.Path(arguments.work)
     half = work / "half"
     if not half.exists():
@@ -307,7 +307,8 @@ def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) 
             z_loss=0.0,
             auxiliary_loss=0.0,
             eval_steps=arguments.steps,
-            save_steps=50,
+            save_steps=5,
+            log_steps=1,
         )
         report = recover(
             half,

@@ -154,7 +154,10 @@ def test_the_same_command_says_it_again(train, tuned, capsys):
     assert "task_metrics" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bindings", [{"TASK_METRICS": False}, {"MIXTURE_OR_TASK": "plain"}])
+@pytest.mark.parametrize(
+    "bindings",
+    [{"MIXTURE_OR_TASK": "plain"}, pytest.param({"TASK_METRICS": False}, marks=pytest.mark.slow)],
+)
 def test_without_metrics_losses_are_left(train, tmp_path, bindings):
     assert train("copying", tmp_path / "run", TRAIN_STEPS=1, **bindings) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_bytes())

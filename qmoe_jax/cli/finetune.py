@@ -44,6 +44,7 @@ def finetune(
     metrics: bool = True,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
+    num_devices: int = 1,
     adapters: str | None = None,
     overwrite: bool = False,
     tensorboard: bool | None = None,
@@ -69,6 +70,7 @@ def finetune(
         examples are answered then, which takes longer than their loss.
       activation_dtype: "float32" or "bfloat16".
       expert_capacity_factor: None is dropless.
+      num_devices: devices that share each batch, and each layer's experts.
       adapters: an adapter file to begin with.
       overwrite: throw away what `output` holds of a run.
       tensorboard: write events; None does so where tensorboardX is installed.
@@ -118,6 +120,7 @@ def finetune(
         reference=reference,
         activation_dtype=activation_dtype,
         expert_capacity_factor=expert_capacity_factor,
+        num_devices=num_devices,
         adapters=adapters,
         overwrite=overwrite,
         tensorboard=tensorboard,

@@ -27,6 +27,7 @@ from qmoe_jax.models.adapters import merge_adapters
 from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.local_devices import local_devices
 from qmoe_jax.outputs import check_is_no_input, check_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.run_folder import RunFolder
@@ -38,9 +39,9 @@ from qmoe_jax.training.step import make_step
 from qmoe_jax.training.trainable import (
     Parts,
     Trained,
+    code_arrays,
     gradient_masks,
     join_variables,
-    rounded_levels,
     split_variables,
 )
 from qmoe_jax.training.validation import Validation
@@ -62,6 +63,7 @@ def finetune(
     reference: PathLike | None = None,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
+    num_devices: int = 1,
     adapters: PathLike | None = None,
     overwrite: bool = False,
     tensorboard: bool | None = None,
@@ -89,6 +91,9 @@ def finetune(
       activation_dtype: "float32" or "bfloat16"; what is trained is float32 in both.
       expert_capacity_factor: None trains and evaluates dropless; a number is T5X's evaluation
         factor, and training has the training factor.
+      num_devices: devices of this process that share each step: the rows of a batch, and the
+        experts of a layer, are split over them, and all else is on every one. The result is that of
+        one device but for rounding; a run goes on with as many devices as it began with.
       adapters: an adapter file to begin with.
       overwrite: throw away what `output` holds of a run.
       tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
@@ -116,6 +121,7 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     folder = _check_output(output, checkpoint, reference)
+    _check_devices(settings, num_devices)
     train = tokens if isinstance(tokens, TokenFile) else read_tokens(tokens)
     held_out = validation_tokens
     if held_out is not None and not isinstance(held_out, TokenFile):
@@ -144,17 +150,18 @@ def finetune(
         "expert_capacity_factor": expert_capacity_factor,
         "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
+        "num_devices": num_devices,
     }
-    arguments = {} if adapters is None else {"adapters": adapters}
+    arguments: dict[str, Any] = {} if num_devices == 1 else {"num_devices": num_devices}
+    begin_with = {} if adapters is None else {"adapters": adapters}
     with RunFolder(folder, determining, discard=overwrite, results=FILE) as run:
         if overwrite:
             (folder / REPORT).unlink(missing_ok=True)
         if (folder / REPORT).exists():
             return json.loads((folder / REPORT).read_bytes())
-        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor, **arguments)
-        compared = None
-        if reference is not None:
-            compared = load(reference, activation_dtype, expert_capacity_factor)
+        chosen = (activation_dtype, expert_capacity_factor)
+        module, variables = load(checkpoint, *chosen, **arguments, **begin_with)
+        compared = None if reference is None else load(reference, *chosen, **arguments)
         parts = split_variables(module, variables, settings)
         del variables
         validation = None
@@ -221,19 +228,19 @@ def _train(
     progress: bool,
 ) -> TrainState:
     """Run the loop to its end."""
-    levels = rounded_levels(module, parts)
+    coded = code_arrays(module, parts)
     optimizer = make_optimizer(settings)
 
     def evaluate(trained: Trained) -> Mapping[str, Any]:
         assert validation is not None
-        return validation.figures(module, join_variables(trained, parts.frozen, levels))
+        return validation.figures(module, join_variables(trained, parts.frozen, coded))
 
     loop = Loop(
         step=make_step(
             dataclasses.replace(module, dropout=settings.dropout),
             optimizer,
             settings.factors,
-            levels=levels,
+            coded=coded,
             masks=gradient_masks(module, parts),
             seed=settings.seed,
             reference=None if compared is None else compared[0],
@@ -245,6 +252,7 @@ def _train(
         settings=settings,
         evaluate=None if validation is None else evaluate,
         folder=folder,
+        mesh=module.mesh,
         title="finetune" if compared is None else "recover",
         progress=progress,
     )
@@ -294,8 +302,9 @@ def _finish(
     if validation is not None:
         found = [line["validation"] for line in state.history if "validation" in line]
         stored = stored_parameters(checkpoint, changed)
-        variables = names.unflatten({**flat, **{f"params/{n}": v for n, v in stored.items()}})
-        written = validation.figures(module, variables)
+        held = {f"params/{name}": value for name, value in stored.items()}
+        coded = code_arrays(module, parts)
+        written = validation.figures(module, join_variables(held, flat, coded))
         report["validation"] = {"before": found[0], "after": found[-1], "written": written}
     return report
 
@@ -313,6 +322,18 @@ def _check_output(output: PathLike, checkpoint: PathLike, reference: PathLike | 
     check_is_no_input(folder, "output", inputs)
     check_no_input(folder, inputs)
     return folder
+
+
+def _check_devices(settings: FinetuneSettings, num_devices: int) -> None:
+    local_devices(num_devices)
+    at_once = settings.batch_size // settings.microbatches
+    if at_once % num_devices:
+        among = "" if settings.microbatches == 1 else f" in {settings.microbatches} microbatches"
+        raise ValueError(
+            f"batch_size is {settings.batch_size}{among}: {at_once} examples at a time, which "
+            f"{num_devices} devices do not divide; give a batch_size that is a multiple of "
+            f"{settings.microbatches * num_devices}"
+        )
 
 
 def _check_vocabulary(checkpoint: PathLike, files: list[TokenFile | None]) -> SwitchConfig:

@@ -9,6 +9,7 @@ from qmoe_jax.evaluation.divergence import measure_divergence
 from qmoe_jax.evaluation.metrics import evaluate_loss
 from qmoe_jax.evaluation.task_metrics import TaskMetrics
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.expert_parallel import split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Validation:
         That is `kl` with a reference, and `metrics` with a task's.
         """
         size = min(self.batch_size, len(self.tokens))
-        batches = [batch.arrays() for batch in self.tokens.batches(size)]
+        batches: list[dict[str, Any]] = [b.arrays() for b in self.tokens.batches(size)]
+        mesh = module.mesh
+        if mesh is not None and size % mesh.size == 0:
+            batches = [{n: split_rows(a, mesh) for n, a in batch.items()} for batch in batches]
         found: dict[str, Any] = {}
         if self.reference is None:
             losses = evaluate_loss(module, variables, batches)
