@@ -6,94 +6,57 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_switch
+from test_finetune import HELD_OUT, QUICK, SILENT, TRAIN
 
 import qmoe_jax
+from qmoe_jax.training import finetune as training
+from qmoe_jax.training import loop
 from qmoe_jax.training.finetune import finetune
-from qmoe_jax.training.settings import FinetuneSettings
 
 _PROGRAM = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import test_finetune_devices
-test_finetune_devices.compare(json.loads(sys.argv[2]))
+import jax
+from test_finetune_devices import train
+assert len(jax.devices()) == 4
+job = json.loads(sys.argv[2])
+train(job, "four", 4)
+if job["stop"]:
+    train(job, "stopped", 4, stop=5)
+    train(job, "stopped", 4)
 """
 
-TRAIN, HELD_OUT = tiny_switch.copying_tokens(0, 64), tiny_switch.copying_tokens(1, 16)
-SETTINGS = FinetuneSettings(
-    trainable=("lora", "gains", "norms"),
-    train_steps=4,
-    batch_size=16,
-    microbatches=2,
-    learning_rate=0.01,
-    lora_rank=2,
-    lora_kernels=("*attention/query", "*/expert/wo"),
-    dropout_rate=0.1,
-    expert_dropout_rate=0.2,
-    eval_steps=4,
-    save_steps=2,
-    log_steps=1,
-)
 
+def train(job, name, num_devices, stop=None):
+    """Run, or begin; what is trained is kept beside the run's folder, whenever it saves."""
+    settings = dataclasses.replace(QUICK, **job["settings"])
+    options = SILENT | job["options"]
+    if job["validate"]:
+        options["validation_tokens"] = HELD_OUT
+    real_save, real_step, steps = loop.save_state, loop.Loop._one, []
 
-def compare(job):
-    """In a process of four devices: run on one and on four, twice; print what came out."""
-    import jax
-    import numpy as np
+    def save(folder, state):
+        assert {len(a.sharding.device_set) for a in state.trained.values()} == {num_devices}
+        np.savez(os.path.join(job["folder"], f"{name}_{state.step}.npz"), **state.trained)
+        real_save(folder, state)
 
-    from qmoe_jax.training import loop
-
-    assert len(jax.devices()) == 4
-    settings = dataclasses.replace(SETTINGS, **job["settings"])
-    options = {"validation_tokens": HELD_OUT, "progress": False, "tensorboard": False}
-    options |= job["options"]
-    real, seen = loop.save_state, {}
-
-    def keep(folder, state):
-        trained = {name: np.asarray(value) for name, value in state.trained.items()}
-        places = {len(value.sharding.device_set) for value in state.trained.values()}
-        seen[folder.name, state.step] = trained, places
-        real(folder, state)
-
-    loop.save_state = keep
-    run = loop.Loop._one
-    left = [10**6]
-
-    def stopping(self, *arguments):
-        if not left[0]:
+    def step(self, *arguments):
+        if len(steps) == stop:
             raise KeyboardInterrupt
-        left[0] -= 1
-        return run(self, *arguments)
+        steps.append(self)
+        return real_step(self, *arguments)
 
-    loop.Loop._one = stopping
-    reports = {}
-    for name, num_devices, steps in (("one", 1, None), ("four", 4, None), ("stopped", 4, 3)):
-        folder = os.path.join(job["folder"], name)
-        if steps is not None:
-            left[0] = steps
-            try:
-                finetune(job["checkpoint"], folder, TRAIN, settings, num_devices=4, **options)
-            except KeyboardInterrupt:
-                left[0] = 10**6
-        reports[name] = finetune(
-            job["checkpoint"], folder, TRAIN, settings, num_devices=num_devices, **options
-        )
-    last = settings.train_steps
-    one, four, stopped = (seen[name, last][0] for name in ("one", "four", "stopped"))
-    start = seen["one", 2][0]
-    print(
-        json.dumps(
-            {
-                "places": sorted(seen["four", last][1]),
-                "shapes": {n: a.shape == one[n].shape for n, a in four.items()},
-                "apart": {n: float(abs(a - one[n]).max()) for n, a in four.items()},
-                "moved": {n: float(abs(a - one[n]).max()) for n, a in start.items()},
-                "same": {n: bool((a == four[n]).all()) for n, a in stopped.items()},
-                "reports": reports,
-            }
-        )
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_state", save)
+        patch.setattr(loop.Loop, "_one", step)
+        try:
+            folder = os.path.join(job["folder"], name)
+            finetune(job["checkpoint"], folder, TRAIN, settings, num_devices=num_devices, **options)
+        except KeyboardInterrupt:
+            assert stop is not None
 
 
 @pytest.fixture(scope="module")
@@ -102,58 +65,65 @@ def native(tmp_path_factory):
 
 
 def compress(native, folder, grid):
+    """As test_finetune does, so that the program of one device is compiled once for both."""
     options = {"2bit": {"expert_coding": "packed2"}, "lattice": {}}[grid]
     qmoe_jax.compress(native, folder, grid=grid, method="rtn", progress=False, **options)
     return folder
 
 
-def run(checkpoint, folder, settings=(), **options):
+def compare(checkpoint, folder, settings=(), *, stop=True, validate=True, **options):
+    """On one device here, on four in another process."""
     job = {"checkpoint": str(checkpoint), "folder": str(folder), "settings": dict(settings)}
+    job |= {"stop": stop, "validate": validate, "options": options}
+    train(job, "one", 1)
     here = os.path.dirname(__file__)
     paths = json.dumps([here, os.path.dirname(here)])
     process = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, paths, json.dumps(job | {"options": options})],
+        [sys.executable, "-c", _PROGRAM, paths, json.dumps(job)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
+    def trained(name, step):
+        return dict(np.load(folder / f"{name}_{step}.npz"))
 
-def check(found, folder):
-    assert found["places"] == [4]
-    assert all(found["shapes"].values())
-    for name, apart in found["apart"].items():
-        assert apart < 2e-3 * found["moved"][name], name
-    one, four, stopped = (found["reports"][name] for name in ("one", "four", "stopped"))
-    for when, figures in one["validation"].items():
-        for name, value in figures.items():
-            assert four["validation"][when][name] == pytest.approx(value, rel=1e-5), (when, name)
-    losses = [
-        [json.loads(line)["train"]["loss"] for line in lines if "train" in line]
-        for lines in (
-            (folder / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "four")
-        )
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    # On as many devices a run that was stopped ends with the same bits.
-    assert all(found["same"].values())
-    assert stopped["validation"] == four["validation"]
+    def logged(name):
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    last = QUICK.train_steps
+    early, one, four = trained("one", 2), trained("one", last), trained("four", last)
+    assert one.keys() == four.keys()
+    for name, value in one.items():
+        assert np.abs(value - early[name]).max() > 0
+        difference = np.abs(four[name] - value).max()
+        assert difference < 1e-3 * np.abs(value - early[name]).max(), name
+    for mine, other in zip(logged("one"), logged("four"), strict=True):
+        assert mine.keys() == other.keys()
+        kind = "train" if "train" in mine else "validation"
+        assert other[kind] == pytest.approx(mine[kind], rel=1e-5)
+    if stop:  # on as many devices it ends with the same bits
+        stopped = trained("stopped", last)
+        assert all((stopped[name] == value).all() for name, value in four.items())
+        assert logged("stopped") == logged("four")
+    return one
 
 
 def test_four_devices_do_what_one_does(native, tmp_path):
     """Corrections of dense kernels and of experts, levels and norms, with dropout."""
-    found = run(compress(native, tmp_path / "2bit", "2bit"), tmp_path)
-    assert any("/expert/wo/a" in name for name in found["apart"])
-    assert any(name.endswith("levels") for name in found["apart"])
-    check(found, tmp_path)
+    checkpoint = compress(native, tmp_path / "2bit", "2bit")
+    trained = compare(checkpoint, tmp_path, stop=False, validate=False)
+    assert any("/expert/wo/a" in name for name in trained)
+    assert any(name.endswith("levels") for name in trained)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "settings", "options"),
     [
+        ("2bit", {}, {}),
         ("lattice", {}, {}),
         ("2bit", {"lora_shared": True, "microbatches": 1}, {"expert_capacity_factor": 2.0}),
         (None, {"trainable": ["dense", "experts"]}, {"expert_capacity_factor": 1.0}),
@@ -161,14 +131,12 @@ def test_four_devices_do_what_one_does(native, tmp_path):
 )
 def test_other_kinds_and_routings(native, tmp_path, grid, settings, options):
     checkpoint = native if grid is None else compress(native, tmp_path / grid, grid)
-    check(run(checkpoint, tmp_path, settings, **options), tmp_path)
+    compare(checkpoint, tmp_path, settings, **options)
 
 
 def test_a_batch_that_devices_do_not_divide(native, tmp_path, monkeypatch):
-    from qmoe_jax.training import finetune as training
-
     monkeypatch.setattr(training, "local_devices", lambda count: [None] * count)
-    settings = dataclasses.replace(SETTINGS, batch_size=12)
+    settings = dataclasses.replace(QUICK, batch_size=12)
     message = (
         "batch_size is 12 in 2 microbatches: 6 examples at a time, which 4 devices do not divide; "
         "give a batch_size that is a multiple of 8"
@@ -180,4 +148,4 @@ def test_a_batch_that_devices_do_not_divide(native, tmp_path, monkeypatch):
 
 def test_devices_that_are_not_there(native, tmp_path):
     with pytest.raises(ValueError, match="num_devices is 64; this process has"):
-        finetune(native, tmp_path / "run", TRAIN, SETTINGS, num_devices=64)
+        finetune(native, tmp_path / "run", TRAIN, QUICK, num_devices=64)

@@ -77,7 +77,9 @@ class CodeArray:
 
 
 def join_variables(
-    trained: Mapping[str, Array], frozen: Mapping[str, Array], coded: Mapping[str, CodeArray]
+    trained: Mapping[str, Array | np.ndarray],
+    frozen: Mapping[str, Array],
+    coded: Mapping[str, CodeArray],
 ) -> dict[str, Any]:
     """Return the variables of a module.
 
