@@ -20,7 +20,10 @@ _MODULE = """
     import tensorflow as tf
     import tiny_switch
 
-    FILES = {"train": tiny_switch.copying_tokens(0, 64), "validation": tiny_switch.copying_tokens(1, 20)}
+    FILES = {
+        "train": tiny_switch.copying_tokens(0, 64),
+        "validation": tiny_switch.copying_tokens(1, 20),
+    }
 
     def dataset(split, shuffle_files, seed=None):
         tokens = FILES[split].tokens

@@ -94,9 +94,7 @@ class Loop:
 
     def _one(self, state: TrainState, order: ExampleOrder) -> dict[str, float]:
         """Do a step; return the terms of its loss."""
-        batch: Mapping[str, Any] = order.batch(
-            self.tokens, state.step, self.settings.microbatches
-        )
+        batch: Mapping[str, Any] = order.batch(self.tokens, state.step, self.settings.microbatches)
         if self.mesh is not None:
             batch = {name: split_rows(array, self.mesh, axis=1) for name, array in batch.items()}
         state.trained, state.optimizer, found = self.step(
