@@ -43,13 +43,18 @@ OutputFeatures = Mapping[str, Any]
 
 
 def sentinel_range(vocabulary: Any) -> tuple[int, int]:
-    """Return the sentinels of a seqio SentencePiece vocabulary: (lowest id, count).
+    """Return the sentinels of a seqio vocabulary: (lowest id, count).
+
+    Of one that has no pieces, such as bytes, its extra ids, which are the highest, if any.
 
     Raises:
-      ValueError: the highest ids of the vocabulary are not `<extra_id_0>` and so on downwards.
+      ValueError: the highest pieces of the vocabulary are not `<extra_id_0>` and so on downwards.
     """
-    tokenizer = vocabulary.tokenizer
     size = vocabulary.vocab_size
+    tokenizer = getattr(vocabulary, "tokenizer", None)
+    if tokenizer is None:
+        count = vocabulary.extra_ids or 0
+        return size - count, count
     count = 0
     # Pieces may carry SentencePiece's word-start mark.
     while tokenizer.IdToPiece(size - 1 - count).lstrip("\u2581") == f"<extra_id_{count}>":

@@ -41,8 +41,10 @@ def finetune(
     feature_lengths: Mapping[str, int] | None = None,
     num_examples: int | None = None,
     num_validation_examples: int | None = None,
+    metrics: bool = True,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
+    num_devices: int = 1,
     adapters: str | None = None,
     overwrite: bool = False,
     tensorboard: bool | None = None,
@@ -64,8 +66,11 @@ def finetune(
       feature_lengths: of a task: lengths of `inputs` and `targets`.
       num_examples: use the first so many; all where None.
       num_validation_examples: the same of what is evaluated.
+      metrics: evaluate with the task's own metrics too, where it has some; its
+        examples are answered then, which takes longer than their loss.
       activation_dtype: "float32" or "bfloat16".
       expert_capacity_factor: None is dropless.
+      num_devices: devices that share each batch, and each layer's experts.
       adapters: an adapter file to begin with.
       overwrite: throw away what `output` holds of a run.
       tensorboard: write events; None does so where tensorboardX is installed.
@@ -85,6 +90,7 @@ def finetune(
             "give either TOKENS, a token file, or MIXTURE_OR_TASK, such as c4_v220_span_corruption "
             f"(TOKENS is {tokens!r}, MIXTURE_OR_TASK is {task!r})"
         )
+    task_metrics = None
     if task is None:
         train = read_tokens(str(tokens)).first(num_examples)
         held_out = None if validation_tokens is None else read_tokens(validation_tokens)
@@ -101,6 +107,8 @@ def finetune(
         held_out = None if validation_tokens is None else read_tokens(validation_tokens)
         if held_out is None and num_validation_examples != 0:
             held_out = make(split="validation", num_examples=num_validation_examples, **common)
+            if metrics:
+                task_metrics = _task_metrics(held_out, settings.batch_size)
     if held_out is not None and task is None:
         held_out = held_out.first(num_validation_examples)
     return training.finetune(
@@ -112,16 +120,37 @@ def finetune(
         reference=reference,
         activation_dtype=activation_dtype,
         expert_capacity_factor=expert_capacity_factor,
+        num_devices=num_devices,
         adapters=adapters,
         overwrite=overwrite,
         tensorboard=tensorboard,
         load=load or load_switch,
+        task_metrics=task_metrics,
         progress=progress,
+    )
+
+
+def _task_metrics(held_out: Any, batch_size: int) -> Any:
+    """Return the metrics of the task that examples are of; None where it has none."""
+    from qmoe_jax.evaluation.task_metrics import TaskMetrics, has_metrics
+
+    metadata = held_out.metadata
+    if not has_metrics(metadata.task):
+        return None
+    inputs_length, targets_length = held_out.tokens.lengths
+    return TaskMetrics(
+        metadata.task,
+        split=metadata.split,
+        lengths={"inputs": inputs_length, "targets": targets_length},
+        num_examples=len(held_out),
+        batch_size=batch_size,
+        seed=metadata.seed,
     )
 
 
 def summary(report: Mapping[str, Any]) -> str:
     """Say in a few lines what a run did."""
+    from qmoe_jax.evaluation.writers import scalars
     from qmoe_jax.formatting import format_bytes
 
     kinds = ", ".join(report["settings"]["trainable"])
@@ -138,9 +167,10 @@ def summary(report: Mapping[str, Any]) -> str:
             "(load_switch.adapters)"
         )
     if found := report.get("validation"):
-        for name in found["before"]:
-            values = " -> ".join(f"{found[when][name]:.5f}" for when in ("before", "after"))
-            lines.append(f"validation {name}: {values}, as written {found['written'][name]:.5f}")
+        figures = {when: dict(scalars(found[when])) for when in ("before", "after", "written")}
+        for name in figures["before"]:
+            before, after, written = (f"{figures[when][name]:.5f}" for when in figures)
+            lines.append(f"validation {name}: {before} -> {after}, as written {written}")
     return "\n".join(lines)
 
 

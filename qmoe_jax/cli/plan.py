@@ -1,16 +1,21 @@
-"""Says what a compression run will need, before it starts.
+"""Says what a run will need, before it starts: compression, or with --finetune fine-tuning.
 
     qmoe-jax plan --list
     qmoe-jax plan switch_base_128 --device a100
     qmoe-jax plan switch_c_2048 --device h100 --num_examples 160000 \\
       --buffer_dir /scratch --host_gb 256 --disk_gb 2000 --expert_batch 32
     qmoe-jax plan /data/checkpoint_550000 --tokens calibration.npz --json plan.json
+    qmoe-jax plan compressed --finetune lora --batch_size 32 --device a100
 
 Of a checkpoint metadata are read (names, shapes, dtypes, chunks), and a few experts, which are
 rounded to tell how many weights will be zero: sizes follow from that. Of a public checkpoint, given
 by its name, geometry comes from configs/public_checkpoints.json; its dtype is assumed, and its
 zeros are the QMoE paper's. Memory is an upper estimate, time a rough one. "At the most" on disk
 holds for any weights. Host memory and disk are those of this machine unless given.
+
+With --finetune the checkpoint is a compressed one, whose arrays are counted, or a native or public
+one, which is taken as compressed with the settings given ("experts" trains it as it is). What a
+step needs besides is estimated.
 
 Exit status: 0 the run fits, 1 it does not, 2 bad input.
 """
@@ -29,19 +34,22 @@ from typing import Any
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.calibration.tokens import read_tokens
+from qmoe_jax.checkpoints.compressed import is_compressed_checkpoint
 from qmoe_jax.checkpoints.storage import kvstore_spec
 from qmoe_jax.cli.flags import CommandParser
 from qmoe_jax.errors import CheckpointError, TokensError
 from qmoe_jax.outputs import check_writable, is_json_object, output_file
 from qmoe_jax.paths import local_path
+from qmoe_jax.planning.finetuning import FinetunePlan, TunedModel, plan_finetuning
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.measured_zeros import measured_zero_shares
 from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
 from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
 from qmoe_jax.planning.sizes import ZeroShare
-from qmoe_jax.planning.text import format_list, format_plan
+from qmoe_jax.planning.text import format_finetune_plan, format_list, format_plan
 from qmoe_jax.quantization.settings import GRIDS, CompressionSettings
+from qmoe_jax.training.settings import KINDS, FinetuneSettings
 
 # As the paper: 10,000 examples for 128 experts, 160,000 for 2048.
 _EXAMPLES_PER_128_EXPERTS = 10_000
@@ -70,6 +78,49 @@ def plan_from_arguments(arguments: argparse.Namespace) -> Plan:
         zeros = measured_zero_shares(model.source, model.config, settings)
     tokens = _tokens(arguments, model, settings)
     return make_plan(model, tokens, settings, _resources(arguments), zeros=zeros)
+
+
+def finetune_plan_from_arguments(arguments: argparse.Namespace) -> FinetunePlan:
+    """Return the plan of fine-tuning that a command line asks for.
+
+    Raises:
+      CheckpointError: no such checkpoint, or no public one of that name.
+      TokensError: unreadable tokens.
+      ValueError: a bad setting, or a kind that the model has not.
+    """
+    _check_positive(arguments)
+    chosen = {name: getattr(arguments, name) for name in _FINETUNE_OPTIONS}
+    settings = FinetuneSettings(
+        trainable=tuple(arguments.finetune.split(",")),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    lengths = {"encoder": arguments.inputs_length, "decoder": arguments.targets_length}
+    if arguments.tokens is not None:
+        widths = read_tokens(arguments.tokens).tokens.lengths
+        lengths = dict(zip(("encoder", "decoder"), widths, strict=True))
+    return plan_finetuning(
+        _tuned_model(arguments, settings),
+        settings,
+        lengths,
+        _resources(arguments),
+        activation_dtype=arguments.activation_dtype or "float32",
+    )
+
+
+def _tuned_model(arguments: argparse.Namespace, settings: FinetuneSettings) -> TunedModel:
+    given = arguments.checkpoint
+    if ("/" in given or os.path.exists(given)) and is_compressed_checkpoint(given):
+        return TunedModel.from_compressed(given)
+    model = _model(arguments)
+    if "experts" in settings.kinds:
+        return TunedModel.from_native(model)
+    chosen = {f.name: getattr(arguments, f.name) for f in _setting_fields()}
+    compression = CompressionSettings(**{k: v for k, v in chosen.items() if v is not None})
+    compression.check_layers(model.config.sparse_layers)
+    zeros = None
+    if arguments.zero_share is not None:
+        zeros = dict.fromkeys(GRIDS, ZeroShare(arguments.zero_share, "given"))
+    return TunedModel.as_compressed(model, compression, zeros)
 
 
 def _model(arguments: argparse.Namespace) -> ModelFacts:
@@ -231,6 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_tokens(parser.add_argument_group("tokens"))
     _add_resources(parser.add_argument_group("resources"))
+    _add_finetuning(parser.add_argument_group("fine-tuning, as FinetuneSettings has it"))
     group = parser.add_argument_group("settings of the run, as CompressionSettings has them")
     hints = typing.get_type_hints(CompressionSettings)
     meanings = _meanings(CompressionSettings)
@@ -342,8 +394,40 @@ def _add_resources(group: Any) -> None:
     )
 
 
+# Settings of fine-tuning that decide what it needs; batch_size is an option of both kinds of run.
+_FINETUNE_OPTIONS = (
+    *("batch_size", "microbatches", "optimizer"),
+    *("lora_rank", "lora_shared", "lora_kernels"),
+)
+
+
+def _add_finetuning(group: Any) -> None:
+    group.add_argument(
+        "--finetune",
+        metavar="KINDS",
+        help=f"what is trained, of {', '.join(KINDS)}, or several with commas between; then "
+        f"--batch_size (default: {FinetuneSettings.batch_size}) and --activation_dtype are this "
+        "run's",
+    )
+    group.add_argument("--microbatches", type=int, help="parts of a batch (default: 1)")
+    group.add_argument("--optimizer", help="adafactor or adam (default: adafactor)")
+    group.add_argument("--lora_rank", type=int, help="of corrections (default: 8)")
+    group.add_argument(
+        "--lora_shared",
+        action=argparse.BooleanOptionalAction,
+        help="experts share corrections (default: no)",
+    )
+    group.add_argument(
+        "--lora_kernels",
+        type=lambda text: tuple(text.split(",")),
+        metavar="PATTERNS",
+        help="what is corrected, with commas between (default: attention and dense MLPs)",
+    )
+
+
 def _is_plan(file: Path) -> bool:
-    return is_json_object(file, ("model", "zero_shares", "sizes"))
+    compression, finetuning = ("model", "zero_shares", "sizes"), ("model", "held_memory", "disk")
+    return is_json_object(file, compression) or is_json_object(file, finetuning)
 
 
 IF_INTERRUPTED = "nothing was written, run it again"
@@ -360,10 +444,18 @@ def main(argv: Sequence[str]) -> int:
     file = None
     if arguments.json is not None:
         file = output_file(arguments.json, "the plan", _is_plan)
-    plan = plan_from_arguments(arguments)
+    if arguments.finetune is None:
+        for name in _FINETUNE_OPTIONS:
+            if name != "batch_size" and getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} without --finetune; give both, or leave it out")
+        plan = plan_from_arguments(arguments)
+        text = format_plan(plan)
+    else:
+        plan = finetune_plan_from_arguments(arguments)
+        text = format_finetune_plan(plan)
     if file is not None:
         write_json(file, plan.to_json())
-    print(format_plan(plan))
+    print(text)
     if plan.problems and None in (arguments.host_gb, arguments.disk_gb):
         print(
             "\nMemory and disk are what this machine has free now, where not given; to plan for "

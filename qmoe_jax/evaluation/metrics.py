@@ -40,6 +40,16 @@ class LossReport:
         """Share of the target tokens that are the most probable one."""
         return float(self.num_correct.sum() / self.num_target_tokens.sum())
 
+    @property
+    def exact_match(self) -> float:
+        """Share of the examples whose every target token is the most probable one.
+
+        So many does greedy generation answer as the target has it, to the token: it sees the
+        target's own tokens for as long as it agrees with them. (Under a capacity factor, where
+        tokens compete, the two may differ.)
+        """
+        return float(np.mean(self.num_correct == self.num_target_tokens))
+
     def gap_to(self, other: "LossReport") -> tuple[float, float]:
         """Return the loss above `other` on the same examples, and its standard error.
 

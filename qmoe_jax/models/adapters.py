@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.adapters import Adapters
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.errors import CheckpointError
 from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.ops.expert_parallel import replicate
 
@@ -19,17 +18,12 @@ def adapter_variables(adapters: Adapters, config: SwitchConfig, mesh: Mesh | Non
     """Return the collection `adapters` of a model's variables.
 
     Raises:
-      CheckpointError: they are another model's, or of experts that are split over devices.
+      CheckpointError: they are another model's.
     """
     adapters.check(config)
     if mesh is None:
         arrays = {name: jnp.asarray(array) for name, array in adapters.arrays.items()}
         return names.unflatten(arrays)
-    if split := [name for name in adapters.arrays if names.is_expert_kernel(_kernel(name))]:
-        raise CheckpointError(
-            f"the adapters correct experts ({split[0]}), which cannot be split over {mesh.size} "
-            "devices with them; use num_devices=1"
-        )
     return names.unflatten({n: replicate(array, mesh) for n, array in adapters.arrays.items()})
 
 
@@ -55,7 +49,3 @@ def merge_adapters(variables: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in variables.items() if name != ADAPTERS}
     merged_variables = {**rest, "params": names.unflatten(params)}
     return merged_variables | ({ADAPTERS: names.unflatten(left)} if left else {})
-
-
-def _kernel(name: str) -> str:
-    return f"{name.rpartition('/')[0]}/kernel"

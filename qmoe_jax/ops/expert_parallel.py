@@ -1,7 +1,9 @@
 """The expert MLP with the experts of a layer split over devices, along one mesh axis.
 
 Each device holds and runs its own experts on the tokens that are routed to them; a sum over devices
-puts the outputs together, since a token has an output on one device only. All else is replicated.
+puts the outputs together, since a token has an output on one device only. All else is replicated,
+but for batches where somebody splits their rows over the same axis (`split_rows`): then XLA runs
+the other layers on a device's own rows, and gathers rows where experts take them.
 """
 
 import dataclasses
@@ -84,6 +86,11 @@ def replicate(array: np.ndarray | Array, mesh: Mesh) -> Array:
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
+def split_rows(array: np.ndarray | Array, mesh: Mesh, axis: int = 0) -> Array:
+    """Return an array on the devices, each with its own part along an axis, which they divide."""
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
+
+
 def split_expert_mlp(
     x: Float[Array, "tokens embed"],
     expert_index: Int[Array, "tokens"],
@@ -98,16 +105,10 @@ def split_expert_mlp(
 ) -> Float[Array, "tokens embed"]:
     """`expert_mlp` with experts as `split_dense` and `split_coded` place them; same arguments.
 
-    Raises:
-      ValueError: a kernel has a low-rank correction.
+    Low-rank corrections of kernels are replicated.
     """
     count = num_experts // mesh.size
     kernels = [*wi, wo]
-    if any(isinstance(kernel, AdaptedExperts) for kernel in kernels):
-        raise ValueError(
-            f"experts with adapters cannot be split over {mesh.size} devices; load the model with "
-            "num_devices=1"
-        )
     whole, mine = PartitionSpec(), PartitionSpec(AXIS)
 
     def local(
@@ -134,13 +135,26 @@ def split_expert_mlp(
         )
         return lax.psum(outputs, AXIS)
 
-    split = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, mine, mine), out_specs=whole)
-    return split(x, expert_index, [kernel.by_name for kernel in kernels], hidden_scale)
+    def split_as(name: str, array: Array) -> PartitionSpec:
+        """All arrays have a part for each expert or device, but for a correction that is shared."""
+        return whole if name.startswith("adapter_") and array.shape[0] == 1 else mine
+
+    held = [kernel.by_name for kernel in kernels]
+    specs = [{name: split_as(name, a) for name, a in arrays.items()} for arrays in held]
+    split = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, specs, mine), out_specs=whole)
+    return split(x, expert_index, held, hidden_scale)
 
 
 def _own_experts(kernel: Experts, held: Mapping[str, Array], mesh: Mesh) -> Experts:
     """Return a device's part: a dense kernel's own experts, or codes under a leading axis of 1."""
+    if isinstance(kernel, AdaptedExperts):
+        base = _own_experts(kernel.base, held, mesh)
+        assert not isinstance(base, AdaptedExperts)
+        # As with x above, for corrections that experts share.
+        index = lax.axis_index(AXIS)
+        a, b = (varying_as(held[name], index) for name in ("adapter_a", "adapter_b"))
+        return AdaptedExperts(base, a, b)
     if not isinstance(kernel, CodedExperts):
         return kernel.layout()(held)
-    own = kernel.layout()({name: array[0] for name, array in held.items()})
+    own = kernel.layout()({name: held[name][0] for name in kernel.by_name})
     return dataclasses.replace(own, spec=split_spec(kernel.spec, mesh))

@@ -23,7 +23,7 @@ from qmoe_jax.quantization.settings import CompressionSettings
 Parts = dict[str, int]
 
 _FLOAT32 = 4
-_PROGRAM_BYTES = 10**9  # Python, JAX, compiled programs; 0.25 GB on CPU, more with CUDA's libraries
+PROGRAM_BYTES = 10**9  # Python, JAX, compiled programs; 0.25 GB on CPU, more with CUDA's libraries
 # float32 copies that GPTQ works on, per expert at once: of the kernel (the kernel itself, its
 # updated block, errors, codes) and of the Hessian (damped, factor, panel, corner).
 _GPTQ_COPIES = 4
@@ -101,7 +101,7 @@ def host_memory(
     # Kernels become float32 as they are read.
     kernels = _FLOAT32 * weights
     parts = {
-        "program": _PROGRAM_BYTES,
+        "program": PROGRAM_BYTES,
         "dense parameters of a layer, embedding": _resident_dense(model),
         "chunks of the checkpoint": min(MAX_CACHE_BYTES, expert_bytes * model.expert_itemsize())
         + model.largest_chunk_bytes(),

@@ -1,6 +1,7 @@
 """A plan as text, and the list of public checkpoints."""
 
 from qmoe_jax.formatting import format_bytes, format_row, format_seconds, format_table
+from qmoe_jax.planning.finetuning import FinetunePlan
 from qmoe_jax.planning.inputs import ModelFacts
 from qmoe_jax.planning.memory import peak
 from qmoe_jax.planning.plan import Plan
@@ -68,6 +69,40 @@ def format_plan(plan: Plan) -> str:
         )
         if section
     )
+
+
+def format_finetune_plan(plan: FinetunePlan) -> str:
+    """Return a plan of fine-tuning as text of several lines."""
+    model, settings, lengths = plan.model, plan.settings, plan.lengths
+    held, step = sum(plan.held.values()), sum(plan.step.values())
+    at_once = settings.batch_size // settings.microbatches
+    note = "" if model.is_measured else "its compressed size is expected"
+    limits = {"device": plan.resources.device_bytes, "disk": plan.resources.output_disk_bytes}
+    if plan.resources.device.is_host:
+        limits["device"] = plan.resources.host_bytes
+    known = [f"{what} {format_bytes(limit)}" for what, limit in limits.items() if limit is not None]
+    sections = [
+        [
+            f"{model.name}",
+            _row("checkpoint", format_bytes(model.stored_bytes), note),
+            _row("trained parameters", f"{plan.num_trained:,}", ", ".join(settings.kinds)),
+            _row("examples at a time", f"{at_once}",
+                 f"of a batch of {settings.batch_size}; {lengths['encoder']} + "
+                 f"{lengths['decoder']} positions, {plan.activation_dtype}"),
+        ],
+        [
+            f"memory on {plan.resources.device.label}",
+            _row("at the peak", format_bytes(plan.peak)),
+            _row("held from step to step", format_bytes(held)),
+            *_parts(plan.held),
+            _row("of a step, estimated", format_bytes(step)),
+            *_parts(plan.step),
+        ],
+        ["disk", _row("output", format_bytes(sum(plan.disk.values()))), *_parts(plan.disk)],
+        [f"NO: {problem}" for problem in plan.problems]
+        or [f"The run fits ({', '.join(known) or 'nothing is known of its limits'})."],
+    ]  # fmt: skip
+    return "\n\n".join("\n".join(section) for section in sections)
 
 
 def _row(title: str, value: str, note: str = "") -> str:

@@ -21,29 +21,30 @@ from qmoe_jax.checkpoints.read_config import read_config
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.errors import CheckpointError, TokensError
-from qmoe_jax.evaluation.divergence import measure_divergence
-from qmoe_jax.evaluation.metrics import evaluate_loss
+from qmoe_jax.evaluation.task_metrics import TaskMetrics
 from qmoe_jax.evaluation.writers import check_tensorboard, write_tensorboard_steps
 from qmoe_jax.models.adapters import merge_adapters
 from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.load import load_switch
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.local_devices import local_devices
 from qmoe_jax.outputs import check_is_no_input, check_no_input, check_writable
 from qmoe_jax.paths import local_path
 from qmoe_jax.run_folder import RunFolder
 from qmoe_jax.training.loop import Loop
 from qmoe_jax.training.optimizer import make_optimizer
 from qmoe_jax.training.settings import FinetuneSettings
-from qmoe_jax.training.state import FILE
+from qmoe_jax.training.state import FILE, TrainState
 from qmoe_jax.training.step import make_step
 from qmoe_jax.training.trainable import (
     Parts,
     Trained,
+    code_arrays,
     gradient_masks,
     join_variables,
-    rounded_levels,
     split_variables,
 )
+from qmoe_jax.training.validation import Validation
 from qmoe_jax.training.written import stored_parameters, write_trained
 
 PathLike = str | os.PathLike[str]
@@ -62,10 +63,12 @@ def finetune(
     reference: PathLike | None = None,
     activation_dtype: str = "float32",
     expert_capacity_factor: float | None = None,
+    num_devices: int = 1,
     adapters: PathLike | None = None,
     overwrite: bool = False,
     tensorboard: bool | None = None,
     load: Callable[..., Any] = load_switch,
+    task_metrics: TaskMetrics | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train parts of a checkpoint, native or compressed; the codes of experts stay as they are.
@@ -88,11 +91,15 @@ def finetune(
       activation_dtype: "float32" or "bfloat16"; what is trained is float32 in both.
       expert_capacity_factor: None trains and evaluates dropless; a number is T5X's evaluation
         factor, and training has the training factor.
+      num_devices: devices of this process that share each step: the rows of a batch, and the
+        experts of a layer, are split over them, and all else is on every one. The result is that of
+        one device but for rounding; a run goes on with as many devices as it began with.
       adapters: an adapter file to begin with.
       overwrite: throw away what `output` holds of a run.
       tensorboard: write TensorBoard events; None does so where tensorboardX is installed.
       load: called with a path, `activation_dtype` and `expert_capacity_factor`; returns (module,
         variables): `load_switch`, or that with further arguments bound.
+      task_metrics: of a seqio task, to evaluate with beside `validation_tokens`.
       progress: show progress bars.
 
     Returns:
@@ -101,16 +108,20 @@ def finetune(
       `expert_adapters`, those of them that codes cannot take in, for the result, None without; and
       with validation tokens
       `validation`: figures `before`, `after` (as trained) and `written` (as stored), each with
-      `loss` and `accuracy` per target token and, with a reference, `kl`.
+      `loss` and `accuracy` per target token, `exact_match`, the share of examples that greedy
+      generation answers as the target has it (see `LossReport.exact_match`), with a reference
+      `kl`, and with `task_metrics` theirs, as `metrics`.
 
     Raises:
       CheckpointError: a checkpoint is unreadable, or `output` cannot be written, is in use, or
         holds a run with other settings.
       TokensError: unreadable tokens, or of a larger vocabulary than the model's.
-      ValueError: settings that do not fit the model, or a loss that is no number any more.
+      ValueError: settings that do not fit the model or each other, or a loss that is no number any
+        more.
     """
     settings = settings or FinetuneSettings()
     folder = _check_output(output, checkpoint, reference)
+    _check_devices(settings, num_devices)
     train = tokens if isinstance(tokens, TokenFile) else read_tokens(tokens)
     held_out = validation_tokens
     if held_out is not None and not isinstance(held_out, TokenFile):
@@ -124,6 +135,8 @@ def finetune(
                 f"has {config.num_embeddings}; predictions over one vocabulary can be compared"
             )
     write_events = check_tensorboard(tensorboard)
+    if task_metrics is not None and held_out is None:
+        raise ValueError("task_metrics without validation_tokens; give both, of the same examples")
     begin = None if adapters is None else read_adapters(adapters)
     determining = {
         "checkpoint": _fingerprint(checkpoint),
@@ -131,31 +144,34 @@ def finetune(
         "adapters": None if begin is None else begin.sha256(),
         "tokens": train.sha256(),
         "validation_tokens": None if held_out is None else held_out.sha256(),
+        "task_metrics": None if task_metrics is None else task_metrics.to_json(),
         "settings": settings.to_json(),
         "activation_dtype": activation_dtype,
         "expert_capacity_factor": expert_capacity_factor,
         "versions": {"qmoe_jax": qmoe_jax.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
+        "num_devices": num_devices,
     }
-    arguments = {} if adapters is None else {"adapters": adapters}
+    arguments: dict[str, Any] = {} if num_devices == 1 else {"num_devices": num_devices}
+    begin_with = {} if adapters is None else {"adapters": adapters}
     with RunFolder(folder, determining, discard=overwrite, results=FILE) as run:
         if overwrite:
             (folder / REPORT).unlink(missing_ok=True)
         if (folder / REPORT).exists():
             return json.loads((folder / REPORT).read_bytes())
-        module, variables = load(checkpoint, activation_dtype, expert_capacity_factor, **arguments)
-        compared = None
-        if reference is not None:
-            compared = load(reference, activation_dtype, expert_capacity_factor)
+        chosen = (activation_dtype, expert_capacity_factor)
+        module, variables = load(checkpoint, *chosen, **arguments, **begin_with)
+        compared = None if reference is None else load(reference, *chosen, **arguments)
         parts = split_variables(module, variables, settings)
         del variables
-        report = _train(module, parts, compared, train, held_out, settings, run.path, progress)
-        report = _finish(
-            module, parts, compared, held_out, settings, checkpoint, run.path, report, progress
-        )
+        validation = None
+        if held_out is not None:
+            validation = Validation(held_out, settings.batch_size, compared, task_metrics)
+        state = _train(module, parts, compared, train, validation, settings, run.path, progress)
+        record = {"settings": settings.to_json(), "reference": compared is not None}
+        report = _finish(module, parts, state, validation, settings, record, checkpoint, run.path)
         if write_events:
-            write_tensorboard_steps(run.path, report.pop("history"))
-        report.pop("history", None)
+            write_tensorboard_steps(run.path, state.history)
         write_json(run.path / REPORT, report)
         with contextlib.suppress(OSError):
             (run.path / FILE).unlink()
@@ -206,26 +222,25 @@ def _train(
     parts: Parts,
     compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
     train: TokenFile,
-    held_out: TokenFile | None,
+    validation: Validation | None,
     settings: FinetuneSettings,
     folder: Path,
     progress: bool,
-) -> dict[str, Any]:
-    """Run the loop; return values, history and figures."""
-    levels = rounded_levels(module, parts)
+) -> TrainState:
+    """Run the loop to its end."""
+    coded = code_arrays(module, parts)
     optimizer = make_optimizer(settings)
 
     def evaluate(trained: Trained) -> Mapping[str, Any]:
-        assert held_out is not None
-        variables = join_variables(trained, parts.frozen, levels)
-        return _figures(module, variables, compared, held_out, settings.batch_size)
+        assert validation is not None
+        return validation.figures(module, join_variables(trained, parts.frozen, coded))
 
     loop = Loop(
         step=make_step(
             dataclasses.replace(module, dropout=settings.dropout),
             optimizer,
             settings.factors,
-            levels=levels,
+            coded=coded,
             masks=gradient_masks(module, parts),
             seed=settings.seed,
             reference=None if compared is None else compared[0],
@@ -235,30 +250,28 @@ def _train(
         reference_variables=None if compared is None else compared[1],
         tokens=train,
         settings=settings,
-        evaluate=None if held_out is None else evaluate,
+        evaluate=None if validation is None else evaluate,
         folder=folder,
+        mesh=module.mesh,
         title="finetune" if compared is None else "recover",
         progress=progress,
     )
-    state = loop.run()
-    return {"trained": state.trained, "history": state.history}
+    return loop.run()
 
 
 def _finish(
     module: SwitchTransformer,
     parts: Parts,
-    compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
-    held_out: TokenFile | None,
+    state: TrainState,
+    validation: Validation | None,
     settings: FinetuneSettings,
+    record: Mapping[str, Any],
     checkpoint: PathLike,
     folder: Path,
-    done: Mapping[str, Any],
-    progress: bool,
 ) -> dict[str, Any]:
     """Write the checkpoint and the adapters, and measure what was written."""
-    del progress
-    values = {name: np.asarray(value) for name, value in done["trained"].items()}
-    everything = {**parts.frozen, **done["trained"]}
+    values = {name: np.asarray(value) for name, value in state.trained.items()}
+    everything = {**parts.frozen, **state.trained}
     prefix = f"{ADAPTERS}/"
     corrections = {
         name.removeprefix(prefix): np.asarray(array)
@@ -271,7 +284,6 @@ def _finish(
         for name, array in flat.items()
         if name.startswith("params/") and (name in values or _is_corrected(name, corrections))
     }
-    record = {"settings": settings.to_json(), "reference": compared is not None}
     if corrections:
         write_adapters(folder / ADAPTER_FILE, corrections, record)
     # Codes are no sums: corrections of theirs go with the written checkpoint, the others are in it.
@@ -286,35 +298,19 @@ def _finish(
         "checkpoint": os.fspath(path),
         "adapters": os.fspath(folder / ADAPTER_FILE) if corrections else None,
         "expert_adapters": os.fspath(folder / EXPERT_ADAPTER_FILE) if left else None,
-        "history": done["history"],
     }
-    if held_out is not None:
-        found = [line["validation"] for line in done["history"] if "validation" in line]
+    if validation is not None:
+        found = [line["validation"] for line in state.history if "validation" in line]
         stored = stored_parameters(checkpoint, changed)
-        variables = names.unflatten({**flat, **{f"params/{n}": v for n, v in stored.items()}})
-        written = _figures(module, variables, compared, held_out, settings.batch_size)
+        held = {f"params/{name}": value for name, value in stored.items()}
+        coded = code_arrays(module, parts)
+        written = validation.figures(module, join_variables(held, flat, coded))
         report["validation"] = {"before": found[0], "after": found[-1], "written": written}
     return report
 
 
 def _is_corrected(name: str, corrections: Mapping[str, Any]) -> bool:
     return f"{name.removeprefix('params/').removesuffix('/kernel')}/a" in corrections
-
-
-def _figures(
-    module: SwitchTransformer,
-    variables: Mapping[str, Any],
-    compared: tuple[SwitchTransformer, Mapping[str, Any]] | None,
-    tokens: TokenFile,
-    batch_size: int,
-) -> dict[str, float]:
-    batches = [batch.arrays() for batch in tokens.batches(min(batch_size, len(tokens)))]
-    if compared is None:
-        losses = evaluate_loss(module, variables, batches)
-        return {"loss": losses.loss, "accuracy": losses.accuracy}
-    found = measure_divergence(module, variables, *compared, batches)
-    (kl, _), losses = found.divergence, found.losses
-    return {"loss": losses.loss, "accuracy": losses.accuracy, "kl": kl}
 
 
 def _check_output(output: PathLike, checkpoint: PathLike, reference: PathLike | None) -> Path:
@@ -326,6 +322,18 @@ def _check_output(output: PathLike, checkpoint: PathLike, reference: PathLike | 
     check_is_no_input(folder, "output", inputs)
     check_no_input(folder, inputs)
     return folder
+
+
+def _check_devices(settings: FinetuneSettings, num_devices: int) -> None:
+    local_devices(num_devices)
+    at_once = settings.batch_size // settings.microbatches
+    if at_once % num_devices:
+        among = "" if settings.microbatches == 1 else f" in {settings.microbatches} microbatches"
+        raise ValueError(
+            f"batch_size is {settings.batch_size}{among}: {at_once} examples at a time, which "
+            f"{num_devices} devices do not divide; give a batch_size that is a multiple of "
+            f"{settings.microbatches * num_devices}"
+        )
 
 
 def _check_vocabulary(checkpoint: PathLike, files: list[TokenFile | None]) -> SwitchConfig:

@@ -1,6 +1,7 @@
 """The loop of a run: steps, evaluations, saves, and a log that a resumed run ends alike."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -9,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from qmoe_jax.atomic_file import write_atomically
 from qmoe_jax.calibration.tokens import TokenFile
+from qmoe_jax.ops.expert_parallel import replicate, split_rows
 from qmoe_jax.progress import progress as show_progress
 from qmoe_jax.training.examples import ExampleOrder
 from qmoe_jax.training.settings import FinetuneSettings
@@ -36,6 +39,7 @@ class Loop:
       settings: of the run.
       evaluate: trained values to figures, a JSON object; None evaluates nothing.
       folder: for the state and the log.
+      mesh: devices that share each batch; None: one has it all.
       title: of the progress bar.
       progress: show it.
     """
@@ -48,6 +52,7 @@ class Loop:
     settings: FinetuneSettings
     evaluate: Callable[[Trained], Mapping[str, Any]] | None
     folder: Path
+    mesh: Mesh | None
     title: str
     progress: bool
 
@@ -63,6 +68,9 @@ class Loop:
         trained = {name: jnp.array(value) for name, value in self.parts.trained.items()}
         begun = TrainState(0, trained, self.optimizer.init(trained), [])
         state = restore_state(self.folder, begun)
+        if self.mesh is not None:
+            on_all = functools.partial(replicate, mesh=self.mesh)
+            state.trained, state.optimizer = jax.tree.map(on_all, (state.trained, state.optimizer))
         order = ExampleOrder(len(self.tokens), settings.batch_size, settings.seed)
         shown = show_progress(
             total=settings.train_steps, title=self.title, unit="steps", shown=self.progress
@@ -86,7 +94,9 @@ class Loop:
 
     def _one(self, state: TrainState, order: ExampleOrder) -> dict[str, float]:
         """Do a step; return the terms of its loss."""
-        batch = order.batch(self.tokens, state.step, self.settings.microbatches)
+        batch: Mapping[str, Any] = order.batch(self.tokens, state.step, self.settings.microbatches)
+        if self.mesh is not None:
+            batch = {name: split_rows(array, self.mesh, axis=1) for name, array in batch.items()}
         state.trained, state.optimizer, found = self.step(
             state.trained,
             state.optimizer,

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.training.loss import LossFactors, training_loss
-from qmoe_jax.training.trainable import Trained, join_variables
+from qmoe_jax.training.trainable import CodeArray, Trained, join_variables
 
 Step = Callable[..., tuple[Trained, Any, dict[str, Float[Array, ""]]]]
 
@@ -20,7 +21,7 @@ def make_step(
     optimizer: Any,
     factors: LossFactors,
     *,
-    levels: frozenset[str],
+    coded: Mapping[str, CodeArray],
     masks: Mapping[str, Array],
     seed: int,
     reference: SwitchTransformer | None = None,
@@ -31,14 +32,16 @@ def make_step(
       module: the model, its dropout rates set.
       optimizer: of optax.
       factors: weights of the loss's terms.
-      levels: see `trainable.join_variables`.
+      coded: see `trainable.join_variables`.
       masks: factors of gradients, see `trainable.gradient_masks`.
       seed: of dropout.
       reference: model whose predictions take the place of the targets, without dropout.
 
     Returns:
       A function to the new values, the optimizer's new state, and the terms of the loss. The batch
-      has int32 [microbatches, batch, length]; trained values and state are given up to it.
+      has int32 [microbatches, batch, length]; trained values and state are given up to it. Where
+      the module's experts are split over devices, values and state are whole on each, and a batch
+      may be split by its rows (`Loop`): sums are over all of them, so the step is the same.
     """
 
     def loss_of(
@@ -50,7 +53,7 @@ def make_step(
         share: float,
         key: Array,
     ) -> tuple[Array, dict[str, Array]]:
-        variables = join_variables(trained, frozen, levels)
+        variables = join_variables(trained, frozen, coded)
         return training_loss(
             module,
             variables,
@@ -105,6 +108,10 @@ def make_step(
         )
         updates, state = optimizer.update(gradients, state, trained)
         trained = {name: value + updates[name] for name, value in trained.items()}
+        if module.mesh is not None:
+            # As they came, so that the next step is this program.
+            whole = NamedSharding(module.mesh, PartitionSpec())
+            trained, state = jax.lax.with_sharding_constraint((trained, state), whole)
         return trained, state, terms
 
     return step

@@ -16,6 +16,7 @@ from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.switch import SwitchTransformer
+from qmoe_jax.ops.expert_parallel import replicate
 from qmoe_jax.training.settings import FinetuneSettings
 
 # By "params/PATH" or "adapters/PATH".
@@ -50,39 +51,65 @@ def split_variables(
     for kind in settings.kinds:
         if kind != "lora":
             chosen |= _of_kind(module, flat, kind)
-    trained = {name: flat.pop(name).astype(jnp.float32) for name in sorted(chosen)}
+    trained = {name: _unsplit(module, name, flat.pop(name)) for name in sorted(chosen)}
     dtypes = {name: np.dtype(variables_dtype) for name, variables_dtype in _dtypes(variables)}
     held = {name: flat.pop(name) for name in list(flat) if name.startswith(f"{ADAPTERS}/")}
     if "lora" in settings.kinds:
         trained |= held or _new_adapters(module, settings)
+        if module.mesh is not None:
+            trained = {name: replicate(array, module.mesh) for name, array in trained.items()}
     else:
         flat |= held
     return Parts(trained, flat, {name: dtypes[name] for name in chosen})
 
 
+@dataclasses.dataclass(frozen=True)
+class CodeArray:
+    """How a trained array of codes lies in a model's variables.
+
+    Attributes:
+      dtype: of storage; values are rounded to it, and gradients pass.
+      shape: with the devices in front where experts are split over them.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
 def join_variables(
-    trained: Mapping[str, Array], frozen: Mapping[str, Array], coded: frozenset[str]
+    trained: Mapping[str, Array | np.ndarray],
+    frozen: Mapping[str, Array],
+    coded: Mapping[str, CodeArray],
 ) -> dict[str, Any]:
     """Return the variables of a module.
 
     Args:
       trained: of `split_variables`, or later values.
-      frozen: of `split_variables`.
-      coded: names of the trained arrays that belong to codes; they are rounded as they are stored,
-        in bfloat16, and gradients pass.
+      frozen: of `split_variables`, or all variables, of which those above take the place.
+      coded: of `code_arrays`.
     """
-    rounded = {n: a.astype(jnp.bfloat16) if n in coded else a for n, a in trained.items()}
-    return names.unflatten({**frozen, **rounded})
+    lying = {
+        name: array.reshape(coded[name].shape).astype(coded[name].dtype) if name in coded else array
+        for name, array in trained.items()
+    }
+    return names.unflatten({**frozen, **lying})
 
 
-def rounded_levels(module: SwitchTransformer, parts: Parts) -> frozenset[str]:
-    """Name the trained arrays of codes that are stored as bfloat16."""
-    kernels = tuple(f"params/{kernel}/" for kernel, _ in module.coded)
-    return frozenset(
-        name
-        for name, dtype in parts.dtypes.items()
-        if name.startswith(kernels) and dtype == jnp.bfloat16
-    )
+def code_arrays(module: SwitchTransformer, parts: Parts) -> dict[str, CodeArray]:
+    """Return the trained arrays that belong to codes, by name."""
+    found = {}
+    for name in parts.dtypes:
+        if name.startswith(_coded_paths(module)):
+            count, *rest = parts.trained[name].shape
+            if module.mesh is not None:
+                rest = [count // module.mesh.size, *rest]
+                count = module.mesh.size
+            found[name] = CodeArray(parts.dtypes[name], (count, *rest))
+    return found
+
+
+def _coded_paths(module: SwitchTransformer) -> tuple[str, ...]:
+    return tuple(f"params/{kernel}/" for kernel, _ in module.coded)
 
 
 def gradient_masks(module: SwitchTransformer, parts: Parts) -> dict[str, Array]:
@@ -98,14 +125,25 @@ def gradient_masks(module: SwitchTransformer, parts: Parts) -> dict[str, Array]:
     return masks
 
 
+def _unsplit(module: SwitchTransformer, name: str, array: Array) -> Float[Array, "..."]:
+    """Return what is trained: float32, and an array of codes as one device would have it.
+
+    So optimizers, whose sums follow shapes, do the same on any number of devices.
+    """
+    if module.mesh is not None:
+        if name.startswith(_coded_paths(module)):
+            array = array.reshape(-1, *array.shape[2:])
+        array = replicate(array, module.mesh)
+    return array.astype(jnp.float32)
+
+
 def _dtypes(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, array.dtype) for name, array in names.flatten(variables).items()]
 
 
 def _of_kind(module: SwitchTransformer, flat: Mapping[str, Array], kind: str) -> set[str]:
     params = {name for name in flat if name.startswith("params/")}
-    coded = tuple(f"params/{kernel}/" for kernel, _ in module.coded)
-    of_codes = {name for name in params if coded and name.startswith(coded)}
+    of_codes = {name for name in params if name.startswith(_coded_paths(module))}
     experts = {n for n in params if names.is_expert_kernel(n.removeprefix("params/"))}
     if kind == "dense":
         return params - of_codes - experts
