@@ -3,18 +3,18 @@
     python benchmarks/bench_codec.py [--json PATH] [--checkpoint COMPRESSED ...]
 
 Real codes (`real_codes.py`): all expert kernels of models, which are compressed for it into a
-temporary folder, and made layers of 768 x 3072 and larger. Every coding that takes them is measured:
-stored bits, everything counted, over what an adaptive mixing coder would need for the same codes
-(`adaptive_bound.py`), and of models in the coding that `compress` takes also the blocks of files and
-folders on disk over the bytes stored, dense parameters too. With --checkpoint the kernels of other
-compressed checkpoints as well.
+temporary folder, and made layers of 768 x 3072 and larger. Every coding that takes them is
+measured: stored bits, everything counted, over what an adaptive mixing coder would need for the
+same codes (`adaptive_bound.py`), and of models in the coding that `compress` takes also the blocks
+of files and folders on disk over the bytes stored, dense parameters too. With --checkpoint the
+kernels of other compressed checkpoints as well.
 
 Codes without memory (iid) have the zero shares that the paper reports; a model's figure takes both
 of its expert kernels together. There the ceiling for size is the entropy of the codes.
 
 Encoding is timed on the host (all cores), decoding with XLA on JAX's default device, codes and
-bfloat16 weights, one expert a call, experts in turn; the best of several runs after one warm-up. The
-ceiling for decoding is the rate at which the same device writes bfloat16 weights that need no
+bfloat16 weights, one expert a call, experts in turn; the best of several runs after one warm-up.
+The ceiling for decoding is the rate at which the same device writes bfloat16 weights that need no
 decoding (an elementwise pass over as many 2-byte values).
 """
 
@@ -265,7 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Size and speed of the codec.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument(
-        "--checkpoint", nargs="+", type=Path, default=[], help="compressed checkpoints to measure as well"
+        "--checkpoint",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="compressed checkpoints, too",
     )
     arguments = parser.parse_args()
 

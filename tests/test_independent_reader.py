@@ -15,7 +15,7 @@ from independent_reader import DTYPES, Refused
 from test_inspect import write
 
 import qmoe_jax
-from qmoe_jax.checkpoints import names
+from qmoe_jax.checkpoints import names, packed_arrays
 from qmoe_jax.codec.codings import coding_names, validate
 from qmoe_jax.codec.decode import decode_expert_weights
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
@@ -155,9 +155,55 @@ def flip(content):
     return content[:7] + bytes([content[7] ^ 1]) + content[8:]
 
 
-WORDS = ("coded", WI, "arrays", "words")
+def no_pack(folder):
+    shutil.rmtree(folder / "coded/packed")
+
+
+def longer_pack(folder):
+    """Chunks of 2^25 bytes, which is above the limit; no such byte is read."""
+    metadata = other_metadata(shape=[2**25], chunks=[2**25])
+    rewrite("coded/packed/.zarray", metadata)(folder)
+    rewrite("coded/packed/0", lambda content: content.ljust(2**25, b"\0"))(folder)
+
+
+def swapped_places(folder):
+    """Two arrays of one size take each other's place."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    arrays = manifest["coded"][WI]["arrays"]
+    arrays["dictionaries"] = manifest["coded"][OTHER]["arrays"]["dictionaries"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+OTHER = "decoder/layers_1/mlp/expert/wi"
 WORDS_FILE = f"coded/{WI.replace('/', '.')}/words"
 NORM_FILE = f"dense/{NORM.replace('/', '.')}"
+WORDS = ("coded", WI, "arrays", "words")
+PACK_DAMAGE = {
+    "start": edit(*WORDS, "start", to=lambda start: start + 4),
+    "start as a fraction": edit(*WORDS, "start", to=float),
+    "start below 0": edit("dense", "decoder/decoder_norm/scale", "start", to=-2),
+    "start that is true": edit("dense", NORM, "start", to=True),
+    "no start": drop(*WORDS, "start"),
+    "places exchanged": swapped_places,
+    "file": edit(*WORDS, "file", to=WORDS_FILE),
+    "the other pack": edit(*WORDS, "file", to="dense/packed"),
+    "the other pack for dense ones": edit("dense", NORM, "file", to="coded/packed"),
+    "a pack of objects": edit("dense", NORM, "dtype", to="object"),
+    "a checksum": edit(*WORDS, "checksums", 0, 1, to="0" * 64),
+    "a pack without end": edit("dense", NORM, "shape", to=[2**62]),
+    "no pack": no_pack,
+    "no chunk": lambda folder: (folder / "coded/packed/0").unlink(),
+    "no metadata": lambda folder: (folder / "coded/packed/.zarray").unlink(),
+    "a short pack": rewrite(
+        "coded/packed/.zarray", lambda content: json.dumps(shorter(json.loads(content))).encode()
+    ),
+    "two axes": rewrite("coded/packed/.zarray", other_metadata(shape=[9, 9], chunks=[9, 9])),
+    "words as elements": rewrite("coded/packed/.zarray", other_metadata(dtype="<u2")),
+    "chunks above the limit": longer_pack,
+    "a chunk too short": rewrite("coded/packed/0", lambda content: content[:-1]),
+    "a flipped bit": rewrite("coded/packed/0", flip),
+    "a compressed chunk that is none": rewrite("dense/packed/0", lambda content: bytes(96)),
+}
 DAMAGE = {
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "truncated": rewrite("manifest.json", lambda content: content[:-9]),
@@ -217,9 +263,23 @@ DAMAGE = {
 }
 
 
+def shorter(metadata):
+    return metadata | {"shape": [metadata["shape"][0] - 1], "chunks": [metadata["chunks"][0] - 1]}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
+    """Every array in a folder of its own."""
     path = tmp_path_factory.mktemp("small") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_arrays, "PACKED_BYTES", 0)
+        write(path, "tunstall")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "out"
     write(path, "tunstall")
     return path
 
@@ -233,6 +293,44 @@ def test_damage(small, tmp_path, case):
         independent_reader.read_checkpoint(path)
     with pytest.raises((CheckpointError, CodecError)):
         qmoe_jax.load_switch(path)
+
+
+@pytest.mark.parametrize("case", PACK_DAMAGE)
+def test_damage_of_packed_arrays(packed, tmp_path, case):
+    """Both readers refuse it."""
+    path = shutil.copytree(packed, tmp_path / "copy")
+    PACK_DAMAGE[case](path)
+    with pytest.raises(Refused):
+        independent_reader.read_checkpoint(path)
+    with pytest.raises((CheckpointError, CodecError)):
+        qmoe_jax.load_switch(path)
+
+
+def test_packed_or_not(small, packed, tmp_path):
+    """The same parameters; some packed and some not; a pack in other chunks, and longer."""
+    assert {file.name for file in packed.iterdir()} == {"manifest.json", "dense", "coded"}
+    for part in ("dense", "coded"):
+        assert [file.name for file in (packed / part).iterdir()] == ["packed"]
+    expected = independent_reader.read_checkpoint(small)
+    mixed = tmp_path / "mixed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_arrays, "PACKED_BYTES", 200)
+        patch.setattr(packed_arrays, "PACK_CHUNK_BYTES", 64)
+        write(mixed, "tunstall")
+    assert len(list((mixed / "coded/packed").iterdir())) > 2
+    assert (mixed / WORDS_FILE).exists()
+    longer = shutil.copytree(packed, tmp_path / "longer")
+    content = (longer / "coded/packed/0").read_bytes()
+    size = len(content) + 5
+    (longer / "coded/packed/0").write_bytes(gzip.compress(content + b"mine\0"))
+    metadata = other_metadata(shape=[size], chunks=[size], compressor={"id": "gzip", "level": 9})
+    rewrite("coded/packed/.zarray", metadata)(longer)
+    for path in (packed, mixed, longer):
+        assert_same_parameters(path)
+        found = independent_reader.read_checkpoint(path)
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], name)
 
 
 def test_what_readers_must_accept(small, tmp_path):

@@ -74,7 +74,7 @@ DAMAGE = {
     ),
     "dense and coded": (dense_too, "is there twice"),
     "kernels change places": (swap_kernels, "belongs in|rows of"),
-    "arrays change places": (swap_arrays, "belongs in"),
+    "arrays change places": (swap_arrays, "belongs at"),
     "spec": (edit("coded", WI, "spec", drop=True), "spec"),
     "spec lacks a field": (edit("coded", WI, "spec", "coding", drop=True), "fields"),
     "num_experts": (edit("coded", WI, "spec", "num_experts", to=7), "7 experts, but its config 8"),
@@ -171,5 +171,5 @@ def test_kernels_in_groups_that_change_places_are_found(base, tmp_path):
     assert specs[0]["in_features"] == specs[1]["in_features"] == 32
     swap_kernels(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="belongs in"):
+    with pytest.raises(CheckpointError, match="belongs at"):
         qmoe_jax.load_switch(tmp_path / "out")
