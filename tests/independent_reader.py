@@ -617,11 +617,16 @@ def read_manifest(folder: Path) -> dict:
     def no_number(name):
         raise Refused(f"{name} is no number")
 
+    def finite(digits):
+        require(not math.isinf(float(digits)), f"{digits:.40} is infinite")
+        return float(digits)
+
     try:
         manifest = json.loads(
             (folder / "manifest.json").read_bytes().decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=no_number,
+            parse_float=finite,
         )
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"no manifest: {error}") from error

@@ -139,6 +139,7 @@ NO_JSON = {
     "a key twice": (b'{"format": "qmoe_jax", "format": "qmoe_jax"}', "'format' is there twice"),
     "a nested key twice": (b'{"dense": {"a": {}, "a": {}}}', "'a' is there twice"),
     "NaN": (b'{"format": NaN}', "NaN is no number"),
+    "overflow": (b'{"format": 1e309}', "1e309 is too large for a number"),
     "Infinity": (b'{"format": -Infinity}', "-Infinity is no number"),
     "UTF-16": ('{"format": "qmoe_jax"}'.encode("utf-16"), "UnicodeDecodeError"),
     "depth": (b"[" * 100_000, "RecursionError"),

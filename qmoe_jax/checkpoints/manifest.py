@@ -41,13 +41,16 @@ def coded_file(kernel: str, array: str) -> str:
 
 
 def parse_manifest(content: bytes) -> Any:
-    """Parse JSON in UTF-8; keys that are there twice, NaN and Infinity are no JSON.
+    """Parse JSON in UTF-8; keys that are there twice, NaN and what is infinite are no JSON.
 
     Raises:
       ValueError: it is none.
     """
     return json.loads(
-        content.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number
+        content.decode("utf-8"),
+        object_pairs_hook=_without_repeats,
+        parse_constant=_no_number,
+        parse_float=_finite,
     )
 
 
@@ -58,6 +61,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} is there twice in an object")
         found[key] = value
     return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits:.40} is too large for a number")
+    return number
 
 
 def _no_number(name: str) -> Any:
