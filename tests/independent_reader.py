@@ -644,14 +644,17 @@ def check_config(config: dict) -> int:
     require(set(config) == CONFIG_INTEGERS | CONFIG_OTHERS, f"the config has {sorted(config)}")
 
     def integer(value):
-        return type(value) is int and value >= 0
+        return type(value) is int and 0 <= value < 2**63
+
+    def number(value):
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
     for key in CONFIG_INTEGERS:
         require(integer(config[key]), f"{key} is {config[key]!r}")
     require(type(config["tied_logits"]) is bool, "tied_logits")
-    require(type(config["train_capacity_factor"]) in (int, float), "train_capacity_factor")
+    require(number(config["train_capacity_factor"]), "train_capacity_factor")
     factor = config["eval_capacity_factor"]
-    require(factor is None or type(factor) in (int, float), "eval_capacity_factor")
+    require(factor is None or number(factor), "eval_capacity_factor")
     activations = config["mlp_activations"]
     named = isinstance(activations, list) and all(isinstance(name, str) for name in activations)
     require(named and len(activations) in (1, 2), f"mlp_activations are {activations!r:.60}")
