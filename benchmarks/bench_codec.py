@@ -1,18 +1,29 @@
-"""Size and speed of the codec on the shapes of the QMoE paper, with iid codes, or on real codes.
+"""Size and speed of the codec: on codes of real quantization, and iid on the QMoE paper's shapes.
 
     python benchmarks/bench_codec.py [--json PATH] [--checkpoint COMPRESSED ...]
 
-A model's figure takes both of its expert kernels together. Encoding is timed on the host (all
-cores), decoding with XLA on JAX's default device, codes and bfloat16 weights, one expert a call,
-experts in turn; the best of several runs after one warm-up. Ceilings: for size the entropy of the
-codes, for decoding the rate at which the same device writes bfloat16 weights that need no decoding
-(an elementwise pass over as many 2-byte values). With --checkpoint the codes of compressed
-checkpoints are stored anew in every coding that takes them.
+Real codes (`real_codes.py`): all expert kernels of models, which are compressed for it into a
+temporary folder, and made layers of 768 x 3072 and larger. Every coding that takes them is
+measured: stored bits, everything counted, over what an adaptive mixing coder would need for the
+same codes (`adaptive_bound.py`), and of models in the coding that `compress` takes also the blocks
+of files and folders on disk over the bytes stored, dense parameters too. With --checkpoint the
+kernels of other compressed checkpoints as well.
+
+Codes without memory (iid) have the zero shares that the paper reports; a model's figure takes both
+of its expert kernels together. There the ceiling for size is the entropy of the codes.
+
+Encoding is timed on the host (all cores), decoding with XLA on JAX's default device, codes and
+bfloat16 weights, one expert a call, experts in turn; the best of several runs after one warm-up.
+The ceiling for decoding is the rate at which the same device writes bfloat16 weights that need no
+decoding (an elementwise pass over as many 2-byte values).
 """
 
 import argparse
+import itertools
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +31,25 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from adaptive_bound import KINDS, bound_bits
 from machine import machine_facts
+from real_codes import MODELS, Kernel, kernels_of, made_kernels, signed_codes
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.decode import decode_expert, decode_expert_weights, device_arrays
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.stats import bits
+from qmoe_jax.codec.stats import bits, bits_by_part
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.formatting import format_row
 
+GRIDS = ("lattice", "ternary")
+"""Grids to which models are quantized."""
+
 # (out, in) of the expert kernels, the codes' zero share, and the compression of the experts that
 # the QMoE paper reports (arXiv 2310.16795, table 5).
-MODELS = {
+PAPER_MODELS = {
     "base128": (((768, 3072), (3072, 768)), 0.857, 17.06),
     "large128": (((1024, 4096), (4096, 1024)), 0.864, 18.34),
     "c2048": (((2080, 6144), (6144, 2080)), 0.886, 20.07),
@@ -58,6 +74,21 @@ COLUMNS = {
     "decode_codes": "codes Mw/s",
     "decode_weights": "weights Mw/s",
     "ceiling": "ceiling Mw/s",
+}
+REAL_COLUMNS = {
+    "model": "codes of",
+    "coding": "coding",
+    "zero_share": "zeros",
+    "codes": "codes b/w",
+    "levels": "levels b/w",
+    "offsets": "lengths b/w",
+    "total": "total b/w",
+    "bound": "bound b/w",
+    "of_bound": "over bound",
+    "disk": "disk over",
+    "encode": "encode Mw/s",
+    "decode_codes": "codes Mw/s",
+    "decode_weights": "weights Mw/s",
 }
 WIDTH = 13  # of a column
 Result = dict[str, Any]
@@ -89,7 +120,9 @@ def iid_codes(
     return codes, levels.astype(ml_dtypes.bfloat16)
 
 
-def time_kernel(coding: str, codes: np.ndarray, levels: np.ndarray) -> tuple[CodedTensor, Result]:
+def time_kernel(
+    coding: str, codes: np.ndarray, levels: Any, *, has_ceiling: bool = True
+) -> tuple[CodedTensor, Result]:
     """The coded tensor, and seconds for all of its experts."""
     experts, rows, width = codes.shape
     coded = encode(codes, levels, coding)
@@ -100,14 +133,16 @@ def time_kernel(coding: str, codes: np.ndarray, levels: np.ndarray) -> tuple[Cod
         decoded = np.asarray(decode(coded.spec, arrays, expert))
         if not np.array_equal(decoded, codes[expert]):
             raise SystemExit(f"{coding} {rows}x{width}: expert {expert} decodes to other codes.")
-    plain = jnp.zeros((experts, rows, width), jnp.bfloat16)
-    copy = jax.jit(lambda plain, expert: plain[expert] + 1)
-    return coded, {
+    times = {
         "encode": best_seconds(lambda _: encode(codes, levels, coding), 3),
         "decode_codes": experts * best_seconds(lambda e: decode(coded.spec, arrays, e)),
         "decode_weights": experts * best_seconds(lambda e: weights(coded.spec, arrays, e)),
-        "ceiling": experts * best_seconds(lambda e: copy(plain, e)),
     }
+    if has_ceiling:
+        plain = jnp.zeros((experts, rows, width), jnp.bfloat16)
+        copy = jax.jit(lambda plain, expert: plain[expert] + 1)
+        times["ceiling"] = experts * best_seconds(lambda e: copy(plain, e))
+    return coded, times
 
 
 def summary(coded: list[CodedTensor]) -> Result:
@@ -127,7 +162,7 @@ def summary(coded: list[CodedTensor]) -> Result:
 
 def measure_model(model: str, coding: str) -> Result:
     """Both kernels of a model with iid codes: size and speed."""
-    shapes, zero_share, paper = MODELS[model]
+    shapes, zero_share, paper = PAPER_MODELS[model]
     num_symbols = codings.get_coding(coding).num_symbols
     tensors: list[CodedTensor] = []
     seconds: dict[str, float] = {}
@@ -146,23 +181,76 @@ def measure_model(model: str, coding: str) -> Result:
     }
 
 
-def measure_checkpoint(path: str) -> Iterator[Result]:
-    """All kernels of a compressed checkpoint, in every coding that takes their codes: size."""
+def measure_real(name: str, coding: str, kernels: list[Kernel]) -> Result:
+    """Size and speed of kernels of one model or shape, beside the bound."""
+    weights = sum(kernel.codes.size for kernel in kernels)
+    parts: dict[str, int] = {}
+    bound = np.zeros(len(KINDS))
+    coded: list[CodedTensor] = []
+    seconds: dict[str, float] = {}
+    for kernel in kernels:
+        tensor, times = time_kernel(coding, kernel.codes, kernel.levels, has_ceiling=False)
+        coded.append(tensor)
+        seconds = {key: seconds.get(key, 0.0) + each for key, each in times.items()}
+        for part, count in bits_by_part(tensor).items():
+            parts[part] = parts.get(part, 0) + count
+        bound += bound_bits(*signed_codes(kernel))
+    sizes = summary(coded)
+    return {
+        "model": name,
+        "coding": coding,
+        "zero_share": sum(bits(c)["zero_share"] * c.spec.num_weights for c in coded) / weights,
+        **sizes,
+        "bound": float(bound.sum()) / weights,
+        "of_bound": sizes["total"] * weights / float(bound.sum()),
+        "parts": {part: count / weights for part, count in parts.items()},
+        "bound_by_kind": dict(zip(KINDS, (bound / weights).tolist(), strict=True)),
+        **{key: weights / each / 1e6 for key, each in seconds.items()},
+    }
+
+
+def measure_checkpoint(name: str, path: Path) -> Iterator[Result]:
+    """All kernels of a compressed checkpoint, in every coding that takes their codes."""
     checkpoint = open_compressed_checkpoint(path)
-    stored = [checkpoint.read_coded(name) for name in checkpoint.specs]
-    decode = jax.jit(decode_expert, static_argnums=0)
-    decoded = []
-    for tensor in stored:
-        arrays, experts = device_arrays(tensor), range(tensor.spec.num_experts)
-        decoded.append(np.stack([np.asarray(decode(tensor.spec, arrays, e)) for e in experts]))
-    num_symbols = {codings.get_coding(tensor.spec.coding).num_symbols for tensor in stored}
-    for coding in codings.coding_names():
-        if num_symbols == {codings.get_coding(coding).num_symbols}:
-            again = [
-                encode(codes, tensor.arrays["levels"], coding)
-                for codes, tensor in zip(decoded, stored, strict=True)
-            ]
-            yield {"model": Path(path).name, "coding": coding, **summary(again)}
+    kernels = list(kernels_of(checkpoint))
+    grids = {codings.get_coding(kernel.coding).grid for kernel in kernels}
+    for grid in grids:
+        own = [k for k in kernels if codings.get_coding(k.coding).grid == grid]
+        for coding in codings.codings_of_grid(grid):
+            result = measure_real(name, coding, own)
+            if {coding} == {kernel.coding for kernel in kernels}:
+                result |= on_disk(path, checkpoint.container_bytes())
+            yield result
+
+
+def on_disk(path: Path, container: int) -> Result:
+    """Bytes of blocks that a folder takes, over those of the arrays in it as they are stored."""
+    entries = [path, *path.rglob("*")]
+    contents = sum(entry.stat().st_size for entry in entries if entry.is_file()) - container
+    blocks = sum(512 * entry.stat().st_blocks for entry in entries)
+    return {
+        "files": sum(entry.is_file() for entry in entries),
+        "stored_bytes": contents,
+        "container_bytes": container,
+        "disk_bytes": blocks,
+        "disk": blocks / contents,
+    }
+
+
+def measure_models() -> Iterator[Result]:
+    """Compress every model to every grid, and measure its kernels."""
+    for model, compress_model in MODELS.items():
+        for grid in GRIDS:
+            with tempfile.TemporaryDirectory() as folder:
+                compress_model(Path(folder) / "out", grid)
+                os.sync()  # blocks are known when files are written
+                yield from measure_checkpoint(model, Path(folder) / "out")
+
+
+def measure_layers() -> Iterator[Result]:
+    for kernel in made_kernels(NUM_EXPERTS):
+        for coding in codings.codings_of_grid(codings.get_coding(kernel.coding).grid):
+            yield measure_real(kernel.name, coding, [kernel])
 
 
 def as_cell(value: str | float | None) -> str:
@@ -177,27 +265,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Size and speed of the codec.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument(
-        "--checkpoint", nargs="+", default=[], help="compressed checkpoints to measure as well"
+        "--checkpoint",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="compressed checkpoints, too",
     )
     arguments = parser.parse_args()
 
     machine = machine_facts()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print("b/w: bits a weight; Mw/s: million weights a second\n")
-    widths = [max(WIDTH, len(title)) for title in COLUMNS.values()]
-    print(format_row(list(COLUMNS.values()), widths))
-    results: dict[str, list[Result]] = {"iid": [], "checkpoints": []}
+    print("b/w: bits a weight; Mw/s: million weights a second")
+    results: dict[str, list[Result]] = {}
 
-    def add(kind: str, result: Result) -> None:
-        results[kind].append(result)
-        print(format_row([as_cell(result.get(name)) for name in COLUMNS], widths), flush=True)
+    def table(kind: str, columns: dict[str, str], found: Iterable[Result]) -> None:
+        widths = [max(WIDTH, len(title)) for title in columns.values()]
+        print(f"\n{kind}\n{format_row(list(columns.values()), widths)}")
+        results[kind] = []
+        for result in found:
+            results[kind].append(result)
+            print(format_row([as_cell(result.get(name)) for name in columns], widths), flush=True)
 
-    for coding in codings.coding_names():
-        for model in MODELS:
-            add("iid", measure_model(model, coding))
-    for path in arguments.checkpoint:
-        for result in measure_checkpoint(path):
-            add("checkpoints", result)
+    table("models", REAL_COLUMNS, measure_models())
+    if arguments.checkpoint:
+        others = (measure_checkpoint(path.name, path) for path in arguments.checkpoint)
+        table("checkpoints", REAL_COLUMNS, itertools.chain.from_iterable(others))
+    table("layers", REAL_COLUMNS, measure_layers())
+    pairs = itertools.product(codings.coding_names(), PAPER_MODELS)
+    # Independent codes say nothing of a coding by columns.
+    iid = (c for c in pairs if codings.get_coding(c[0]).grid != "lattice")
+    table("iid", COLUMNS, (measure_model(model, coding) for coding, model in iid))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, {"machine": machine, **results}, indent=2)

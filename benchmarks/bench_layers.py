@@ -60,24 +60,26 @@ class Outcome(NamedTuple):
     zeros: float
 
 
-def make_layer(num_in: int, num_out: int, kind: str, seed: int) -> Layer:
+def make_layer(
+    num_in: int, num_out: int, kind: str, seed: int, num_experts: int = NUM_EXPERTS
+) -> Layer:
     """Weights whose rows and columns differ in scale; inputs with a power-law spectrum."""
     keys = jax.random.split(jax.random.key(seed), 6)
-    kernels = jax.random.normal(keys[0], (NUM_EXPERTS, num_in, num_out)) / num_in**0.5
-    kernels *= jnp.exp(0.25 * jax.random.normal(keys[1], (NUM_EXPERTS, num_in, 1)))
-    kernels *= jnp.exp(0.2 * jax.random.normal(keys[2], (NUM_EXPERTS, 1, num_out)))
-    mixing = jax.random.normal(keys[3], (NUM_EXPERTS, num_in, num_in)) / num_in**0.5
+    kernels = jax.random.normal(keys[0], (num_experts, num_in, num_out)) / num_in**0.5
+    kernels *= jnp.exp(0.25 * jax.random.normal(keys[1], (num_experts, num_in, 1)))
+    kernels *= jnp.exp(0.2 * jax.random.normal(keys[2], (num_experts, 1, num_out)))
+    mixing = jax.random.normal(keys[3], (num_experts, num_in, num_in)) / num_in**0.5
     spectrum = jnp.arange(1, num_in + 1, dtype=jnp.float32) ** -0.5
 
     @jax.jit
     def make_tokens(key: jax.Array) -> jax.Array:
         one, other = jax.random.split(key)
-        tokens = (jax.random.normal(one, (NUM_EXPERTS, CHUNK, num_in)) * spectrum) @ mixing
+        tokens = (jax.random.normal(one, (num_experts, CHUNK, num_in)) * spectrum) @ mixing
         tokens += 0.02 * jax.random.normal(other, tokens.shape)
         return jax.nn.relu(tokens) if kind == "rectified" else tokens
 
-    state = init_hessian(NUM_EXPERTS, num_in)
-    mask = jnp.ones((NUM_EXPERTS, CHUNK), bool)
+    state = init_hessian(num_experts, num_in)
+    mask = jnp.ones((num_experts, CHUNK), bool)
     for key in jax.random.split(keys[4], TOKENS_A_WEIGHT_ROW * num_in // CHUNK):
         state = update_hessian(state, make_tokens(key), mask)
     unseen = [make_tokens(key) for key in jax.random.split(keys[5], HELD_OUT // CHUNK)]

@@ -111,6 +111,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     """Return a JSON value as the Python value of a field whose annotation is `kind`."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     is_list = isinstance(value, (list, tuple))
+    if is_int and abs(value) >= 2**63:
+        raise CheckpointError(f"the config's {name} is {value!s:.40}, expected less than 2^63")
     if kind is int and is_int and value >= 0:
         return value
     if kind is bool and isinstance(value, bool):
@@ -119,7 +121,11 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return None
     if kind in (float, float | None) and (is_int or isinstance(value, float)):
         return float(value)
-    if kind == tuple[int, ...] and is_list and all(type(v) is int and v >= 0 for v in value):
+    if (
+        kind == tuple[int, ...]
+        and is_list
+        and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    ):
         return tuple(value)
     if kind == tuple[str, ...] and is_list and value and all(isinstance(v, str) for v in value):
         return tuple(value)

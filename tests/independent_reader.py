@@ -585,22 +585,24 @@ def read_checkpoint(folder) -> dict[str, np.ndarray]:
     require(not kernels & set(dense), "a kernel is there twice")
     require(kernels | set(dense) == set(shapes), "the parameters are not those of the config")
     found = {}
-    for name, description in dense.items():
+    stop = 0
+    for name, description in sorted(dense.items()):
         file = f"dense/{name.replace('/', '.')}"
-        array = read_array(folder, file, description)
+        array, stop = read_array(folder, file, description, stop)
         require(array.shape == shapes[name], f"{name} has shape {array.shape}, not {shapes[name]}")
         found[name] = array
-    for kernel, tensor in coded.items():
+    stop = 0
+    for kernel, tensor in sorted(coded.items()):
         require(isinstance(tensor, dict) and set(tensor) == {"spec", "arrays"}, f"{kernel}: keys")
         _, experts, rows, width, _ = check_spec(tensor["spec"])
         n, num_in, num_out = shapes[f"{kernel}/kernel"]
         fits = experts == n and num_in % width == 0 and rows * width == num_out * num_in
         require(fits, f"the spec of {kernel} does not fit its config")
         require(isinstance(tensor["arrays"], dict), f"the arrays of {kernel} are no object")
-        arrays = {
-            name: read_array(folder, f"coded/{kernel.replace('/', '.')}/{name}", description)
-            for name, description in tensor["arrays"].items()
-        }
+        arrays = {}
+        for name, description in sorted(tensor["arrays"].items()):
+            file = f"coded/{kernel.replace('/', '.')}/{name}"
+            arrays[name], stop = read_array(folder, file, description, stop)
         _, weights = read_tensor(tensor["spec"], arrays)
         # Groups of a row follow each other, so that rows of whole outputs are only a reshape away.
         found[f"{kernel}/kernel"] = weights.reshape(n, num_out, num_in).swapaxes(1, 2)
@@ -615,11 +617,16 @@ def read_manifest(folder: Path) -> dict:
     def no_number(name):
         raise Refused(f"{name} is no number")
 
+    def finite(digits):
+        require(not math.isinf(float(digits)), f"{digits:.40} is infinite")
+        return float(digits)
+
     try:
         manifest = json.loads(
             (folder / "manifest.json").read_bytes().decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=no_number,
+            parse_float=finite,
         )
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"no manifest: {error}") from error
@@ -637,14 +644,17 @@ def check_config(config: dict) -> int:
     require(set(config) == CONFIG_INTEGERS | CONFIG_OTHERS, f"the config has {sorted(config)}")
 
     def integer(value):
-        return type(value) is int and value >= 0
+        return type(value) is int and 0 <= value < 2**63
+
+    def number(value):
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
     for key in CONFIG_INTEGERS:
         require(integer(config[key]), f"{key} is {config[key]!r}")
     require(type(config["tied_logits"]) is bool, "tied_logits")
-    require(type(config["train_capacity_factor"]) in (int, float), "train_capacity_factor")
+    require(number(config["train_capacity_factor"]), "train_capacity_factor")
     factor = config["eval_capacity_factor"]
-    require(factor is None or type(factor) in (int, float), "eval_capacity_factor")
+    require(factor is None or number(factor), "eval_capacity_factor")
     activations = config["mlp_activations"]
     named = isinstance(activations, list) and all(isinstance(name, str) for name in activations)
     require(named and len(activations) in (1, 2), f"mlp_activations are {activations!r:.60}")
@@ -697,10 +707,16 @@ def parameter_shapes(config: dict) -> tuple[dict, dict]:
     return dense, expert
 
 
-def read_array(folder: Path, file: str, description) -> np.ndarray:
-    """An array of a checkpoint, by its description in the manifest."""
+def read_array(folder: Path, file: str, description, stop: int) -> tuple[np.ndarray, int]:
+    """An array of a checkpoint, by its description; where the packed ones up to it end."""
     require(isinstance(description, dict), f"{file} is described by {description!r:.60}")
     keys = {"file", "dtype", "shape", "checksums"}
+    packed = "start" in description
+    if packed:
+        keys |= {"start"}
+        file = file.split("/")[0] + "/packed"
+        start = description["start"]
+        require(type(start) is int and start == stop, f"start is {start!r}, not {stop}")
     require(set(description) == keys, f"{file} is described by {sorted(description)}")
     require(description["file"] == file, f"{description['file']!r} should be {file}")
     name, shape = description["dtype"], description["shape"]
@@ -716,21 +732,35 @@ def read_array(folder: Path, file: str, description) -> np.ndarray:
     stops = [pair[0] for pair in checksums]
     require(stops[0] >= 0 and all(a < b for a, b in itertools.pairwise(stops)), f"{file}: stops")
     require(stops[-1] == (shape[0] if shape else 1), f"{file} has checksums up to {stops[-1]}")
-    array = read_zarr(folder / file, DTYPES[name], shape)
+    if packed:
+        stop += math.prod(shape) * DTYPES[name].itemsize
+        require(stop < 2**60, f"{file} would end at byte {stop}")
+        data = read_zarr(folder / file, np.dtype(np.uint8), [stop], packed=True)
+        array = data[description["start"] : stop].view(DTYPES[name]).reshape(shape)
+    else:
+        array = read_zarr(folder / file, DTYPES[name], shape)
     start = 0
-    for stop, digest in checksums:
-        part = np.atleast_1d(array)[start:stop]
+    for stop_of_part, digest in checksums:
+        part = np.atleast_1d(array)[start:stop_of_part]
         require(hashlib.sha256(part.tobytes()).hexdigest() == digest, f"{file} is altered")
-        start = stop
-    return array
+        start = stop_of_part
+    return array, stop
 
 
-def read_zarr(path: Path, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+def read_zarr(path: Path, dtype: np.dtype, shape: list[int], packed: bool = False) -> np.ndarray:
+    """An array on disk; of packed arrays, which may have more bytes, as many as `shape` says."""
     try:
         metadata = json.loads((path / ".zarray").read_bytes())
     except (OSError, ValueError) as error:
         raise Refused(f"{path}: {error}") from error
     require(isinstance(metadata, dict), f"{path}: .zarray")
+    wanted = shape
+    if packed:
+        shape, chunks = metadata.get("shape"), metadata.get("chunks")
+        one_axis = isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int
+        require(one_axis and shape[0] >= wanted[0], f"{path} has the shape {shape}, not {wanted}")
+        short = isinstance(chunks, list) and all(type(n) is int and n <= 2**24 for n in chunks)
+        require(short, f"{path} has the chunks {chunks}")
     require(metadata.get("zarr_format") == 2 and metadata.get("shape") == shape, f"{path}: shape")
     stored = "bfloat16" if dtype == BFLOAT16 else dtype.str
     require(metadata.get("dtype") == stored, f"{path} is {metadata.get('dtype')}, not {stored}")
@@ -746,8 +776,8 @@ def read_zarr(path: Path, dtype: np.dtype, shape: list[int]) -> np.ndarray:
     fit = all(n <= max(1, length) for n, length in zip(chunks, shape, strict=True))
     require(fit, f"{path} has chunks of {chunks}, the array is {shape}")
     size = math.prod(chunks) * dtype.itemsize
-    array = np.zeros(shape, dtype)
-    grid = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
+    array = np.zeros(wanted, dtype)
+    grid = [-(-length // chunk) for length, chunk in zip(wanted, chunks, strict=True)]
     for index in itertools.product(*map(range, grid)):
         file = path / (".".join(map(str, index)) or "0")
         try:
@@ -759,6 +789,6 @@ def read_zarr(path: Path, dtype: np.dtype, shape: list[int]) -> np.ndarray:
         chunk = np.frombuffer(data, dtype).reshape(chunks)
         starts = [i * n for i, n in zip(index, chunks, strict=True)]
         where = tuple(slice(a, a + n) for a, n in zip(starts, chunks, strict=True))
-        inside = tuple(slice(0, length - a) for a, length in zip(starts, shape, strict=True))
+        inside = tuple(slice(0, length - a) for a, length in zip(starts, wanted, strict=True))
         array[where] = chunk[inside]
     return array

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from command import command
 from factories import CALIBRATION, shortened
+from stored_files import change_coded, flipped
 
 import qmoe_jax
 from qmoe_jax.checkpoints import dequantize as library
@@ -186,8 +187,7 @@ def test_bad_input_is_one_line(compressed, native, tmp_path, capsys, arguments, 
 
 def test_altered_codes_leave_nothing_behind(compressed, tmp_path):
     copy = shutil.copytree(compressed("base"), tmp_path / "checkpoint_77")
-    (chunk,) = (copy / "coded" / "encoder.layers_1.mlp.expert.wi" / "levels").glob("0*")
-    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    change_coded(copy, "encoder/layers_1/mlp/expert/wi", "levels", flipped)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
         dequantize_checkpoint(copy, tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []

@@ -79,12 +79,13 @@ def loss_of(module, variables):
 
 
 def code_files(checkpoint):
-    """The bytes of all arrays of codes but levels, by path."""
-    folder = Path(checkpoint) / "coded"
+    """The bytes of all arrays of codes but levels, by kernel and name."""
+    found = open_compressed_checkpoint(checkpoint)
     return {
-        path.relative_to(folder): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "levels" not in path.parts
+        (kernel, name): array.tobytes()
+        for kernel in found.specs
+        for name, array in found.read_coded(kernel).arrays.items()
+        if name != "levels"
     }
 
 

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from command import command
+from stored_files import change_coded, flipped
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
@@ -149,8 +150,8 @@ def test_bits_by_part(tmp_path, coding, capsys):
 def test_damaged_metadata(tmp_path, damaged):
     write(tmp_path / "compressed")
     checkpoint = open_compressed_checkpoint(tmp_path / "compressed")
-    (tmp_path / "compressed/dense/encoder.encoder_norm.scale/.zarray").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"encoder_norm.scale/.zarray is missing or damaged"):
+    (tmp_path / "compressed/dense/packed/.zarray").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"dense/packed/.zarray is missing or damaged"):
         checkpoint.container_bytes()
 
 
@@ -191,7 +192,7 @@ def test_mistakes_end_in_a_message(tmp_path, capsys):
     assert command("inspect")([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     write(tmp_path / "compressed")
-    (tmp_path / "compressed/coded/encoder.layers_1.mlp.expert.wi/levels/0.0.0").write_bytes(b"")
+    change_coded(tmp_path / "compressed", "encoder/layers_1/mlp/expert/wi", "levels", flipped)
     assert command("inspect")([str(tmp_path / "compressed")]) == 2
     assert "encoder/layers_1/mlp/expert/wi/levels" in capsys.readouterr().err
 

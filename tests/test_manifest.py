@@ -74,7 +74,7 @@ DAMAGE = {
     ),
     "dense and coded": (dense_too, "is there twice"),
     "kernels change places": (swap_kernels, "belongs in|rows of"),
-    "arrays change places": (swap_arrays, "belongs in"),
+    "arrays change places": (swap_arrays, "belongs at"),
     "spec": (edit("coded", WI, "spec", drop=True), "spec"),
     "spec lacks a field": (edit("coded", WI, "spec", "coding", drop=True), "fields"),
     "num_experts": (edit("coded", WI, "spec", "num_experts", to=7), "7 experts, but its config 8"),
@@ -139,6 +139,7 @@ NO_JSON = {
     "a key twice": (b'{"format": "qmoe_jax", "format": "qmoe_jax"}', "'format' is there twice"),
     "a nested key twice": (b'{"dense": {"a": {}, "a": {}}}', "'a' is there twice"),
     "NaN": (b'{"format": NaN}', "NaN is no number"),
+    "overflow": (b'{"format": 1e309}', "1e309 is too large for a number"),
     "Infinity": (b'{"format": -Infinity}', "-Infinity is no number"),
     "UTF-16": ('{"format": "qmoe_jax"}'.encode("utf-16"), "UnicodeDecodeError"),
     "depth": (b"[" * 100_000, "RecursionError"),
@@ -171,5 +172,5 @@ def test_kernels_in_groups_that_change_places_are_found(base, tmp_path):
     assert specs[0]["in_features"] == specs[1]["in_features"] == 32
     swap_kernels(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="belongs in"):
+    with pytest.raises(CheckpointError, match="belongs at"):
         qmoe_jax.load_switch(tmp_path / "out")

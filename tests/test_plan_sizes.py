@@ -8,6 +8,7 @@ from plan_factories import PAPER_SIZES, T5X_DOCUMENTATION, facts
 
 import qmoe_jax
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
+from qmoe_jax.checkpoints.inspection import inspect_checkpoint
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.stats import bits
@@ -128,6 +129,31 @@ def test_the_plan_s_size_is_that_of_a_real_run(golden_checkpoint, tmp_path, meth
     assert size.expert_weights == weights
     assert size.dense == stored["dense"]
     assert size.experts == pytest.approx(stored["coded"], rel=0.03)
+    # By part: levels and lengths as exactly as arrays can be counted.
+    found = inspect_checkpoint(tmp_path / "out")
+    real = dict.fromkeys(sizes.PARTS, 0)
+    for part in found["experts"]["parts"]:
+        real[part["name"] if part["name"] == "signs" else part["kind"]] += part["bits"] / 8
+    assert sum(size.parts.values()) == pytest.approx(size.experts, abs=4)
+    assert size.parts["levels"] == pytest.approx(real["levels"], rel=0.01)
+    assert size.parts["lengths"] == pytest.approx(real["lengths"], rel=0.03)
+    assert size.parts["signs"] == pytest.approx(real["signs"], rel=0.06)
+    assert size.container == pytest.approx(found["container"], rel=0.15)
+
+
+def test_parts_of_a_size_that_is_given():
+    """A target: steps are counted, the codes are what is left of it."""
+    settings = CompressionSettings(grid="lattice", target_bits_per_weight=0.5)
+    model = facts("switch_base_128")
+    zeros = {"lattice": sizes.zero_share(model.config, "lattice", 0.5)}
+    size = sizes.compressed_size(model.config, model.shapes, model.dtypes, settings, zeros)
+    assert 8 * size.experts / size.expert_weights == pytest.approx(0.5)
+    assert sum(size.parts.values()) == pytest.approx(size.experts, abs=4)
+    embed, mlp = model.config.embed_dim, model.config.expert_mlp_dim
+    kernels = 2 * model.config.num_experts * len(model.config.sparse_layers)
+    # A byte for each input of each kernel, and of an expert 8 bases and an origin.
+    assert size.parts["levels"] == kernels * ((embed + mlp) / 2 + 12)
+    assert size.parts["codes"] > size.parts["signs"] > size.parts["levels"] > size.parts["lengths"]
 
 
 def test_an_unknown_name_names_the_nearest():

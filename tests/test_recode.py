@@ -8,6 +8,7 @@ import pytest
 from canary import tree
 from command import command, refusal
 from factories import CALIBRATION, TERNARY, same_tree, shortened
+from stored_files import change_coded, flipped
 
 import qmoe_jax
 from qmoe_jax.checkpoints import recode
@@ -101,10 +102,7 @@ def test_stopped_and_started_again(gptq, tmp_path, monkeypatch):
 
 def test_damage_is_found_before_it_is_stored_anew(gptq, tmp_path, monkeypatch):
     shutil.copytree(gptq[0], tmp_path / "damaged")
-    (chunk,) = (tmp_path / "damaged" / "coded").glob("encoder*layers_1*wi/words/0")
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    change_coded(tmp_path / "damaged", "encoder/layers_1/mlp/expert/wi", "words", flipped)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
         recode_checkpoint(tmp_path / "damaged", tmp_path / "out", "qmoe", progress=False)
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,8 @@ from factories import CALIBRATION, TERNARY, same_tree
 from markers import slow
 
 import qmoe_jax
+from qmoe_jax.checkpoints import compressed_writer
+from qmoe_jax.checkpoints.compressed_writer import CompressedCheckpointWriter
 from qmoe_jax.errors import CheckpointError
 from qmoe_jax.pipeline import expert_layer
 
@@ -28,6 +30,24 @@ def stop_after(monkeypatch, num_batches):
         return compute(*arguments)
 
     monkeypatch.setattr(expert_layer, "quantize_batch", counting)
+
+
+def stop_finish_after(monkeypatch, last):
+    """Fall over before the manifest is written, or when so many packed arrays lost their folder."""
+
+    def stop(*_):
+        raise Stopped
+
+    def remove(folder, names):
+        if "packed" in names[0]:
+            return removed(folder, names)
+        removed(folder, names[:last])
+        raise Stopped
+
+    removed = compressed_writer.remove_arrays
+    monkeypatch.setattr(compressed_writer, "remove_arrays", remove)
+    if not last:
+        monkeypatch.setattr(CompressedCheckpointWriter, "_write_manifest", stop)
 
 
 class TestResume:
@@ -108,6 +128,20 @@ class TestResume:
         chunk.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"wi/words .* does not match its checksum"):
             qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
+
+    def test_stopped_while_arrays_are_packed(self, base, gptq, tmp_path, monkeypatch):
+        """Behind the first pack, then with some of the folders gone: the same bytes at last."""
+        path = tmp_path / "out"
+        for last in (0, 3):
+            with monkeypatch.context() as patch:
+                stop_finish_after(patch, last)
+                with pytest.raises(Stopped):
+                    qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
+            assert (path.with_name("out.partial") / "dense/packed").exists()
+            assert (path.with_name("out.partial") / "manifest.json").exists() == (last > 0)
+        report = qmoe_jax.compress(base, path, CALIBRATION, **TERNARY)
+        assert report.num_replayed == 12
+        assert same_tree(path, gptq[0])
 
     def test_a_damaged_journal_entry_is_named(self, base, tmp_path, monkeypatch):
         path = tmp_path / "out"

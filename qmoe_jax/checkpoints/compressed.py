@@ -1,9 +1,11 @@
-"""The compressed checkpoint: one zarr array per stored tensor, and a manifest written last.
+"""The compressed checkpoint: zarr arrays, and a manifest written last (codec/FORMAT.md).
 
     PATH/
       manifest.json            format version, geometry, every array's dtype, shape and checksums
-      dense/<parameter>        parameters kept as they are, zarr
-      coded/<kernel>/<array>   the arrays of a coded expert kernel (codec/FORMAT.md), zarr
+      dense/<parameter>        a parameter kept as it is
+      dense/packed             the small ones of them, one after another, as bytes
+      coded/<kernel>/<array>   an array of a coded expert kernel
+      coded/packed             the small ones of these
 
 A local checkpoint is written to `PATH.partial` and renamed when it is whole; on gs:// the manifest
 is what makes it whole. Nothing in it depends on time, place or thread order: equal inputs give
@@ -26,6 +28,7 @@ from qmoe_jax.checkpoints.manifest import (
     check_manifest,
     parse_manifest,
 )
+from qmoe_jax.checkpoints.packed_arrays import PACK_CHUNK_BYTES
 from qmoe_jax.checkpoints.storage import Folder, open_folder
 from qmoe_jax.checkpoints.stored_arrays import (
     entry_bytes,
@@ -99,11 +102,14 @@ class CompressedCheckpoint:
         Raises:
           CheckpointError: an array's metadata are missing or no JSON.
         """
-        total = self._manifest_bytes
         entries = list(self._manifest["dense"].values())
         for tensor in self._manifest["coded"].values():
             entries += tensor["arrays"].values()
-        return total + sum(overhead_bytes(self._folder, entry) for entry in entries)
+        folders: dict[str, list[Mapping[str, Any]]] = {}
+        for entry in entries:
+            folders.setdefault(entry["file"], []).append(entry)
+        overhead = (overhead_bytes(self._folder, own) for own in folders.values())
+        return self._manifest_bytes + sum(overhead)
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes stored for `dense` parameters and `coded` kernels."""
@@ -122,7 +128,7 @@ def is_compressed_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 def _find_manifest(path: str | os.PathLike[str]) -> tuple[Folder, bytes | None]:
     """Return the folder of a compressed checkpoint, and its manifest; None where there is none."""
-    folder = open_folder(path)
+    folder = open_folder(path, cache_bytes=2 * PACK_CHUNK_BYTES)  # packed arrays share chunks
     content = folder.read("manifest.json")
     if content is not None or not _may_have_steps(folder):
         return folder, content

@@ -3,6 +3,7 @@
 `checkpoints.compressed` describes what is written.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,17 @@ import numpy as np
 import tensorstore as ts
 
 from qmoe_jax.checkpoints.compressed_parts import read_experts
-from qmoe_jax.checkpoints.manifest import FORMAT, FORMAT_VERSION, coded_file, dense_file
+from qmoe_jax.checkpoints.manifest import (
+    CODED_PACK,
+    DENSE_PACK,
+    FORMAT,
+    FORMAT_VERSION,
+    check_manifest,
+    coded_file,
+    dense_file,
+    parse_manifest,
+)
+from qmoe_jax.checkpoints.packed_arrays import pack, remove_arrays, unpack
 from qmoe_jax.checkpoints.storage import Folder, kvstore_spec, open_folder, short_message
 from qmoe_jax.checkpoints.stored_arrays import (
     ArrayPartWriter,
@@ -83,6 +94,8 @@ class CompressedCheckpointWriter:
         self._dense: dict[str, dict[str, Any]] = {}
         self._coded: dict[str, dict[str, Any]] = {}
         self._outlines: dict[str, CodedOutline] = {}
+        if self._output is not None and is_primary:
+            self._undo_finish()
 
     @property
     def work_folder(self) -> str | None:
@@ -213,14 +226,35 @@ class CompressedCheckpointWriter:
           config: geometry and routing.
           compression: how it was made; JSON, without times or machine paths.
         """
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "config": config.to_json(),
-            "compression": dict(compression),
-            "dense": dict(sorted(self._dense.items())),
-            "coded": dict(sorted(self._coded.items())),
-        }
+        dense, coded = dict(sorted(self._dense.items())), dict(sorted(self._coded.items()))
+        names = [dense_file(name) for name in dense]
+        packed = pack(self.folder, DENSE_PACK, list(dense.values()), compressed=True)
+        dense = dict(zip(dense, packed, strict=True))
+        keys = [(kernel, key) for kernel in coded for key in sorted(coded[kernel]["arrays"])]
+        entries = [coded[kernel]["arrays"][key] for kernel, key in keys]
+        names += [coded_file(*key) for key in keys]
+        found = pack(self.folder, CODED_PACK, entries, compressed=False)
+        for (kernel, key), entry in zip(keys, found, strict=True):
+            arrays = coded[kernel]["arrays"] | {key: entry}
+            coded[kernel] = coded[kernel] | {"arrays": arrays}
+        self._write_manifest(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "config": config.to_json(),
+                "compression": dict(compression),
+                "dense": dense,
+                "coded": coded,
+            }
+        )
+        # From here on the folder is a checkpoint; a killed run takes it back (`_undo_finish`).
+        entries = zip(names, packed + found, strict=True)
+        remove_arrays(self.folder, [name for name, entry in entries if "start" in entry])
+        if self._output is not None:
+            shutil.rmtree(self._output.partial / _WORK, ignore_errors=True)
+            self._output.finish()
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         content = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
         try:
             store = ts.KvStore.open(self.folder.spec, context=self.folder.context).result()
@@ -230,9 +264,23 @@ class CompressedCheckpointWriter:
                 f"cannot write {self.folder.url}/manifest.json: {short_message(error)}. "
                 "Check free space and permissions, then run again."
             ) from error
-        if self._output is not None:
-            shutil.rmtree(self._output.partial / _WORK, ignore_errors=True)
-            self._output.finish()
+
+    def _undo_finish(self) -> None:
+        """Give packed arrays their folders back, where `finish` was cut off behind its manifest."""
+        assert self._output is not None
+        path = self._output.partial / "manifest.json"
+        if path.exists():
+            # Of a damaged one, or of another version: a resumed run names what it misses.
+            with contextlib.suppress(ValueError):
+                manifest = parse_manifest(path.read_bytes())
+                check_manifest(manifest, os.fspath(path))
+                dense = {dense_file(name): entry for name, entry in manifest["dense"].items()}
+                unpack(self.folder, dense, compressed=True)
+                for kernel, tensor in manifest["coded"].items():
+                    arrays = {coded_file(kernel, key): e for key, e in tensor["arrays"].items()}
+                    unpack(self.folder, arrays, compressed=False)
+            path.unlink()
+        remove_arrays(self.folder, [DENSE_PACK, CODED_PACK])
 
 
 def _is_compressed(folder: Path) -> bool:

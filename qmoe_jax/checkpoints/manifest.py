@@ -12,6 +12,7 @@ from typing import Any
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import parameter_shapes
+from qmoe_jax.checkpoints.stored_arrays import entry_bytes
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.config import SwitchConfig
@@ -23,6 +24,8 @@ FORMAT_VERSION = 2
 _KEYS = {"format", "format_version", "config", "compression", "dense", "coded"}
 _TENSOR_KEYS = {"spec", "arrays"}
 _ENTRY_KEYS = {"file", "dtype", "shape", "checksums"}
+_PACKED_KEYS = _ENTRY_KEYS | {"start"}
+DENSE_PACK, CODED_PACK = "dense/packed", "coded/packed"
 _DTYPES = {"uint8", "uint16", "uint32", "int32", "float16", "bfloat16", "float32", "float64"}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -38,13 +41,16 @@ def coded_file(kernel: str, array: str) -> str:
 
 
 def parse_manifest(content: bytes) -> Any:
-    """Parse JSON in UTF-8; keys that are there twice, NaN and Infinity are no JSON.
+    """Parse JSON in UTF-8; keys that are there twice, NaN and what is infinite are no JSON.
 
     Raises:
       ValueError: it is none.
     """
     return json.loads(
-        content.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number
+        content.decode("utf-8"),
+        object_pairs_hook=_without_repeats,
+        parse_constant=_no_number,
+        parse_float=_finite,
     )
 
 
@@ -55,6 +61,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} is there twice in an object")
         found[key] = value
     return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits:.40} is too large for a number")
+    return number
 
 
 def _no_number(name: str) -> Any:
@@ -84,12 +97,20 @@ def check_manifest(
         shapes = parameter_shapes(config)
         _check_names(dense, coded, shapes)
         for name, entry in dense.items():
-            _check_entry(name, entry, dense_file(name))
+            _check_entry(name, entry, dense_file(name), DENSE_PACK)
             _require(
                 tuple(entry["shape"]) == shapes[name],
                 f"{name} has shape {entry['shape']}, but its config implies {list(shapes[name])}",
             )
         specs = {kernel: _check_coded(kernel, coded[kernel], shapes) for kernel in coded}
+        _check_places({name: dense[name] for name in sorted(dense)})
+        _check_places(
+            {
+                f"{kernel}/{key}": coded[kernel]["arrays"][key]
+                for kernel in sorted(coded)
+                for key in sorted(coded[kernel]["arrays"])
+            }
+        )
     except (CheckpointError, CodecError) as error:
         raise CheckpointError(
             f"{where}: {str(error).rstrip('.')}. It is damaged: copy the checkpoint again, or "
@@ -186,7 +207,7 @@ def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]
         f"{kernel} has the arrays {sorted(arrays)}; {spec.coding!r} requires {sorted(wanted)}",
     )
     for key, entry in arrays.items():
-        _check_entry(f"{kernel}/{key}", entry, coded_file(kernel, key))
+        _check_entry(f"{kernel}/{key}", entry, coded_file(kernel, key), CODED_PACK)
         _require(
             max(entry["shape"], default=0) <= 2**31,
             f"{kernel}/{key} has the shape {entry['shape']}; decoders count up to 2^31",
@@ -194,10 +215,25 @@ def _check_coded(kernel: str, tensor: Any, shapes: Mapping[str, tuple[int, ...]]
     return spec
 
 
-def _check_entry(what: str, entry: Any, file: str) -> None:
-    """Check what an array's entry says, but for what only its file can tell."""
+def _check_places(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Packed arrays lie in the order of their names, one after another."""
+    stop = 0
+    for what, entry in entries.items():
+        if "start" in entry:
+            # As with files: entries that changed places would load, and compute something else.
+            _require(
+                type(entry["start"]) is int and entry["start"] == stop,
+                f"{what} is packed from byte {entry['start']!r:.40} on, but belongs at {stop}",
+            )
+            stop += entry_bytes(entry)
+    _require(stop < 2**60, f"packed arrays have {stop} bytes, which no memory holds")
+
+
+def _check_entry(what: str, entry: Any, file: str, pack: str) -> None:
+    """Check what an array's entry says, but for what only its file or other entries can tell."""
     entry = _object(entry, what)
-    _require(entry.keys() == _ENTRY_KEYS, f"{what} has {sorted(entry)}, not {sorted(_ENTRY_KEYS)}")
+    keys, file = (_PACKED_KEYS, pack) if "start" in entry else (_ENTRY_KEYS, file)
+    _require(entry.keys() == keys, f"{what} has {sorted(entry)}, not {sorted(keys)}")
     # Two kernels whose entries changed places would load, and compute something else.
     _require(entry["file"] == file, f"{what} lies in {entry['file']!r}, but belongs in {file!r}")
     known = isinstance(entry["dtype"], str) and entry["dtype"] in _DTYPES

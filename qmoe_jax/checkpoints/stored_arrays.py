@@ -2,7 +2,8 @@
 
 A manifest entry says what an array is: `file`, `dtype`, `shape`, and `checksums`: pairs
 [stop, sha256]. A pair covers the entries, along the first axis, from the previous stop (at first 0)
-to its own. Several processes that write one array have a pair each.
+to its own. Several processes that write one array have a pair each. A packed array (see
+`packed_arrays`) has also `start`: where its bytes begin in the array of bytes that `file` names.
 """
 
 import hashlib
@@ -27,28 +28,40 @@ def entry_bytes(entry: Mapping[str, Any]) -> int:
     return item_bytes(entry["dtype"]) * int(np.prod(entry["shape"], dtype=np.int64))
 
 
-def overhead_bytes(folder: Folder, entry: Mapping[str, Any]) -> int:
-    """Bytes of an array's metadata, and where chunks are not compressed of the last ones' filler.
+def overhead_bytes(folder: Folder, entries: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of metadata, and where chunks are not compressed of the last ones' filler.
+
+    Args:
+      folder: of the checkpoint.
+      entries: of all arrays in one folder.
 
     Raises:
       CheckpointError: the metadata are missing or no JSON.
     """
-    content = folder.child(entry["file"]).read(".zarray")
+    file, item = entries[0]["file"], item_bytes(entries[0]["dtype"])
+    content = folder.child(file).read(".zarray")
     try:
         metadata = json.loads(content or b"")
-        sizes = zip(entry["shape"], metadata["chunks"], strict=True)
+        sizes = zip(metadata["shape"], metadata["chunks"], strict=True)
         padded = math.prod(-(-length // chunk) * chunk for length, chunk in sizes)
         compressed = metadata["compressor"] is not None
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{folder.url}/{entry['file']}/.zarray is missing or damaged: {_REMEDY}"
+            f"{folder.url}/{file}/.zarray is missing or damaged: {_REMEDY}"
         ) from error
-    filler = item_bytes(entry["dtype"]) * padded - entry_bytes(entry)
+    stored = (1 if "start" in entries[0] else item) * padded
+    filler = stored - sum(entry_bytes(entry) for entry in entries)
     return len(content or b"") + (0 if compressed else filler)
 
 
 def create_array(
-    folder: Folder, name: str, dtype: str, shape: Sequence[int], *, compressed: bool = False
+    folder: Folder,
+    name: str,
+    dtype: str,
+    shape: Sequence[int],
+    *,
+    compressed: bool = False,
+    most: int | None = None,
 ) -> None:
     """Create an array without contents; what was stored under its name is deleted.
 
@@ -58,6 +71,7 @@ def create_array(
       dtype: by name.
       shape: of the array.
       compressed: its chunks, as T5X's are. Codes are near their entropy.
+      most: bytes of a chunk; CHUNK_BYTES where None.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -65,7 +79,7 @@ def create_array(
     spec = _spec(folder, name) | {
         "metadata": {
             "shape": list(shape),
-            "chunks": _chunk_shape(dtype, shape),
+            "chunks": _chunk_shape(dtype, shape, most),
             "dtype": "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str,
             "compressor": {"id": "gzip", "level": 1} if compressed else None,
             "order": "C",
@@ -196,19 +210,21 @@ def finish_read(
     where = f"{folder.url}/{entry['file']}"
     try:
         store = opening.result()
-        if list(store.shape) != entry["shape"] or store.dtype.name != entry["dtype"]:
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        if "start" in entry:
+            _check_pack(what, where, entry, store, chunk)
+        elif list(store.shape) != entry["shape"] or store.dtype.name != entry["dtype"]:
             raise CheckpointError(
                 f"{what} in {where} is {store.dtype.name} {list(store.shape)}, but the "
                 f"manifest says {entry['dtype']} {entry['shape']}: {_REMEDY}"
             )
         # TensorStore makes room for whole chunks, and ends the process where there is none.
-        chunk = store.chunk_layout.read_chunk.shape or ()
         if any(n > max(1, length) for n, length in zip(chunk, store.shape, strict=False)):
             raise CheckpointError(
                 f"{what} in {where} has chunks of {list(chunk)}, but the array is "
-                f"{entry['shape']}: {_REMEDY}"
+                f"{list(store.shape)}: {_REMEDY}"
             )
-        array = np.asarray((store if part is None else store[part]).read().result())
+        array = _read_packed(store, entry, part) if "start" in entry else _read(store, part)
     except CheckpointError:
         raise
     except Exception as error:
@@ -218,6 +234,38 @@ def finish_read(
     if part is None:
         _check(what, where, entry, np.atleast_1d(array))
     return array
+
+
+def _read(store: ts.TensorStore, part: slice | None) -> np.ndarray:
+    return np.asarray((store if part is None else store[part]).read().result())
+
+
+def _read_packed(store: ts.TensorStore, entry: Mapping[str, Any], part: slice | None) -> np.ndarray:
+    start, shape = entry["start"], list(entry["shape"])
+    if part is not None:
+        entry_size = item_bytes(entry["dtype"]) * math.prod(shape[1:])
+        start += part.start * entry_size
+        shape[0] = part.stop - part.start
+    data = _read(store, slice(start, start + item_bytes(entry["dtype"]) * math.prod(shape)))
+    return data.view(np.dtype(entry["dtype"])).reshape(shape)
+
+
+def _check_pack(
+    what: str, where: str, entry: Mapping[str, Any], store: ts.TensorStore, chunk: Sequence[int]
+) -> None:
+    """Refuse an array of bytes that does not hold a packed one."""
+    stop = entry["start"] + entry_bytes(entry)
+    if store.dtype.name != "uint8" or store.rank != 1 or store.shape[0] < stop:
+        raise CheckpointError(
+            f"{what} is said to end at byte {stop} of {where}, which is {store.dtype.name} "
+            f"{list(store.shape)}: {_REMEDY}"
+        )
+    # Nothing else bounds it: the manifest does not have the shape of this array.
+    if chunk[0] > CHUNK_BYTES:
+        raise CheckpointError(
+            f"{where} has chunks of {chunk[0]} bytes; packed arrays lie in chunks of at most "
+            f"{CHUNK_BYTES}: {_REMEDY}"
+        )
 
 
 def verify_part(
@@ -266,12 +314,12 @@ def _spec(folder: Folder, name: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": folder.child(name).spec}
 
 
-def _chunk_shape(dtype: str, shape: Sequence[int]) -> list[int]:
+def _chunk_shape(dtype: str, shape: Sequence[int], most_bytes: int | None = None) -> list[int]:
     """Whole trailing axes, and so many entries of the first that few chunks hold them all."""
     if not shape:
         return []
     row_bytes = max(1, item_bytes(dtype) * int(np.prod(shape[1:], dtype=np.int64)))
-    length, most = max(1, shape[0]), max(1, CHUNK_BYTES // row_bytes)
+    length, most = max(1, shape[0]), max(1, (most_bytes or CHUNK_BYTES) // row_bytes)
     # Even chunks: the last one is stored in full length, whatever is left for it.
     first = -(-length // -(-length // most))
     return [first, *(max(1, n) for n in shape[1:])]

@@ -14,8 +14,10 @@ import numpy as np
 
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import Shape
+from qmoe_jax.checkpoints.packed_arrays import PACKED_BYTES
 from qmoe_jax.codec import codings
 from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.stats import bits_by_part
 from qmoe_jax.codec.tensor import Levels
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.pipeline.bit_budget import coded_names, dense_bytes
@@ -51,6 +53,11 @@ _GROWING_WITH_ROWS = ("levels", "row_lengths", "block_lengths")
 
 _OFFSET_BYTES = 4  # behind the last expert of a kernel
 _METADATA_BYTES = 4096  # of an array: its .zarray and its part of the manifest, at the most
+# What the demo's compressed model has: of the manifest for each array, and of .zarray for each
+# that is not packed.
+_MANIFEST_BYTES, _ZARRAY_BYTES = 300, 180
+PARTS = ("codes", "signs", "levels", "lengths")
+"""Of what experts take: signs where a coding stores them apart; steps are levels."""
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
 _PUBLISHED_ROW_BITS = 32 + 32  # an int32 offset, two bfloat16 levels
@@ -87,6 +94,8 @@ class CompressedSize:
       expert_weights: parameters in those experts.
       parameters: parameters of the model.
       bfloat16_bytes: the uncompressed model in bfloat16, in the same layout.
+      parts: what `experts` consists of, by PARTS; empty of the published layout.
+      container: beside all this: manifest and metadata of arrays; 0 of the published layout.
     """
 
     layout: str
@@ -95,6 +104,8 @@ class CompressedSize:
     expert_weights: int
     parameters: int
     bfloat16_bytes: int
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    container: int = 0
 
     @property
     def total(self) -> int:
@@ -163,23 +174,29 @@ def layer_settings(
 def layer_bytes(
     config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, ZeroShare]
 ) -> float:
-    """Estimate the coded bytes of all experts of one sparse layer.
+    """Estimate the coded bytes of all experts of one sparse layer; see `layer_parts`."""
+    return sum(layer_parts(config, settings, zeros).values())
+
+
+def layer_parts(
+    config: SwitchConfig, settings: CompressionSettings, zeros: Mapping[str, ZeroShare]
+) -> dict[str, float]:
+    """Estimate the coded bytes of all experts of one sparse layer, by PARTS.
 
     Args:
       config: geometry.
       settings: of the layer.
       zeros: what codes are expected, by grid.
     """
+    found = dict.fromkeys(PARTS, 0.0)
     if settings.method == "none":
-        return 0.0
-    bits, expected = 0.0, zeros[settings.grid]
+        return found
     for out, width in expert_kernel_shapes(config).values():
-        if expected.bits is not None:
-            bits += out * width * expected.bits
-            continue
         rows, row_width = stored_shape(width, out, settings.group_size)
-        bits += _expert_bits(settings.coding, rows, row_width, expected)
-    return config.num_experts * bits / 8
+        own = _expert_bits(settings.coding, rows, row_width, zeros[settings.grid])
+        for part in PARTS:
+            found[part] += config.num_experts * own[part] / 8
+    return found
 
 
 def most_layer_bytes(config: SwitchConfig, settings: CompressionSettings) -> int:
@@ -208,28 +225,62 @@ def most_output_bytes(
     """Bound the bytes of all files of the checkpoint that `compress` writes; see its arguments."""
     layers = layer_settings(config, settings)
     coded = sum(most_layer_bytes(config, own) for own in layers.values())
-    arrays = 0
-    for own in layers.values():
-        if own.method != "none":
-            stored = len(codings.get_coding(own.coding).array_names)
-            arrays += stored * len(expert_kernel_shapes(config))
     dense = dense_bytes(shapes, dtypes, config, settings)
-    return coded + dense + (arrays + len(shapes)) * _METADATA_BYTES
+    arrays = _num_coded_arrays(config, settings) + len(shapes)
+    return coded + dense + arrays * _METADATA_BYTES
 
 
-def _expert_bits(coding: str, out: int, width: int, zeros: ZeroShare) -> float:
+def _num_coded_arrays(config: SwitchConfig, settings: CompressionSettings) -> int:
+    coded = [own for own in layer_settings(config, settings).values() if own.method != "none"]
+    stored = sum(len(codings.get_coding(own.coding).array_names) for own in coded)
+    return stored * len(expert_kernel_shapes(config))
+
+
+def container_bytes(
+    config: SwitchConfig, shapes: Mapping[str, Shape], settings: CompressionSettings
+) -> int:
+    """Estimate what manifest and metadata of arrays take; see `compressed_size`."""
+    coded = coded_names(config, settings)
+    large = [name for name, shape in shapes.items() if 2 * math.prod(shape) >= PACKED_BYTES]
+    arrays = _num_coded_arrays(config, settings) + len(shapes) - len(coded)
+    return _MANIFEST_BYTES * arrays + _ZARRAY_BYTES * (len(large) + 2)
+
+
+def _expert_bits(coding: str, out: int, width: int, zeros: ZeroShare) -> dict[str, float]:
+    """Bits of an expert, by PARTS."""
     sample = sample_bits(coding, out, width, zeros.value, zeros.nonzero)
-    codes = sample.codes_per_weight * REAL_OVER_INDEPENDENT.get(coding, 1.0)
-    return out * (width * codes + sample.per_row) + sample.per_expert
+    codes = out * width * sample.codes_per_weight * REAL_OVER_INDEPENDENT.get(coding, 1.0)
+    levels = out * sample.levels_per_row + sample.levels_per_expert
+    lengths = out * sample.per_row + sample.per_expert - levels
+    if zeros.bits is not None:
+        # The whole is known. Steps and lengths are as many whatever the codes are.
+        total = out * width * zeros.bits
+        share = min(1.0, total / (levels + lengths))
+        levels, lengths = share * levels, share * lengths
+        codes = total - levels - lengths
+    signs = codes * sample.signs
+    return {"codes": codes - signs, "signs": signs, "levels": levels, "lengths": lengths}
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleBits:
-    """What a coding stores of independent codes: bits a weight, a row and an expert."""
+    """What a coding stores of independent codes: bits a weight, a row and an expert.
+
+    Attributes:
+      codes_per_weight: of the array of codes.
+      per_row: of the other arrays that grow with the number of rows.
+      per_expert: of the others.
+      levels_per_row: the part of `per_row` that is levels.
+      levels_per_expert: the part of `per_expert` that is levels.
+      signs: share of the array of codes that is signs.
+    """
 
     codes_per_weight: float
     per_row: float
     per_expert: float
+    levels_per_row: float
+    levels_per_expert: float
+    signs: float
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,18 +304,21 @@ def sample_bits(
     codes, levels = _independent_codes(coding, rows, width, zeros, nonzero)
     coded = encode(codes, levels, coding)
     kinds = codings.get_coding(coding).array_kinds
-    in_codes = by_row = by_expert = 0
+    found: dict[tuple[str, bool], int] = {}
     for name, array in coded.arrays.items():
-        if kinds[name] == "codes":
-            in_codes += 8 * array.nbytes
-        elif name in _GROWING_WITH_ROWS:
-            by_row += 8 * array.nbytes
-        else:
-            by_expert += 8 * array.nbytes
+        key = (kinds[name], name in _GROWING_WITH_ROWS)
+        found[key] = found.get(key, 0) + 8 * array.nbytes
+    in_codes = sum(n for (kind, _), n in found.items() if kind == "codes")
+    by_row = sum(n for (kind, grows), n in found.items() if grows and kind != "codes")
+    by_expert = sum(found.values()) - in_codes - by_row
+    signs = bits_by_part(coded).get("signs", 0)
     return SampleBits(
         codes_per_weight=in_codes / codes.size,
         per_row=by_row / (_SAMPLE_EXPERTS * rows),
         per_expert=by_expert / _SAMPLE_EXPERTS,
+        levels_per_row=found.get(("levels", True), 0) / (_SAMPLE_EXPERTS * rows),
+        levels_per_expert=found.get(("levels", False), 0) / _SAMPLE_EXPERTS,
+        signs=signs / in_codes if in_codes else 0.0,
     )
 
 
@@ -308,13 +362,16 @@ def compressed_size(
     coded = [own for own in layer_settings(config, settings).values() if own.method != "none"]
     weights = sum(math.prod(shapes[name]) for name in coded_names(config, settings))
     parameters = sum(math.prod(shape) for shape in shapes.values())
+    layers = [layer_parts(config, own, zeros) for own in coded]
     return CompressedSize(
         layout=" + ".join(sorted({own.coding for own in coded})),
-        experts=round(sum(layer_bytes(config, own, zeros) for own in coded)),
+        experts=round(sum(sum(own.values()) for own in layers)),
         dense=dense_bytes(shapes, dtypes, config, settings),
         expert_weights=weights,
         parameters=parameters,
         bfloat16_bytes=2 * parameters,
+        parts={part: round(sum(own[part] for own in layers)) for part in PARTS},
+        container=container_bytes(config, shapes, settings),
     )
 
 

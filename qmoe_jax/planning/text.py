@@ -161,12 +161,26 @@ def _size_lines(plan: Plan) -> list[str]:
         ),
         *(f"  {format_row(row, widths, separator='')}" for row in rows),
     ]
+    lines += _part_lines(plan)
     if any(size.layout == "published" for size in plan.sizes):
         lines += [
             "  published: the paper's own files. qmoe and published with the 5 % that the paper",
             "  found its code to take above independent codes, on c-2048.",
         ]
     return lines
+
+
+def _part_lines(plan: Plan) -> list[str]:
+    """Where the bits of the experts go, as `inspect` shows them of a checkpoint that is there."""
+    size = plan.sizes[0]
+    rows = [("  of experts", "bytes", "bits/weight", "share")]
+    for name, num_bytes in (*size.parts.items(), ("container", size.container)):
+        if num_bytes:
+            per_weight = f"{8 * num_bytes / size.expert_weights:.4f}"
+            share = f"{num_bytes / size.experts:.1%}"
+            rows.append((f"  {name}", format_bytes(num_bytes), per_weight, share))
+    widths = (16, 12, 12, 9)
+    return [f"  {format_row(row, widths, separator='')}" for row in rows] if size.experts else []
 
 
 def _memory_lines(plan: Plan) -> list[str]:
