@@ -138,9 +138,7 @@ def test_several_devices_give_the_same_model(
 @pytest.mark.slow
 def test_more_processes_than_batches_of_experts(checkpoint, files, alone, tmp_path):
     """8 experts, 3 processes: shares of 2, 3 and 3, in batches of 2 and 1."""
-    results = compress_in(
-        3, 1, checkpoint, tmp_path / "out", files, expert_batch=2, move_wo=True
-    )
+    results = compress_in(3, 1, checkpoint, tmp_path / "out", files, expert_batch=2, move_wo=True)
     assert len({result["loss"] for result in results}) == 1
     reference = tmp_path / "reference"
     qmoe_jax.compress(checkpoint, reference, files["tokens"], move_wo=True, **TERNARY)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,23 @@ def hidden_layer(
     return gated_activation(projected, activations)
 
 
-@functools.partial(jax.jit, static_argnames=("activations", "dtype"), donate_argnames="states")
+class _Sums(NamedTuple):
+    """What calibration tokens add up to, of a batch of experts; None is not asked for.
+
+    Attributes:
+      wi: Hessians of the inputs of wi.
+      wo: Hessians of the inputs of wo.
+      missing: what wo's outputs miss.
+    """
+
+    wi: HessianState | None = None
+    wo: HessianState | None = None
+    missing: Missing | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("activations", "dtype"), donate_argnames="sums")
 def _accumulate(
-    states: dict[str, HessianState | Missing],
+    sums: _Sums,
     scale: Float[Array, "embed"],
     kernels: Kernels,
     exact: Kernels,
@@ -92,22 +107,19 @@ def _accumulate(
     *,
     activations: tuple[str, ...],
     dtype: str,
-) -> dict[str, HessianState | Missing]:
-    """Add a chunk to the Hessians of wi's inputs ("wi") and wo's ("wo"), whichever are asked.
-
-    And to what wo's outputs miss ("missing") behind `kernels` in place of `exact`.
-    """
+) -> _Sums:
+    """Add a chunk; wo's inputs are behind `kernels`, and miss what those behind `exact` have."""
     z = _normalised(scale, x, dtype)
-    updated: dict[str, HessianState | Missing] = {}
-    if isinstance(state := states.get("wi"), HessianState):
-        updated["wi"] = update_hessian(state, z, real)
-    if isinstance(state := states.get("wo"), HessianState):
+    wi, wo, missing = sums
+    if wi is not None:
+        wi = update_hessian(wi, z, real)
+    if wo is not None:
         hidden = hidden_layer(kernels, z, activations)
-        updated["wo"] = update_hessian(state, hidden, real)
-        if isinstance(missing := states.get("missing"), Missing):
+        wo = update_hessian(wo, hidden, real)
+        if missing is not None:
             without_error = hidden_layer(exact, z, activations)
-            updated["missing"] = update_missing(missing, hidden, without_error, exact["wo"], real)
-    return updated
+            missing = update_missing(missing, hidden, without_error, exact["wo"], real)
+    return _Sums(wi, wo, missing)
 
 
 @functools.partial(jax.jit, static_argnames=("activations", "dtype"))
@@ -215,26 +227,24 @@ def quantize_batch(
     inputs = dict(spread)
     behind = settings.true_sequential or settings.moves_wo
     first = ("wi",) if behind else ("wi", "wo")
-    states = _sums(batch, inputs, spread, settings, asking, which=first)
+    sums = _sums(batch, inputs, spread, settings, asking, which=first)
     quantized: QuantizedKernels = {}
-    for name in [*(name for name in sorted(kernels) if name != "wo"), "wo"]:
-        kernel = spread.get(name)
-        if name == "wo" and behind:
-            # Now behind the quantized wi.
-            which = ("wo", "missing") if settings.moves_wo else ("wo",)
-            states = _sums(batch, inputs, spread, settings, asking, which=which)
-        if kernel is None:
-            continue
-        state = None if states is None else states["wo" if name == "wo" else "wi"]
-        assert state is None or isinstance(state, HessianState)
-        if state is not None and states is not None and isinstance(states.get("missing"), Missing):
-            missing = states["missing"]
-            kernel = moved_kernels(
-                kernel, state.sums, missing, settings.damping, mesh=batch.devices.mesh
-            )
-        quantized[name] = _quantize_kernel(batch, name, kernel, state, settings, choose_step)
-        if behind and name != "wo":
+    for name in sorted(kernels.keys() - {"wo"}):
+        hessians = None if sums is None else sums.wi
+        kernel = spread[name]
+        quantized[name] = _quantize_kernel(batch, name, kernel, hessians, settings, choose_step)
+        if behind:
             inputs[name] = dequantized_kernel(batch, quantized[name], settings)
+    if behind:
+        which = ("wo", "missing") if settings.moves_wo else ("wo",)
+        sums = _sums(batch, inputs, spread, settings, asking, which=which)
+    if kernels:
+        kernel, hessians = spread["wo"], None if sums is None else sums.wo
+        if sums is not None and hessians is not None and sums.missing is not None:
+            kernel = moved_kernels(
+                *(kernel, hessians.sums, sums.missing, settings.damping), mesh=batch.devices.mesh
+            )
+        quantized["wo"] = _quantize_kernel(batch, "wo", kernel, hessians, settings, choose_step)
     return quantized
 
 
@@ -313,12 +323,12 @@ def _sums(
     asking: Sequence[range],
     *,
     which: tuple[str, ...],
-) -> dict[str, HessianState | Missing] | None:
-    """Sum over all calibration tokens what `_accumulate` adds up."""
+) -> _Sums | None:
+    """Sum over all calibration tokens; None where there are none, or no kernels here."""
     tokens = batch.tokens
     if tokens is None:
         return None
-    states: dict[str, HessianState | Missing] | None = None
+    sums = None
     if kernels:
         shape = kernels["wo"].shape
         begun = {
@@ -326,13 +336,13 @@ def _sums(
             "wo": lambda: init_hessian(batch.size, shape[1]),
             "missing": lambda: Missing(jnp.zeros((batch.size, *shape[1:]), jnp.float32)),
         }
-        states = {key: jax.tree.map(batch.devices.spread, begun[key]()) for key in which}
+        sums = _Sums(**{key: jax.tree.map(batch.devices.spread, begun[key]()) for key in which})
     for chunks in tokens.chunks(asking, settings.token_chunk, hessian=True):
         rows = tokens.gather(chunks)
-        if states is None:
+        if sums is None:
             continue
-        states = _accumulate(
-            states,
+        sums = _accumulate(
+            sums,
             batch.norm_scale,
             kernels,
             exact,
@@ -341,7 +351,7 @@ def _sums(
             activations=batch.activations,
             dtype=settings.activation_dtype,
         )
-    return states
+    return sums
 
 
 def run_batch(batch: ExpertBatch, kernels: Kernels, settings: CompressionSettings) -> None:
