@@ -227,7 +227,12 @@ def measure(name: str, batches: list[int], examples: int, repeats: int) -> dict[
         jnp.asarray(rng.integers(3, 32000, (examples, length)), jnp.int32)
         for length in (inputs, targets, targets)
     ]
-    forward = jax.jit(lambda v, *t: module.apply(v, *t, enable_dropout=False).max())
+
+    @jax.jit
+    def forward(variables: Any, *tokens: jax.Array) -> jax.Array:
+        logits: Any = module.apply(variables, *tokens, enable_dropout=False)
+        return logits.max()
+
     seconds = least(lambda: forward(variables, *example), repeats)
     row["evaluated tokens/s"] = examples * (inputs + targets) / seconds
     row["peak_bytes"] = resident_bytes("VmHWM") - before
