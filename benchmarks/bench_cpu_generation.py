@@ -22,6 +22,7 @@ most that the process held while it ran, beyond what it held before there was a 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -274,6 +275,7 @@ def main() -> None:
             "machine": machine_facts(),
             "config": dataclasses.asdict(CONFIG),
             "lengths": LENGTHS,
+            "load_average": os.getloadavg(),  # about 2 where nothing else ran
             "same_tokens": same,
             "rows": rows,
         }
