@@ -22,6 +22,7 @@ most that the process held while it ran, beyond what it held before there was a 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -227,7 +228,12 @@ def measure(name: str, batches: list[int], examples: int, repeats: int) -> dict[
         jnp.asarray(rng.integers(3, 32000, (examples, length)), jnp.int32)
         for length in (inputs, targets, targets)
     ]
-    forward = jax.jit(lambda v, *t: module.apply(v, *t, enable_dropout=False).max())
+
+    @jax.jit
+    def forward(variables: Any, *tokens: jax.Array) -> jax.Array:
+        logits: Any = module.apply(variables, *tokens, enable_dropout=False)
+        return logits.max()
+
     seconds = least(lambda: forward(variables, *example), repeats)
     row["evaluated tokens/s"] = examples * (inputs + targets) / seconds
     row["peak_bytes"] = resident_bytes("VmHWM") - before
@@ -269,6 +275,7 @@ def main() -> None:
             "machine": machine_facts(),
             "config": dataclasses.asdict(CONFIG),
             "lengths": LENGTHS,
+            "load_average": os.getloadavg(),  # about 2 where nothing else ran
             "same_tokens": same,
             "rows": rows,
         }

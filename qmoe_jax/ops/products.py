@@ -259,7 +259,7 @@ def _stored_product(
 ) -> Callable[[Array, CodedExperts], Array] | None:
     """Return the product from stored codes, if all kernels have one.
 
-    `jax.export` may leave the number of tokens open; the callback behind the product may not.
+    `jax.export` may leave the number of tokens open: then there is none, and experts are expanded.
     """
     from qmoe_jax.ops.cpu import products as on_cpu
 

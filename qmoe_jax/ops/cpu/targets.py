@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 from importlib.metadata import version
 from typing import Any
 
@@ -14,16 +15,25 @@ from qmoe_jax.codec.tunstall import tunstall_family
 from qmoe_jax.ops.cpu import lattice_kernel, lattice_target, tunstall_kernel, tunstall_target
 from qmoe_jax.ops.cpu.machine_code import c_callback
 
+_lock = threading.Lock()
+_names: dict[str, str] = {}
 
-@functools.cache
+
 def registered(coding: str) -> str:
     """Register a coding's target with XLA, once a process; return its name.
 
-    A program that JAX has kept on disk, or exported, runs only in a process that did this.
+    A program that JAX has exported runs only in a process that did this.
 
     Raises:
       RuntimeError: XLA's interface is not one that this version was made for.
     """
+    with _lock:
+        if coding not in _names:
+            _names[coding] = _register(coding)
+        return _names[coding]
+
+
+def _register(coding: str) -> str:
     name = f"qmoe_jax_{coding}_product"
     try:
         jax.ffi.register_ffi_target(name, _capsule(handler(coding).address), platform="cpu")
