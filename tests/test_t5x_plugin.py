@@ -263,7 +263,7 @@ from qmoe_jax.models.load import load_switch
 from qmoe_jax.t5x_plugin.model import SwitchModel
 vocabulary = seqio.PassThroughVocabulary(512, 1)
 model = SwitchModel(sys.argv[1], vocabulary, vocabulary)
-assert model.module == load_switch(sys.argv[1])[0]
+assert model.module == load_switch(sys.argv[1], implementation="xla")[0]
 params = load_switch(sys.argv[1])[1]["params"]
 batch = read_tokens(sys.argv[2]).tokens.arrays()
 batch["decoder_input_tokens"] = batch["decoder_input_tokens"][:, :8]
@@ -277,3 +277,30 @@ print(json.dumps([np.asarray(ids).tolist(), np.asarray(aux["scores"]).tolist()])
     ours = beam_generate(module, variables, inputs, beam_size=4, max_decode_length=8)
     np.testing.assert_array_equal(np.asarray(ids), ours.tokens)
     np.testing.assert_allclose(np.asarray(scores), ours.scores, rtol=1e-5)
+
+
+@with_t5x
+def test_t5x_takes_no_gradients_but_evaluates(compressed, tokens):
+    code = """
+import sys, json, types, jax, numpy as np, seqio
+from t5x import trainer
+from qmoe_jax.calibration.tokens import read_tokens
+from qmoe_jax.models.load import load_switch
+from qmoe_jax.t5x_plugin.model import SwitchModel
+vocabulary = seqio.PassThroughVocabulary(512, 1)
+model = SwitchModel(sys.argv[1], vocabulary, vocabulary)
+params = load_switch(sys.argv[1])[1]["params"]
+batch = read_tokens(sys.argv[2]).tokens.arrays()
+loss, _ = jax.jit(model.eval_fn)(params, batch)
+state = types.SimpleNamespace(params=params, flax_mutables=None)
+try:
+    trainer.accumulate_grads_microbatched(model, state, batch, jax.random.key(0), None)
+except ValueError as error:
+    print(json.dumps([float(loss), str(error)]))
+"""
+    loss, message = json.loads(run("-c", code, str(compressed), str(tokens)).stdout)
+    ours = evaluate_loss(*load_switch(compressed), [FEW.tokens.arrays()])
+    # T5X's is the sum over target tokens where no normalisation is set.
+    assert loss / FEW.tokens.num_target_tokens == pytest.approx(ours.loss, rel=1e-5)
+    assert "t5x.train cannot train a SwitchModel" in message
+    assert "qmoe-jax finetune" in message

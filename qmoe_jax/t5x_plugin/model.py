@@ -34,7 +34,7 @@ class SwitchModel(models.EncoderDecoderModel):
     """`MODEL` in a gin file: what T5X's programs evaluate and infer with.
 
     Parameters come through `restore.SwitchCheckpointer`. The experts stay codes in memory. For
-    inference only: T5X's optimizers hold every parameter, and codes are integers.
+    inference only: `loss_fn` says why.
     """
 
     def __init__(
@@ -83,6 +83,27 @@ class SwitchModel(models.EncoderDecoderModel):
             z_loss=z_loss,
             loss_normalizing_factor=loss_normalizing_factor,
             default_decoder_params=default_decoder_params,
+        )
+
+    def eval_fn(self, params: Any, batch: Mapping[str, Any]) -> Any:
+        """Compute T5X's loss and metrics, without dropout."""
+        return models.EncoderDecoderModel.loss_fn(self, params, batch, None)
+
+    @property
+    def loss_fn(self) -> Callable[..., Any]:
+        """Refuse: T5X asks for it to take gradients.
+
+        T5X takes those of all that a checkpoint holds, at once, and codes are integers, of which
+        there are none.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            "t5x.train cannot train a SwitchModel: it takes gradients of every parameter, and its "
+            "optimizer holds every one, but the codes of experts are integers. Fine-tune with "
+            "`qmoe-jax finetune` (docs/finetune.md), whose loss and optimizer are T5X's; "
+            "t5x.eval and t5x.infer take what it writes"
         )
 
     def get_initial_variables(
