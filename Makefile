@@ -53,16 +53,15 @@ format: $(VENV)/.installed-dev ## format the code
 
 bench: bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-cpu-generation ## all benchmarks; results in benchmarks/results/
 
-# Real codes for the benchmark: those of the demo model.
-demo_out/gptq_2bit/manifest.json:
-	$(MAKE) demo
+bench-codec: $(VENV)/.installed-dev ## size and speed of the codec, on real codes and made ones
+	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json
 
-bench-codec: $(VENV)/.installed-dev demo_out/gptq_2bit/manifest.json ## size and speed of the codec
-	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json \
-	  --checkpoint demo_out/gptq_ternary demo_out/gptq_2bit
-
-fuzz: $(VENV)/.installed-dev ## a million mutated tensors through the codec
+# The second part needs atheris ($(BIN)/pip install atheris) and says so where it is missing.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.installed-dev ## a million mutated tensors, then inputs guided by coverage
 	$(BIN)/python tests/fuzz_codec.py --count 1000000 --seed 0 --json benchmarks/results/fuzz_codec.json
+	$(BIN)/python tests/fuzz_coverage.py --target tensors --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz_coverage.py --target checkpoints --seconds $(FUZZ_SECONDS)
 
 bench-gptq: $(VENV)/.installed-dev ## GPTQ over batches of experts
 	$(BIN)/python benchmarks/bench_gptq.py --json benchmarks/results/gptq.json

@@ -134,7 +134,7 @@ VALUES = (
 
 
 class Checkpoints:
-    """Edits of a small checkpoint, some of its arrays packed."""
+    """Edits of a small checkpoint; some of its arrays are packed."""
 
     def __init__(self) -> None:
         """Write it."""
@@ -146,10 +146,13 @@ class Checkpoints:
         self._reader = independent_reader
         shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
         self._root = tempfile.TemporaryDirectory(dir=shared)
-        self._path = Path(self._root.name) / "checkpoint"
-        packed_arrays.PACKED_BYTES = 200
-        write(self._path, "tunstall")
-        files = sorted(file for file in self._path.rglob("*") if file.is_file())
+        self.path = Path(self._root.name) / "checkpoint"
+        most, packed_arrays.PACKED_BYTES = packed_arrays.PACKED_BYTES, 200
+        try:
+            write(self.path, "tunstall")
+        finally:
+            packed_arrays.PACKED_BYTES = most
+        files = sorted(file for file in self.path.rglob("*") if file.is_file())
         self._files = {file: file.read_bytes() for file in files}
         is_json = [file for file in files if file.suffix == ".json" or file.name == ".zarray"]
         self._documents = {file: json.loads(self._files[file]) for file in is_json}
@@ -159,7 +162,10 @@ class Checkpoints:
             for file, document in self._documents.items()
             for place in _places(document, ())
         ]
-        self._expected = independent_reader.read_checkpoint(self._path)
+
+    def close(self) -> None:
+        """Delete the checkpoint."""
+        self._root.cleanup()
 
     def seeds(self) -> list[bytes]:
         """Edits of every place, one each."""
@@ -184,7 +190,7 @@ class Checkpoints:
     def _edit(self, data: bytes, documents: dict[Path, Any], changed: set[Path]) -> None:
         number, kind, value = int.from_bytes(data[:2], "little"), data[2], data[3]
         if number >= 2**15:  # the bytes of a file
-            file = list(self._files)[value % len(self._files)]
+            file = list(self._files)[min(value, len(self._files) - 1)]  # the manifest is the last
             content = file.read_bytes()
             at = int.from_bytes(data[4:6], "little") % (len(content) + 1)
             flipped = content[:at] + bytes([kind]) + content[at + 1 :]
@@ -222,7 +228,7 @@ class Checkpoints:
 
         dense, ours, theirs = None, "", ""
         try:
-            checkpoint = open_compressed_checkpoint(self._path)
+            checkpoint = open_compressed_checkpoint(self.path)
             dense = checkpoint.read_dense()
             for name in checkpoint.specs:
                 checkpoint.read_coded(name)
@@ -230,7 +236,7 @@ class Checkpoints:
             dense, ours = None, str(error)
         found = None
         try:
-            found = self._reader.read_checkpoint(self._path)
+            found = self._reader.read_checkpoint(self.path)
         except self._reader.Refused as error:
             theirs = str(error)
         # Readers may understand more of zarr than the page says.
@@ -294,6 +300,7 @@ def main() -> int:
         "len_control": 0,
         "rss_limit_mb": 4000,
         "timeout": 120,
+        "report_slow_units": 120,
         "print_final_stats": 1,
         "artifact_prefix": f"{arguments.findings}/{arguments.target}-",
     }

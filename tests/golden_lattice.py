@@ -191,6 +191,36 @@ def broken() -> Iterator[tuple[str, CodedTensor]]:
 
     yield change("firsts_filler", grouped, fill)
 
+    # Where the strings of the block end, from behind; the number of their bits is no multiple of 8.
+    codes = raw(35)[1]
+    magnitudes = (codes.astype(int) + 1) // 2
+    several = [int((magnitudes >= least).sum()) for least in (1, 2, 3)]
+    ends, place = {}, int(grouped.arrays["block_lengths"][0, 0]) - int((magnitudes > 3).sum())
+    place -= -(-several[0] // 8)
+    for name, count in (("plane_4", several[2]), ("plane_3", several[1]), ("plane_2", several[0])):
+        assert count % 8
+        ends[name], place = place, place - -(-count // 8)
+    ends["rests"], ends["flags"] = place - 4 * 2, 18  # 37 columns, 35 of them grouped
+
+    def mark(end: int) -> Callable[[Arrays], Any]:
+        return lambda arrays: _bytes(arrays).__setitem__(end - 1, _bytes(arrays)[end - 1] | 1)
+
+    for name, end in ends.items():
+        yield change(f"one_after_the_end_of_{name}", grouped, mark(end))
+
+    def beyond_in_group(arrays: Arrays) -> None:
+        """A weight in row 9 of nine: of the second group, whose first weight is in row 8."""
+        data = _bytes(arrays)
+        flags = np.unpackbits(data[:18])[:140].nonzero()[0]
+        number = int.from_bytes(data[18 : 18 + -(-3 * flags.size // 8)].tobytes(), "little")
+        firsts = [number >> 3 * i & 7 for i in range(flags.size)]
+        chosen = int((flags % 4 == 1).argmax())
+        assert firsts[chosen] == 0
+        bit = 8 * (18 + -(-3 * flags.size // 8)) + sum(7 - first for first in firsts[:chosen])
+        data[bit // 8] |= 0x80 >> bit % 8
+
+    yield change("row_beyond_in_a_group", grouped, beyond_in_group)
+
     def beyond(arrays: Arrays) -> None:
         data = _bytes(arrays)
         for place in range(0, plane, 4):  # of a column the first eight rows, then the ninth, ...

@@ -191,6 +191,20 @@ def one_row(words: str) -> Document:
     return document("tunstall_2bit", (1, 1, 15), 32, arrays, [[0] * 15])
 
 
+def narrow_lengths() -> tuple[tuple[int, int, int], int, dict[str, np.ndarray]]:
+    """Of rows whose bound asks for 16 bits."""
+    stored = split_rows()
+    arrays = {
+        name: np.frombuffer(
+            bytes.fromhex(array["bytes"]),
+            ml_dtypes.bfloat16 if array["dtype"] == "bfloat16" else array["dtype"],
+        ).reshape(array["shape"])
+        for name, array in stored["arrays"].items()
+    }
+    arrays["row_lengths"] = arrays["row_lengths"].astype(np.uint8)
+    return (1, 2, 97), stored["spec"]["max_row_codewords"], arrays
+
+
 def broken_specs() -> Iterator[tuple[str, Document]]:
     """What no coding allows in a spec, and what only one does."""
     base = stored_document("valid_tunstall")
@@ -212,6 +226,10 @@ def broken_specs() -> Iterator[tuple[str, Document]]:
     yield "spec_row_of_10_12", spec({"in_features": 10**12})
     yield "spec_row_of_2_23", spec({"in_features": 2**23})
     yield "spec_expert_of_2_31", spec({"out_features": 2**16, "in_features": 2**15})
+    damaged = empty("lattice", 0, 3)  # without experts: arrays of such widths are empty
+    damaged["spec"]["in_features"] = 2**19
+    damaged["arrays"]["columns"]["shape"] = [0, 2**19]
+    yield "lattice_row_of_2_19", damaged
     yield "spec_experts", spec({"num_experts": 2**31})
     yield "spec_row_bound", spec({"max_row_codewords": 2 * 37 + 65})
     bounds = {"in_features": 2**15, "max_row_codewords": 2**16}
@@ -227,6 +245,7 @@ def broken_specs() -> Iterator[tuple[str, Document]]:
     lengths = np.array([[3, 4, 3], [5, 4, 5]], np.uint16)
     damaged["arrays"]["row_lengths"] = described(lengths)
     yield "qmoe_wide_row_lengths", damaged
+    yield "qmoe_narrow_row_lengths", document("qmoe", *narrow_lengths(), np.zeros((2, 97)))
     damaged = stored_document("valid_tunstall")
     damaged["arrays"]["levels"]["shape"] = [2, 2, 3]
     yield "tunstall_shape", damaged
@@ -240,6 +259,7 @@ def broken() -> Iterator[tuple[str, Document]]:
         yield f"{coding}_nan_level", change(coding, "levels", (0, 1, 1), np.nan)
     for coding in ("qmoe", "packed2"):
         yield f"{coding}_infinite_level", change(coding, "levels", (1, 2, 0), np.inf)
+    yield "packed2_nan_level", change("packed2", "levels", (0, 1, 1), np.nan)
     yield "qmoe_filler", filler()
     yield "tunstall_2bit_escaped_sign", one_row("fa 76 44 60")
     yield "tunstall_2bit_escape_at_the_end", one_row("76 f8")

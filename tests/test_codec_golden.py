@@ -39,6 +39,12 @@ def test_the_table_lists_every_broken_file():
     assert all(f"valid_{name}" in names() for name in codings.coding_names())
 
 
+def test_every_broken_file_holds_a_rule():
+    _, rules = (FOLDER / "README.md").read_text("utf-8").split("## Rules")
+    named = re.findall(r"^\|.*?\| (`.*`) \|$", rules, re.M)
+    assert {f"broken_{name[1:-1]}" for row in named for name in row.split(", ")} == set(REFUSALS)
+
+
 def names():
     return {path.stem for path in FOLDER.glob("*.json")} - set(REFUSALS)
 
