@@ -15,7 +15,7 @@ from command import refusal
 
 from qmoe_jax.__main__ import main
 from qmoe_jax.calibration.sources import task_tokens
-from qmoe_jax.cli import evaluate, finetune, infer, recover
+from qmoe_jax.cli import evaluate, finetune, infer
 from qmoe_jax.cli.argument_types import check_arguments, describe, fits
 from qmoe_jax.cli.plan import make_parser
 from qmoe_jax.cli.wording import spell_flags, spell_options
@@ -105,7 +105,7 @@ BINDINGS = {
         (load_switch, "load_switch"),
     ],
     "finetune": [(finetune.finetune, "finetune"), (FinetuneSettings, "FinetuneSettings")],
-    "recover": [(recover.recover, "recover")],
+    "recover": [(finetune.finetune, "recover")],
 }
 REQUIRED = {
     "compress": ("CHECKPOINT='none'", "OUTPUT='out'", "TOKENS='none.npz'"),

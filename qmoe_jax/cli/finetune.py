@@ -174,21 +174,32 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command and print what it did; return the exit status."""
+def run(name: str, description: str, argv: Sequence[str]) -> int:
+    """Run a command that trains, print what it did, and return the exit status.
+
+    Args:
+      name: of the command and its gin file; `finetune` is bound under it.
+      description: for --help.
+      argv: arguments.
+    """
     from qmoe_jax.calibration.sources import task_tokens
     from qmoe_jax.cli import flags
     from qmoe_jax.models.load import load_switch
     from qmoe_jax.training.settings import FinetuneSettings
 
     report = flags.run(
-        "finetune",
+        name,
         finetune,
         [FinetuneSettings, load_switch, task_tokens],
-        description=_DESCRIPTION,
-        default_gin_file="gin/runs/finetune.gin",
+        description=description,
+        default_gin_file=f"gin/runs/{name}.gin",
         optional_macros=("VOCABULARY",),
         argv=["--gin.OVERWRITE=True" if flag == "--overwrite" else flag for flag in argv],
     )
     print(summary(report))
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    return run("finetune", _DESCRIPTION, argv)

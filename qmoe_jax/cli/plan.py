@@ -94,14 +94,13 @@ def finetune_plan_from_arguments(arguments: argparse.Namespace) -> FinetunePlan:
         trainable=tuple(arguments.finetune.split(",")),
         **{name: value for name, value in chosen.items() if value is not None},
     )
-    lengths = {"encoder": arguments.inputs_length, "decoder": arguments.targets_length}
+    encoder, decoder = arguments.inputs_length, arguments.targets_length
     if arguments.tokens is not None:
-        widths = read_tokens(arguments.tokens).tokens.lengths
-        lengths = dict(zip(("encoder", "decoder"), widths, strict=True))
+        encoder, decoder = read_tokens(arguments.tokens).tokens.lengths
     return plan_finetuning(
         _tuned_model(arguments, settings),
         settings,
-        lengths,
+        {"encoder": encoder, "decoder": decoder},
         _resources(arguments),
         activation_dtype=arguments.activation_dtype or "float32",
     )

@@ -132,6 +132,48 @@ def batch_sums(
     return losses.sum(axis=1), real.sum(axis=1), correct.sum(axis=1)
 
 
+def log_z_squared(
+    logits: Float[Array, "batch length vocab"], weights: Shaped[Array, "batch length"]
+) -> Float[Array, "batch"]:
+    """Sum per example the squared log-partition function over target tokens."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(weights > 0, log_z**2, 0.0).sum(axis=1)
+
+
+def teacher_forced(
+    module: SwitchTransformer,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    *,
+    enable_dropout: bool = False,
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, "batch length vocab"], Mapping[str, Any]]:
+    """Run a model on a batch whose targets it is told.
+
+    Args:
+      module: the model.
+      variables: its parameters, dense or codes, and what else it takes.
+      batch: as `evaluate_batch` takes it.
+      enable_dropout: use the training capacity factor, and dropout.
+      dropout_key: for dropout, where the module's rates are not 0.
+
+    Returns:
+      Logits, and what layers sowed (`models.moe.MoeLayer`).
+    """
+    # Untyped: flax says that `apply` may return nearly anything.
+    result: Any = module.apply(
+        variables,
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch["decoder_target_tokens"],
+        enable_dropout=enable_dropout,
+        mutable=["intermediates"],
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    logits, state = result
+    return logits, state.get("intermediates", {})
+
+
 class BatchSums(NamedTuple):
     """What one batch adds to an evaluation.
 
@@ -169,27 +211,15 @@ def model_sums(
     module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> tuple[BatchSums, Float[Array, "batch length vocab"]]:
     """Return what `evaluate_batch` returns, and the logits."""
+    logits, sown = teacher_forced(module, variables, batch)
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    # Untyped: flax says that `apply` may return nearly anything.
-    result: Any = module.apply(
-        variables,
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        targets,
-        enable_dropout=False,
-        mutable=["intermediates"],
-    )
-    logits, state = result
     losses, num_tokens, num_correct = batch_sums(logits, targets, weights)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
     sums = BatchSums(
         cross_entropy=losses,
-        log_z_squared=jnp.where(weights > 0, log_z**2, 0.0).sum(axis=1),
+        log_z_squared=log_z_squared(logits, weights),
         num_target_tokens=num_tokens,
         num_correct=num_correct,
-        router=router_sums(
-            state.get("intermediates", {}), batch["encoder_input_tokens"] > 0, targets > 0
-        ),
+        router=router_sums(sown, batch["encoder_input_tokens"] > 0, targets > 0),
     )
     return sums, logits
 

@@ -114,7 +114,7 @@ def split_expert_mlp(
     def local(
         x: Array,
         expert_index: Array,
-        arrays: list[Mapping[str, Array]],
+        arrays: list[dict[str, Array]],
         hidden_scale: Array | None,
     ) -> Array:
         first = lax.axis_index(AXIS) * count

@@ -209,6 +209,7 @@ def recover(
 RECOVER = FinetuneSettings(
     trainable=("norms", "gains"),
     batch_size=32,
+    learning_rate=3e-4,
     dropout_rate=0.0,
     expert_dropout_rate=0.0,
     z_loss=0.0,

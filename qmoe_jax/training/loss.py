@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qmoe_jax.evaluation.divergence import divergence_sums
-from qmoe_jax.evaluation.metrics import batch_sums
+from qmoe_jax.evaluation.metrics import batch_sums, log_z_squared, teacher_forced
 from qmoe_jax.models.switch import SwitchTransformer
 
 
@@ -64,27 +64,17 @@ def training_loss(
     """
     factors = factors or LossFactors()
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    result: Any = module.apply(
-        variables,
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        targets,
-        enable_dropout=enable_dropout,
-        mutable=["intermediates"],
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    logits, sown = teacher_forced(
+        module, variables, batch, enable_dropout=enable_dropout, dropout_key=dropout_key
     )
-    logits, state = result
     losses, _, correct = batch_sums(logits, targets, weights)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
     terms = {}
     if reference_logits is None:
         terms["cross_entropy"] = losses.sum() / num_tokens
     else:
         divergences = divergence_sums(logits, reference_logits, targets, weights)
         terms["kl"] = divergences.kl.sum() / num_tokens
-    z_loss = jnp.where(weights > 0, log_z**2, 0.0).sum() / num_tokens
-    terms["z_loss"] = factors.z_loss * z_loss
-    sown = state.get("intermediates", {})
+    terms["z_loss"] = factors.z_loss * log_z_squared(logits, weights).sum() / num_tokens
     for name in ("auxiliary_loss", "router_z_loss"):
         mean = _mean_over_layers(sown, name)
         terms[name] = share * getattr(factors, name) * mean

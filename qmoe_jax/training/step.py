@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from qmoe_jax.evaluation.metrics import teacher_forced
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.training.loss import LossFactors, training_loss
 from qmoe_jax.training.trainable import CodeArray, Trained, join_variables
@@ -83,7 +84,7 @@ def make_step(
         def run(own: dict[str, Array], key: Array) -> tuple[Trained, dict[str, Array]]:
             logits = None
             if reference is not None:
-                logits = _predict(reference, reference_variables, own)
+                logits, _ = teacher_forced(reference, reference_variables, own)
             compute = jax.value_and_grad(loss_of, has_aux=True)
             (loss, terms), gradients = compute(
                 trained, frozen, own, logits, num_tokens, 1 / count, key
@@ -115,15 +116,3 @@ def make_step(
         return trained, state, terms
 
     return step
-
-
-def _predict(
-    module: SwitchTransformer, variables: Mapping[str, Any], batch: Mapping[str, Array]
-) -> Float[Array, "batch length vocab"]:
-    return module.apply(
-        variables,
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch["decoder_target_tokens"],
-        enable_dropout=False,
-    )  # pyright: ignore[reportReturnType]
