@@ -20,10 +20,11 @@ decoding (an elementwise pass over as many 2-byte values).
 
 import argparse
 import itertools
+import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import ml_dtypes
 import numpy as np
 from adaptive_bound import KINDS, bound_bits
 from machine import machine_facts
-from real_codes import MODELS, Kernel, kernels_of, made_kernels, signed_codes
+from real_codes import GRIDS, MODELS, Kernel, kernels_of, made_kernels, signed_codes
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
@@ -44,8 +45,8 @@ from qmoe_jax.codec.stats import bits, bits_by_part
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.formatting import format_row
 
-GRIDS = ("lattice", "ternary")
-"""Grids to which models are quantized."""
+MODEL_GRIDS = ("lattice", "ternary")
+"""Grids to which models are quantized; layers are to all."""
 
 # (out, in) of the expert kernels, the codes' zero share, and the compression of the experts that
 # the QMoE paper reports (arXiv 2310.16795, table 5).
@@ -237,20 +238,33 @@ def on_disk(path: Path, container: int) -> Result:
     }
 
 
-def measure_models() -> Iterator[Result]:
-    """Compress every model to every grid, and measure its kernels."""
+def measure_models(grids: Sequence[str]) -> Iterator[Result]:
+    """Compress every model to the grids, and measure its kernels."""
     for model, compress_model in MODELS.items():
-        for grid in GRIDS:
+        for grid in grids:
+            if grid not in MODEL_GRIDS:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 compress_model(Path(folder) / "out", grid)
                 os.sync()  # blocks are known when files are written
                 yield from measure_checkpoint(model, Path(folder) / "out")
 
 
-def measure_layers() -> Iterator[Result]:
-    for kernel in made_kernels(NUM_EXPERTS):
+def measure_layers(grids: Sequence[str]) -> Iterator[Result]:
+    for kernel in made_kernels(grids, NUM_EXPERTS):
         for coding in codings.codings_of_grid(codings.get_coding(kernel.coding).grid):
             yield measure_real(kernel.name, coding, [kernel])
+
+
+def merged(path: Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """Results with those of a file that were not measured again."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found = {kind: before.get(kind, []) for kind in ("models", "checkpoints", "layers", "iid")}
+    for kind, rows in results.items():
+        fresh = {(row["model"], row["coding"]): row for row in rows}
+        kept = [fresh.pop((row["model"], row["coding"]), row) for row in found[kind]]
+        found[kind] = kept + list(fresh.values())
+    return {kind: rows for kind, rows in found.items() if rows}
 
 
 def as_cell(value: str | float | None) -> str:
@@ -263,7 +277,11 @@ def as_cell(value: str | float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Size and speed of the codec.")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file; others stay")
+    parser.add_argument(
+        "--grids", nargs="+", choices=GRIDS, default=list(GRIDS), help="of real codes"
+    )
+    parser.add_argument("--no-iid", action="store_true", help="leave independent codes out")
     parser.add_argument(
         "--checkpoint",
         nargs="+",
@@ -286,18 +304,19 @@ def main() -> None:
             results[kind].append(result)
             print(format_row([as_cell(result.get(name)) for name in columns], widths), flush=True)
 
-    table("models", REAL_COLUMNS, measure_models())
+    table("models", REAL_COLUMNS, measure_models(arguments.grids))
     if arguments.checkpoint:
         others = (measure_checkpoint(path.name, path) for path in arguments.checkpoint)
         table("checkpoints", REAL_COLUMNS, itertools.chain.from_iterable(others))
-    table("layers", REAL_COLUMNS, measure_layers())
+    table("layers", REAL_COLUMNS, measure_layers(arguments.grids))
     pairs = itertools.product(codings.coding_names(), PAPER_MODELS)
     # Independent codes say nothing of a coding by columns.
     iid = (c for c in pairs if codings.get_coding(c[0]).grid != "lattice")
-    table("iid", COLUMNS, (measure_model(model, coding) for coding, model in iid))
+    if not arguments.no_iid:
+        table("iid", COLUMNS, (measure_model(model, coding) for coding, model in iid))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, {"machine": machine, **results}, indent=2)
+        write_json(arguments.json, {"machine": machine} | merged(arguments.json, results), indent=2)
 
 
 if __name__ == "__main__":

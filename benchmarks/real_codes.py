@@ -8,7 +8,7 @@ columns differ in scale, GPTQ's sweep on inputs that are correlated.
 import pathlib
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,11 +87,11 @@ def kernels_of(checkpoint: CompressedCheckpoint) -> Iterator[Kernel]:
         yield Kernel(name, spec.coding, codes, get_coding(spec.coding).levels_of(coded))
 
 
-def made_kernels(num_experts: int, seed: int = 0) -> Iterator[Kernel]:
-    """Quantize layers of SHAPES to every grid, with default settings."""
+def made_kernels(grids: Sequence[str], num_experts: int, seed: int = 0) -> Iterator[Kernel]:
+    """Quantize layers of SHAPES to the grids, with default settings."""
     for num_in, num_out in SHAPES:
         layer = make_layer(num_in, num_out, "correlated", seed, num_experts)
-        for grid in GRIDS:
+        for grid in grids:
             settings = CompressionSettings(grid=grid)
             result = quantize(layer, settings)
             levels = jax.tree.map(np.asarray, result.levels)

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from qmoe_jax.codec import codings, encode, lattice_blocks
+from qmoe_jax.codec import codings, encode, lattice_blocks, lattice_choices
 from qmoe_jax.codec.lattice_dictionaries import NUM_DICTIONARIES, RAW_DICTIONARY
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 
@@ -93,6 +94,16 @@ def with_choices(
     return CodedTensor(TensorSpec("lattice", 1, rows, width), arrays), codes
 
 
+def ended(rows: int, width: int) -> tuple[CodedTensor, np.ndarray]:
+    """Schedules that end before the codewords of some blocks do, as our encoder wrote them once."""
+    with _ending():
+        return encoded(rows, width)
+
+
+def _ending() -> Any:
+    return mock.patch.object(lattice_choices, "_without_end", lambda schedules: schedules)
+
+
 def raw(grouped: int = 0) -> tuple[CodedTensor, np.ndarray]:
     """All strings as plain bits."""
     schedules = np.zeros((3, 15), np.int64)
@@ -103,13 +114,15 @@ def raw(grouped: int = 0) -> tuple[CodedTensor, np.ndarray]:
 def readable() -> Iterator[tuple[str, CodedTensor, np.ndarray]]:
     """Valid files that no encoder of ours writes."""
     yield "raw", *raw()
+    yield "ended_schedules", *ended(9, 37)
     schedules = np.arange(45).reshape(3, 15) % 4
     odd = (9, 0, 15, 3)
     yield "odd_choices", *with_choices(70, 21, odd, schedules, wide=True, grouped=13)
     yield "all_grouped", *with_choices(33, 7, odd, schedules, wide=False, grouped=7)
     codes = np.zeros((2, 33, 5), np.uint8)
     levels = {"step_index": np.zeros((2, 5), np.uint8), "origin": np.zeros(2, np.float32)}
-    yield "zeros", encode.encode(codes, levels, "lattice"), codes
+    with _ending():
+        yield "zeros", encode.encode(codes, levels, "lattice"), codes
 
 
 def _bytes(arrays: Arrays) -> np.ndarray:

@@ -198,6 +198,7 @@ def choose_dictionaries(
         second = (full.reshape(-1)[bits] > 2).view(np.uint8)
         schedules[2] += count_codewords(second, np.repeat(of_second, BLOCK_ROWS)[bits])
     schedules = np.minimum(np.rint(schedules / max(1, sampled.size)), MAX_SCHEDULED)
+    schedules = _without_end(schedules)
 
     all_nonzero, all_two, all_three, all_four, _ = counts.columns.sum(axis=1).tolist()
     of_side, negative = _of_shorter_side(counts)
@@ -205,6 +206,17 @@ def choose_dictionaries(
     ones = np.array([ones_in_rests, all_three, all_four, against_lean])
     plain = nearest_dictionary(ones / np.maximum([num_rests, all_two, all_three, all_nonzero], 1))
     return Dictionaries(num_grouped, schedules[:, :-1].astype(np.uint16), plain.astype(np.uint8))
+
+
+def _without_end(
+    schedules: Float64[np.ndarray, "3 dictionaries"],
+) -> Float64[np.ndarray, "3 dictionaries"]:
+    """Let the last dictionary that a schedule uses go on: blocks may have more codewords."""
+    schedules = schedules.copy()
+    for schedule in schedules:
+        used = np.flatnonzero(schedule)
+        schedule[used[-1] if used.size else RAW_DICTIONARY] = MAX_SCHEDULED
+    return schedules
 
 
 def raw_dictionaries() -> Dictionaries:
