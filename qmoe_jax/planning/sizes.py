@@ -188,7 +188,7 @@ def layer_parts(
       settings: of the layer.
       zeros: what codes are expected, by grid.
     """
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     if settings.method == "none":
         return found
     for out, width in expert_kernel_shapes(config).values():
