@@ -26,7 +26,8 @@ from qmoe_jax.calibration.tokens import TokenFile, TokenMetadata, from_sequences
 from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
 from qmoe_jax.demo.docstrings import demo_tokens
 from qmoe_jax.demo.function_names import TRAINING, VALIDATION, function_names
-from qmoe_jax.evaluation.metrics import evaluate_loss
+from qmoe_jax.evaluation.divergence import DivergenceReport, measure_divergence
+from qmoe_jax.evaluation.metrics import evaluate_loss, per_token
 from qmoe_jax.formatting import format_bytes, format_table
 from qmoe_jax.generation.sampling import greedy_generate
 from qmoe_jax.generation.text import Vocabulary
@@ -234,6 +235,12 @@ def run_memory(done: dict[str, Any], save: Any, arguments: argparse.Namespace) -
         save()
 
 
+def unseen_divergence(path: pathlib.Path, tokens: TokenFile) -> DivergenceReport:
+    """KL from the uncompressed model, example by example."""
+    batches = [batch.arrays() for batch in tokens.batches(32)]
+    return measure_divergence(*load_switch(path), *load_switch(CHECKPOINT), batches)
+
+
 def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) -> None:
     """KL before and after on text that nothing has seen, at half the paper's bits."""
     vocabulary = str(DEMO / "sentencepiece.model")
@@ -242,7 +249,8 @@ def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) 
         return demo_tokens(vocabulary, split, count) if path is None else read_tokens(path)
 
     train = text(arguments.calibration, "train", 1280)
-    held_out = text(arguments.validation, "validation", 128).first(128)
+    unseen = text(arguments.validation, "validation", 512)
+    held_out = unseen.first(128)
     work = pathlib.Path(arguments.work)
     half = work / "half"
     if not half.exists():
@@ -259,11 +267,12 @@ def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) 
     rows["compressed"] = {
         "bits_per_weight": 8 * stored / weights,
         "calibration_examples": len(train),
-        "validation_examples": len(held_out),
-        "validation_target_tokens": held_out.tokens.num_target_tokens,
+        "validation_examples": len(unseen),
+        "validation_target_tokens": unseen.tokens.num_target_tokens,
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
     }
+    before: DivergenceReport | None = None
     # Ten times as much made KL larger: predictions are near the reference's from the first step on.
     for kinds, rate in ((("norms", "gains"), 3e-4), (("lora",), 1e-4), (("dense",), 1e-4)):
         name = f"{' + '.join(kinds)}, {rate:g}"
@@ -294,7 +303,17 @@ def run_recover(done: dict[str, Any], save: Any, arguments: argparse.Namespace) 
         )
         seconds = time.monotonic() - started
         counts = {name: report[name] for name in ("num_trained", "trained_bytes")}
-        rows[name] = report["validation"] | counts | {"learning_rate": rate, "seconds": seconds}
+        before = before or unseen_divergence(half, unseen)
+        after = unseen_divergence(pathlib.Path(report["checkpoint"]), unseen)
+        difference, error = per_token(after.kl - before.kl, after.losses.num_target_tokens)
+        rows["compressed"]["kl"] = before.divergence[0]
+        rows[name] = counts | {
+            "kl": after.divergence[0],
+            "kl_difference": difference,
+            "kl_difference_standard_error": error,
+            "learning_rate": rate,
+            "seconds": seconds,
+        }
         print(name, rows[name])
         save()
 
