@@ -40,7 +40,7 @@ PAPER = {
 }
 # Those that the comparison with ternary needs, for all seeds; the rest of the curve for the first.
 STEPS = ((4.0, 3.0, 5.0, 2.25), (1.0, 1.5, 3.5, 8.0))
-TARGETS = ((0.4, 0.5, 0.6, 1.075, 1.1), (0.3, 0.8, 1.5, 2.0))
+TARGETS = ((0.3, 0.4, 0.5, 0.6, 1.075, 1.1), (0.8, 1.5, 2.0))
 
 
 def tokens(folder: pathlib.Path, split: str, count: int, seed: int) -> TokenFile:
