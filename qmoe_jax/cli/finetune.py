@@ -174,13 +174,16 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, description: str, argv: Sequence[str]) -> int:
+def run(
+    name: str, description: str, argv: Sequence[str], train: Callable[..., Any] = finetune
+) -> int:
     """Run a command that trains, print what it did, and return the exit status.
 
     Args:
-      name: of the command and its gin file; `finetune` is bound under it.
+      name: of the command and its gin file; `train` is bound under it.
       description: for --help.
       argv: arguments.
+      train: `finetune`, or what checks more before.
     """
     from qmoe_jax.calibration.sources import task_tokens
     from qmoe_jax.cli import flags
@@ -189,7 +192,7 @@ def run(name: str, description: str, argv: Sequence[str]) -> int:
 
     report = flags.run(
         name,
-        finetune,
+        train,
         [FinetuneSettings, load_switch, task_tokens],
         description=description,
         default_gin_file=f"gin/runs/{name}.gin",
