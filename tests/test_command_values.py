@@ -150,7 +150,7 @@ def test_no_value_of_a_field_ends_in_a_traceback(command, field, tmp_path, monke
         ("compress", "CHECKPOINT=/data/x", "quotes, inside the shell's: --gin.CHECKPOINT=\"'/dat"),
         ("compress", "CompressionSettings.griid='x'", "there is no griid; did you mean grid?"),
         ("compress", "CompressionSettings.dampng=1", "did you mean damping?"),
-        ("recover", "REFERENCE=None", "REFERENCE is None; give the native checkpoint that CHECKPOINT"),
+        ("recover", "REFERENCE=None", "REFERENCE is None; give the native checkpoint that"),
         ("compress", "IMPLEMENTATION='gpu'", "'gpu'; it must be one of auto, xla, cpu, cuda"),
     ],
 )
