@@ -71,6 +71,34 @@ class TestBudget:
         # Only the last batch of all is measured whole.
         assert asked == [False, True]
 
+    def test_kernels_of_the_last_experts_make_up_for_each_other(self):
+        names = ("decoder/layers_3/wi", "decoder/layers_3/wo")
+        budget = BitBudget(dict.fromkeys(names, 1000), dict.fromkeys(names, 4.0), 0.5)
+        asked = []
+
+        def stuck(step, all_experts):
+            asked.append(all_experts)
+            return 0.6
+
+        budget.step_for(names[0], 1000, stuck)
+        assert all(asked)
+        # Both are spent when both are quantized.
+        assert budget.bits_for(names[1]) == pytest.approx(0.4, rel=0.01)
+        budget.spend(names[0], 1000, 610, 3.0)
+        assert budget.bits_for(names[1]) == pytest.approx(0.39, rel=1e-6)
+
+    def test_another_layer_makes_up_for_the_last_experts_of_this_one(self):
+        names = ("encoder/layers_1/wo", "decoder/layers_1/wo")
+        budget = BitBudget(dict.fromkeys(names, 1000), dict.fromkeys(names, 4.0), 0.5)
+        asked = []
+
+        def measure(step, all_experts):
+            asked.append(all_experts)
+            return typical_bits(step)
+
+        budget.step_for(names[0], 1000, measure)
+        assert not any(asked)
+
     def test_nothing_left_asks_for_little(self):
         budget = BitBudget(KERNELS, dict.fromkeys(KERNELS, 4.0), 0.5)
         budget.spend("a", 4000, 9000, None)

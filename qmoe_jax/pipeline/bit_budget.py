@@ -4,7 +4,8 @@ A target is met in one pass over the model. What is left is spread over the weig
 with one step for all, evenly; with steps by kernel, in the ratio of those. The step at which a
 kernel takes its part is searched on a few experts when its first batch comes, and follows from the
 batch before for the others; what a batch took more or less than its part, the next ones make up
-for. The last batch of all has none behind it, and is searched on all of its experts. A process
+for. The last batch of all has none behind it: its kernels are searched on all of its experts, and
+what the first of them is measured to take is counted before the next one's part. A process
 budgets for its own experts. All of it follows from what the journal holds, so a resumed run chooses
 the same steps.
 """
@@ -44,16 +45,23 @@ class BitBudget:
         self._steps = dict(steps)
         self._target = bits_per_weight * sum(weights.values())
         self._spent = 0  # whole bits: the sum does not depend on their order
+        # Of the batch at work: kernels that have their step, and the bits that they will take.
+        self._expected: dict[str, int] = {}
         self._found: dict[str, tuple[float, float]] = {}
 
     def bits_for(self, kernel: str) -> float:
         """Return the bits a weight that the next experts of a kernel should take."""
-        left = [(self._steps[name], count) for name, count in self._weights.items() if count]
+        left = [
+            (self._steps[name], count)
+            for name, count in self._weights.items()
+            if count and name not in self._expected
+        ]
+        spent = self._spent + sum(self._expected.values())
         low, high = 1e-4, 1e4
         for _ in range(60):
             middle = (low * high) ** 0.5
             total = sum(count * typical_bits(middle * step) for step, count in left)
-            low, high = (middle, high) if total > self._target - self._spent else (low, middle)
+            low, high = (middle, high) if total > self._target - spent else (low, middle)
         return max(typical_bits(low * self._steps[kernel]), _LEAST_BITS)
 
     def step_for(
@@ -68,10 +76,28 @@ class BitBudget:
         """
         wanted = self.bits_for(kernel)
         start = moved_step(*self._found[kernel], wanted) if kernel in self._found else None
-        is_last = num_weights >= sum(self._weights.values())
+        is_last = self._is_last(kernel, num_weights)
         if start is not None and not is_last:
             return start
-        return step_for_bits(lambda step: measure(step, is_last), wanted, start=start)
+        measured: dict[float, float] = {}
+
+        def bits_at(step: float) -> float:
+            measured[step] = measure(step, is_last)
+            return measured[step]
+
+        step = step_for_bits(bits_at, wanted, start=start)
+        if is_last:
+            self._expected[kernel] = round(num_weights * measured.get(step, wanted))
+        return step
+
+    def _is_last(self, kernel: str, num_weights: int) -> bool:
+        """Whether nothing follows but the other kernels of the same experts."""
+        layer = kernel.rpartition("/")[0]
+        left = {name: count for name, count in self._weights.items() if count}
+        return all(
+            name.rpartition("/")[0] == layer and count <= num_weights
+            for name, count in left.items()
+        )
 
     def spend(self, kernel: str, num_weights: int, bits: int, step: float | None) -> None:
         """Note what experts of a kernel have taken.
@@ -84,6 +110,7 @@ class BitBudget:
         """
         self._weights[kernel] -= num_weights
         self._spent += bits
+        self._expected.pop(kernel, None)
         if step is not None:
             self._found[kernel] = step, max(bits / num_weights, _LEAST_BITS)
 
