@@ -79,15 +79,15 @@ class BitBudget:
         is_last = self._is_last(kernel, num_weights)
         if start is not None and not is_last:
             return start
-        measured: dict[float, float] = {}
+        measured = [wanted]
 
         def bits_at(step: float) -> float:
-            measured[step] = measure(step, is_last)
-            return measured[step]
+            measured.append(measure(step, is_last))
+            return measured[-1]
 
         step = step_for_bits(bits_at, wanted, start=start)
         if is_last:
-            self._expected[kernel] = round(num_weights * measured.get(step, wanted))
+            self._expected[kernel] = round(num_weights * measured[-1])
         return step
 
     def _is_last(self, kernel: str, num_weights: int) -> bool:
