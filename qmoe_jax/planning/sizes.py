@@ -56,7 +56,7 @@ _METADATA_BYTES = 4096  # of an array: its .zarray and its part of the manifest,
 # What the demo's compressed model has: of the manifest for each array, and of .zarray for each
 # that is not packed.
 _MANIFEST_BYTES, _ZARRAY_BYTES = 300, 180
-PARTS = ("codes", "signs", "levels", "lengths")
+PARTS: tuple[str, ...] = ("codes", "signs", "levels", "lengths")
 """Of what experts take: signs where a coding stores them apart; steps are levels."""
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
@@ -188,7 +188,7 @@ def layer_parts(
       settings: of the layer.
       zeros: what codes are expected, by grid.
     """
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     if settings.method == "none":
         return found
     for out, width in expert_kernel_shapes(config).values():
