@@ -56,7 +56,7 @@ _METADATA_BYTES = 4096  # of an array: its .zarray and its part of the manifest,
 # What the demo's compressed model has: of the manifest for each array, and of .zarray for each
 # that is not packed.
 _MANIFEST_BYTES, _ZARRAY_BYTES = 300, 180
-PARTS = ("codes", "signs", "levels", "lengths")
+PARTS: tuple[str, ...] = ("codes", "signs", "levels", "lengths")
 """Of what experts take: signs where a coding stores them apart; steps are levels."""
 _SAMPLE_WEIGHTS = 1 << 20
 _SAMPLE_EXPERTS = 2
