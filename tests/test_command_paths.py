@@ -160,6 +160,7 @@ PATHS = [
     gin("recover", "output", WRITE_FOLDER | OWN, *RECOVER[:2], "OUTPUT={}", TOKENS),
     gin("recover", "tokens", READ_FILE, *RECOVER[:3], "TOKENS={}"),
     gin("recover", "validation_tokens", READ_FILE, *RECOVER, "VALIDATION_TOKENS={}"),
+    gin("recover", "adapters", READ_FILE, *RECOVER, "recover.adapters={}"),
     plain("plan", "checkpoint", READ_FOLDER, "{}"),
     plain("plan", "tokens", READ_FILE, *PLAN, "--tokens={}"),
     plain(
@@ -214,9 +215,9 @@ NO_PATHS = {
     "evaluate": {"task", "split", "activation_dtype", "task_module", "cache"},
     "finetune": {"task", "split", "activation_dtype", "task_module", "cache", "settings"},
     "infer": {"prompts", "activation_dtype"},
-    "plan": {"device"},
+    "plan": {"device", "finetune", "optimizer"},
     "prepare-tokens": {"split", "version", "task", "task_module"},
-    "recover": {"activation_dtype", "settings"},
+    "recover": {"task", "activation_dtype", "settings"},
 }
 # The functions that gin binds for each command.
 BOUND = {
