@@ -93,10 +93,10 @@ class BitBudget:
     def _is_last(self, kernel: str, num_weights: int) -> bool:
         """Whether nothing follows but the other kernels of the same experts."""
         layer = kernel.rpartition("/")[0]
-        left = {name: count for name, count in self._weights.items() if count}
         return all(
             name.rpartition("/")[0] == layer and count <= num_weights
-            for name, count in left.items()
+            for name, count in self._weights.items()
+            if count
         )
 
     def spend(self, kernel: str, num_weights: int, bits: int, step: float | None) -> None:

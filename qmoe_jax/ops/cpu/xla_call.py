@@ -248,13 +248,19 @@ def error(frame, code, message):
 
 
 @jitted
+def _succeeds(api, problem):
+    """Whether a call has returned no error; one that it has is let go."""
+    if problem != 0:
+        _call(load64(api + 64), (24, 0, problem))
+    return problem == 0
+
+
+@jitted
 def num_pool_threads(frame, spare):
     """Threads of XLA's pool, or 0 where it has none; `spare` is an address of 8 bytes."""
     api = load64(frame + 16)
     store64(spare, 0)
-    problem = _call(load64(api + 144), (32, 0, load64(frame + 24), spare))
-    if problem != 0:
-        _call(load64(api + 64), (24, 0, problem))
+    if not _succeeds(api, _call(load64(api + 144), (32, 0, load64(frame + 24), spare))):
         return 0
     return max(load64(spare), 0)
 
@@ -263,10 +269,7 @@ def num_pool_threads(frame, spare):
 def schedule(frame, task, data):
     """Have XLA's pool call task(data) some time; return whether it will."""
     api = load64(frame + 16)
-    problem = _call(load64(api + 136), (40, 0, load64(frame + 24), task, data))
-    if problem != 0:
-        _call(load64(api + 64), (24, 0, problem))
-    return problem == 0
+    return _succeeds(api, _call(load64(api + 136), (40, 0, load64(frame + 24), task, data)))
 
 
 def _field(*offsets: int, half: bool = False) -> Callable[..., int]:
