@@ -56,9 +56,13 @@ bench: bench-codec bench-gptq bench-engine bench-generation bench-cpu bench-cpu-
 bench-codec: $(VENV)/.installed-dev ## size and speed of the codec, on real codes and made ones
 	$(BIN)/python benchmarks/bench_codec.py --json benchmarks/results/codec.json
 
-# The second part needs atheris ($(BIN)/pip install atheris) and says so where it is missing.
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	$(PIP) --editable ".[dev,fuzz]"
+	@touch $@
+
+# Where there is no atheris for the platform, the second part says so.
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/.installed-dev ## a million mutated tensors, then inputs guided by coverage
+fuzz: $(VENV)/.installed-fuzz ## a million mutated tensors, then inputs guided by coverage
 	$(BIN)/python tests/fuzz_codec.py --count 1000000 --seed 0 --json benchmarks/results/fuzz_codec.json
 	$(BIN)/python tests/fuzz_coverage.py --target tensors --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz_coverage.py --target checkpoints --seconds $(FUZZ_SECONDS)

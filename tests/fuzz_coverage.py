@@ -1,6 +1,6 @@
 """Coverage-guided inputs for reader and decoders, by atheris (libFuzzer).
 
-    pip install atheris
+    pip install --editable '.[fuzz]'
     python tests/fuzz_coverage.py --target tensors --seconds 600
     python tests/fuzz_coverage.py --target checkpoints --seconds 600
     python tests/fuzz_coverage.py --target tensors --input FILE     # one input again
