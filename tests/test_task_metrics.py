@@ -65,6 +65,7 @@ _MODULE = """
             postprocess_fn=answer,
             metric_fns=metrics,
         )
+    seqio.MixtureRegistry.add("both", [("copying", 3), ("plain", 1)])
 """
 
 
@@ -165,3 +166,16 @@ def test_without_metrics_losses_are_left(train, tmp_path, bindings):
     assert train("copying", tmp_path / "run", TRAIN_STEPS=1, **bindings) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_bytes())
     assert set(report["validation"]["written"]) == {"loss", "accuracy", "exact_match"}
+
+
+def test_a_mixture_has_the_metrics_of_its_tasks(train, tmp_path):
+    """And is drawn from until there are as many examples as were asked for."""
+    folder = tmp_path / "run"
+    numbers = {"NUM_EXAMPLES": 100, "NUM_VALIDATION_EXAMPLES": 20}
+    assert train("both", folder, TRAIN_STEPS=1, **numbers) == 0
+    report = json.loads((folder / "report.json").read_bytes())
+    metrics = report["validation"]["written"]["metrics"]
+    assert set(metrics) == {f"copying/{name}" for name in ("matches", "loss", "tokens", "note")} | {
+        "copying/confidence"
+    }
+    assert metrics["copying/tokens"] == 40

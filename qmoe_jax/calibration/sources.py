@@ -9,7 +9,9 @@
 
 With `_whole_documents` instead of `_span_corruption` it is the paper's protocol: documents are not
 concatenated and cut to full length, but those that fit are taken whole, one an example. Any other
-name is looked up among seqio's tasks after `task_module` was imported.
+name is looked up among seqio's tasks and mixtures after `task_module` was imported. A mixture
+begins its tasks again until it has as many examples as were asked for; where no number is, it ends
+with the first of its tasks that does.
 """
 
 import hashlib
@@ -53,7 +55,7 @@ def task_tokens(
     This is where TensorFlow is imported; a token file that `cache` finds is read without it.
 
     Args:
-      task: a name of the table above, or of a seqio task.
+      task: a name of the table above, or of a seqio task or mixture.
       split: split of the dataset; for `files` only a name.
       num_examples: how many; all of the split where None.
       vocabulary: sentencepiece model of the checkpoint, local or gs://.
@@ -133,7 +135,7 @@ def _find_task(
     files: str | Sequence[str] | None,
     task_module: str | None,
 ) -> Any:
-    """Find the seqio task of a name; what needs no TensorFlow is refused before it is imported."""
+    """Find the task or mixture of a name; what needs no TensorFlow is refused before its import."""
     match = None if task_module else _NAME.fullmatch(name)
     if match is None:
         return _registered_task(name, task_module)
@@ -174,7 +176,7 @@ def _registered_task(name: str, task_module: str | None) -> Any:
     known = (
         "known are c4_ (the newest version that is prepared), c4_v220_, c4_v310_ (any TFDS "
         "version), jsonl_ and text_, each followed by "
-        "span_corruption or whole_documents, and the seqio tasks of TASK_MODULE"
+        "span_corruption or whole_documents, and the seqio tasks and mixtures of TASK_MODULE"
     )
     if task_module is None and "seqio" not in sys.modules:
         raise TokensError(f"There is no task {name!r}; {known}.")
@@ -185,9 +187,9 @@ def _registered_task(name: str, task_module: str | None) -> Any:
             importlib.import_module(task_module)
         except ImportError as error:
             raise TokensError(f"task_module {task_module!r} cannot be imported: {error}") from error
-    if name not in seqio.TaskRegistry.names():
+    if name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
         raise TokensError(f"There is no task {name!r}; {known}.")
-    return seqio.TaskRegistry.get(name)
+    return seqio.get_mixture_or_task(name)
 
 
 def _need_seqio(name: str) -> None:

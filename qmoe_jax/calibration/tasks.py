@@ -233,9 +233,10 @@ def tokenize_task(
     """Return the first examples of a task, unshuffled; equal arguments give equal tokens.
 
     Args:
-      task: of this module, or any of seqio with `inputs` and `targets`.
+      task: of this module, or any of seqio, or a mixture, with `inputs` and `targets`.
       split: split of the task.
-      num_examples: how many examples; all of the split where None.
+      num_examples: how many examples; all of the split where None, and of a mixture until the first
+        of its tasks ends. Asked for more, a mixture begins its tasks again.
       inputs_length: encoder tokens of an example.
       targets_length: decoder tokens; None is what the corruption of `inputs_length` gives.
       seed: seed of the corruption.
@@ -246,7 +247,7 @@ def tokenize_task(
       TokensError: no such split, unreadable documents, or fewer examples than asked for.
       ValueError: lengths that the corruption cannot keep.
     """
-    tf = text_packages.tensorflow()
+    tf, seqio = text_packages.tensorflow(), text_packages.seqio()
     text_packages.hide_gpus()
     if num_examples is not None and num_examples < 1:
         raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
@@ -254,11 +255,13 @@ def tokenize_task(
         raise TokensError(f"{task.name} has no split {split!r}; it has {sorted(task.splits)}.")
     if targets_length is None:
         targets_length = span_corruption.corruption_lengths(inputs_length)[1]
+    is_endless = isinstance(task, seqio.Mixture) and num_examples is not None
     dataset = task.get_dataset(
         sequence_length={"inputs": inputs_length, "targets": targets_length},
         split=split,
         shuffle=False,
         seed=seed,
+        num_epochs=None if is_endless else 1,
     ).take(-1 if num_examples is None else num_examples)
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []

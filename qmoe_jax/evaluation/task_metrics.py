@@ -1,4 +1,4 @@
-"""The metrics of a seqio task: its own functions, on what a model predicts and how it scores.
+"""The metrics of a seqio task, or of a mixture's tasks, on what a model predicts and how it scores.
 
 seqio's `Evaluator` has the examples, the postprocessing and the metrics, as in T5X's `infer_eval`;
 here are the two functions that it asks a model with.
@@ -42,10 +42,10 @@ class TaskMetrics:
         """Read the examples.
 
         Args:
-          task: name of a registered seqio task that has metrics.
+          task: name of a registered seqio task that has metrics, or of a mixture with such tasks.
           split: of the task.
           lengths: of `inputs` and `targets`; predictions are at most as long as the latter.
-          num_examples: the first so many; all where None.
+          num_examples: the first so many, of each task; all where None.
           batch_size: examples that the model is given at a time.
           seed: of the task's preprocessing.
         """
@@ -60,7 +60,7 @@ class TaskMetrics:
             num_examples=num_examples,
             async_compute_metrics=False,
         )
-        vocabulary = seqio.TaskRegistry.get(task).output_features["targets"].vocabulary
+        vocabulary = seqio.get_mixture_or_task(task).output_features["targets"].vocabulary
         self._eos_id = vocabulary.eos_id
         self._length = lengths["targets"]
         self._batch_size = batch_size
@@ -82,6 +82,8 @@ class TaskMetrics:
     ) -> dict[str, float | str]:
         """Return the metrics of a model by name: numbers, and texts as they are.
 
+        Of a mixture a name begins with the task's: `task/metric`.
+
         Raises:
           ValueError: a metric wants what a model is not asked for here, or it failed.
         """
@@ -102,8 +104,9 @@ class TaskMetrics:
                     )
         found, _ = self._evaluator.evaluate(compute_metrics=True, model_fns=model_fns)
         return {
-            name: plain
-            for name, value in found.result()[self._task].items()
+            name if task == self._task else f"{task}/{name}": plain
+            for task, metrics in found.result().items()
+            for name, value in metrics.items()
             if (plain := _plain(value)) is not None
         }
 
@@ -145,9 +148,9 @@ class TaskMetrics:
 
 
 def has_metrics(task: str) -> bool:
-    """Whether a registered seqio task has metrics of its own."""
-    found = text_packages.seqio().TaskRegistry.get(task)
-    return bool(found.metric_fns or found.metric_objs)
+    """Whether a registered seqio task, or one of a mixture's, has metrics of its own."""
+    tasks = text_packages.seqio().get_subtasks(text_packages.seqio().get_mixture_or_task(task))
+    return any(own.metric_fns or own.metric_objs for own in tasks)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "length"))
