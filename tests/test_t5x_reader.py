@@ -1,13 +1,7 @@
 """The reader of native T5X checkpoints: every layout, every slice, every error."""
 
-import http.server
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-import urllib.parse
 import zlib
 from pathlib import Path
 
@@ -16,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from fake_gcs import run_with_gcs
 from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -361,48 +356,6 @@ def test_gcs_spec():
     assert array.kvstore.url == "gs://bucket/a/checkpoint_1/target.x/"
 
 
-class _FakeGcs(http.server.BaseHTTPRequestHandler):
-    """The requests of Google's storage API that a reader makes: read an object, list objects."""
-
-    root: Path
-    authorizations: list[str | None]
-
-    def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query))
-        prefix = "/storage/v1/b/bucket/o"
-        if not url.path.startswith(prefix):
-            return self.answer(404, b"")
-        self.authorizations.append(self.headers["Authorization"])
-        if url.path == prefix:
-            files = sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*"))
-            low, high = query.get("startOffset", ""), query.get("endOffset", "\x7f")
-            items = [{"name": f, "size": "1", "generation": "1"} for f in files if low <= f < high]
-            return self.answer(200, json.dumps({"items": items}).encode())
-        path = self.root / urllib.parse.unquote(url.path.removeprefix(prefix + "/"))
-        if not path.is_file():
-            return self.answer(404, b"")
-        content = path.read_bytes()
-        if not (wanted := self.headers["Range"]):
-            return self.answer(200, content)
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
-        part = content[int(first) : int(last) + 1 if last else None]
-        span = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
-        return self.answer(206, part, {"Content-Range": span})
-
-    def answer(self, status, body, headers=()):
-        self.send_response(status)
-        for key, value in {"x-goog-generation": "1", **dict(headers)}.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-# TensorStore reads the endpoint's variable once in a process, hence a process of its own.
 _READ_FROM_GCS = f"""
 import sys, zlib
 from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
@@ -413,36 +366,6 @@ for path in sys.argv[1:]:
 """
 
 
-def read_from_gcs(program, paths, root, tmp_path):
-    """Run a program, the paths its arguments, that sees a folder as gs://bucket."""
-    handler = type("Handler", (_FakeGcs,), {"root": root, "authorizations": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"127.0.0.1:{server.server_address[1]}"
-    environment = {
-        "TENSORSTORE_GCS_HTTP_URL": f"http://{endpoint}",
-        # Where TensorStore looks for credentials, none of which are here.
-        "GCE_METADATA_ROOT": endpoint,
-        "CLOUDSDK_CONFIG": str(tmp_path),
-        "GOOGLE_APPLICATION_CREDENTIALS": "",
-    }
-    try:
-        result = subprocess.run(
-            [sys.executable, "-c", program, *paths],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert result.returncode == 0, result.stderr
-    assert set(handler.authorizations) == {None}
-    return result.stdout.splitlines()
-
-
 def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
     root = golden_checkpoint("base", "t5x_float32_gcsspec").parents[2]
     golden_checkpoint("base", "orbax_ocdbt_float32")
@@ -451,7 +374,7 @@ def test_gcs_reads_anonymously(golden_checkpoint, reference, tmp_path):
         "gs://bucket/orbax/orbax_ocdbt_float32/checkpoint_500100/",
     ]
     crc = zlib.crc32(reference("base")[WI][2:4])
-    found = read_from_gcs(_READ_FROM_GCS, paths, root, tmp_path)
+    found = run_with_gcs(_READ_FROM_GCS, paths, root, tmp_path)
     assert found == [f"t5x 500100 {crc}", f"orbax_ocdbt 500100 {crc}"]
 
 
@@ -477,7 +400,7 @@ def test_compressed_steps_on_gcs(gptq, tmp_path):
     lengths = "TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 14}"
     (tmp_path / "root" / "mine" / "config.gin").write_text(lengths)
     paths = ["gs://bucket/mine", "gs://bucket/mine/checkpoint_7/", "gs://bucket/other"]
-    found = read_from_gcs(_OPEN_COMPRESSED, paths, tmp_path / "root", tmp_path)
+    found = run_with_gcs(_OPEN_COMPRESSED, paths, tmp_path / "root", tmp_path)
     said = "TrainingLengths(inputs=48, targets=14, source='gs://bucket/mine/config.gin')"
     assert found == [
         f"gs://bucket/mine/checkpoint_12 {said}",
