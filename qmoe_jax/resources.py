@@ -30,8 +30,14 @@ def kernels_cuda() -> Path:
 
 
 def demo_model() -> Path:
-    """Folder of the demo's model, which only a checkout has; it may not exist."""
-    return _CHECKOUT / "tests" / "golden" / "switch_demo"
+    """Folder of the demo's model, which only a checkout has; it may not exist.
+
+    The package's own checkout, else the working folder, where an installed package was installed
+    from it.
+    """
+    path = Path("tests", "golden", "switch_demo")
+    own = _CHECKOUT / path
+    return own if own.is_dir() or not path.is_dir() else path
 
 
 def _folder(name: str) -> Path:

@@ -33,6 +33,7 @@ from qmoe_jax.training import loop
 from qmoe_jax.training.examples import ExampleOrder
 from qmoe_jax.training.finetune import finetune, recover
 from qmoe_jax.training.settings import FinetuneSettings
+from qmoe_jax.training.trainable import split_variables
 
 QUICK = FinetuneSettings(
     trainable=("lora", "gains", "norms"),
@@ -332,11 +333,13 @@ class TestRefusals:
         settings = dataclasses.replace(QUICK, **kind)
         with pytest.raises(ValueError, match=message):
             finetune(compressed, tmp_path / "run", TRAIN, settings, **SILENT)
+        assert not (tmp_path / "run").exists()  # or the mended call would be refused
 
     def test_gains_of_a_native_checkpoint(self, native, tmp_path):
         settings = dataclasses.replace(QUICK, trainable="gains")
         with pytest.raises(ValueError, match="trainable is 'gains', and the checkpoint has none"):
             finetune(native, tmp_path / "run", TRAIN, settings, **SILENT)
+        assert not (tmp_path / "run").exists()
 
     def test_an_output_that_is_the_input(self, compressed):
         with pytest.raises(CheckpointError, match="an input; choose another folder"):
@@ -411,6 +414,28 @@ class TestCommands:
         line = capsys.readouterr().err.splitlines()[-1]
         assert "settings.seed: 0 became 5" in line
         assert "--gin.OVERWRITE=True" in line
+
+    def test_the_default_kernels_of_a_model_without_gates(
+        self, compressed, tmp_path, capsys, monkeypatch
+    ):
+        """The gin file names them as a list, among them those of gated MLPs."""
+
+        def train(module, parts, *rest):
+            raise ValueError(f"trains {len(parts.trained)} arrays")
+
+        monkeypatch.setattr(training, "_train", train)
+        write_tokens(tmp_path / "tokens.npz", TRAIN.tokens, TRAIN.metadata)
+        bindings = {
+            "INITIAL_CHECKPOINT": str(compressed),
+            "OUTPUT": str(tmp_path / "run"),
+            "TOKENS": str(tmp_path / "tokens.npz"),
+            "TRAIN_STEPS": 1,
+        }
+        assert main(["finetune", *(f"--gin.{n}={v!r}" for n, v in bindings.items())]) == 2
+        module, variables = load_switch(compressed)
+        expected = split_variables(module, variables, FinetuneSettings()).trained
+        assert expected
+        assert f"trains {len(expected)} arrays" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_recover(self, native, compressed, tmp_path, capsys):

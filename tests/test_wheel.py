@@ -204,6 +204,16 @@ def test_the_demo_says_what_it_needs(run):
     assert "run from a checkout of the project, or pass --model" in result.stderr
 
 
+def test_the_demo_s_model_is_found_in_the_checkout_that_was_installed(run):
+    """`pip install .` and then `qmoe-jax demo`, as README says: the package lies elsewhere."""
+    model = run.folder / "tests" / "golden" / "switch_demo"
+    model.mkdir(parents=True)
+    result = run("qmoe-jax", "demo", expected=2)
+    model.rmdir()  # which other tests do without
+    sought = model.relative_to(run.folder) / "checkpoint_4200"
+    assert result.stderr.startswith(f"qmoe-jax demo: {sought} does not exist")
+
+
 @pytest.mark.slow
 def test_installed_by_pip_with_its_dependencies(installed, tmp_path):
     """From a package index, into an environment that has nothing yet."""

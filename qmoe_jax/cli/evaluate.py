@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -175,6 +176,8 @@ def _round(spelled: str, folder: str, overwrite: bool, progress: bool) -> str:
     source = f"{path} {open_t5x_checkpoint(path, cache_bytes=0).fingerprint()}"
     rounded = os.path.join(folder, f"{grid}_{hashlib.sha256(source.encode()).hexdigest()[:12]}")
     if overwrite or not is_compressed_checkpoint(rounded):
+        if progress:
+            print(f"rounding {path} to nearest, {grid}", file=sys.stderr)
         compress(path, rounded, method="rtn", grid=grid, overwrite=overwrite, progress=progress)
     return rounded
 

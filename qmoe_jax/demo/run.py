@@ -106,7 +106,8 @@ def run_demo(
     baseline = evaluate_loss(*reference, batches, progress="evaluate uncompressed")
     filled = fill_prompts(*reference, words, PROMPTS, max_decode_length=24)
     rows = [demo_report.baseline_row(baseline, filled, time.monotonic() - measuring)]
-    for variant in VARIANTS:
+    for number, variant in enumerate(VARIANTS, start=1):
+        print(f"{number} of {len(VARIANTS)}: {variant.name}", file=sys.stderr)
         path = folder / variant.folder
         report = compress(checkpoint, path, calibration, overwrite=True, **variant.settings)
         for warning in report.warnings():

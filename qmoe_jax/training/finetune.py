@@ -39,6 +39,7 @@ from qmoe_jax.training.step import make_step
 from qmoe_jax.training.trainable import (
     Parts,
     Trained,
+    check_trainable,
     code_arrays,
     gradient_masks,
     join_variables,
@@ -134,6 +135,7 @@ def finetune(
                 f"reference {reference} has {other.num_embeddings} embeddings, and {checkpoint} "
                 f"has {config.num_embeddings}; predictions over one vocabulary can be compared"
             )
+    check_trainable(config, _coded_kernels(checkpoint), settings)
     write_events = check_tensorboard(tensorboard)
     if task_metrics is not None and held_out is None:
         raise ValueError("task_metrics without validation_tokens; give both, of the same examples")
@@ -347,6 +349,12 @@ def _check_vocabulary(checkpoint: PathLike, files: list[TokenFile | None]) -> Sw
                 "own vocabulary"
             )
     return config
+
+
+def _coded_kernels(checkpoint: PathLike) -> list[str]:
+    if is_compressed_checkpoint(checkpoint):
+        return list(open_compressed_checkpoint(checkpoint).specs)
+    return []
 
 
 def _fingerprint(checkpoint: PathLike) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ from jaxtyping import Array, Float
 from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.geometry import parameter_shapes
 from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.expert_parallel import replicate
-from qmoe_jax.training.settings import FinetuneSettings
+from qmoe_jax.training.settings import DENSE_KERNELS, FinetuneSettings
 
 # By "params/PATH" or "adapters/PATH".
 Trained = dict[str, Float[Array, "..."]]
@@ -151,37 +152,71 @@ def _of_kind(module: SwitchTransformer, flat: Mapping[str, Array], kind: str) ->
         return {name for name in params if name.endswith("_norm/scale")}
     if kind == "gains":
         found = {n for n in of_codes if jnp.issubdtype(flat[n].dtype, jnp.floating)}
-        remedy = "compress the checkpoint first, or train 'experts'"
     else:
         found = experts
-        remedy = "its codes stay as they are; train 'gains', 'dense' or 'lora'"
     if not found:
-        raise ValueError(f"trainable is {kind!r}, and the checkpoint has none: {remedy}")
+        raise _has_none(kind)
     return found
 
 
-def _new_adapters(module: SwitchTransformer, settings: FinetuneSettings) -> Trained:
-    """Return corrections a b with a random and b 0."""
-    shapes = parameter_shapes(module.config)
+def check_trainable(
+    config: SwitchConfig, coded: Collection[str], settings: FinetuneSettings
+) -> None:
+    """Refuse to train what a model has not, before it is loaded.
+
+    Args:
+      config: geometry of the model.
+      coded: paths of the expert kernels that are codes, `decoder/layers_1/mlp/expert/wi`.
+      settings: what is to be trained.
+
+    Raises:
+      ValueError: a kind that the model has not, or a pattern without a kernel.
+    """
+    kernels = {f"{path}/kernel" for path in coded}
+    dense_experts = {n for n in parameter_shapes(config) if names.is_expert_kernel(n)} - kernels
+    if "gains" in settings.kinds and not coded:
+        raise _has_none("gains")
+    if "experts" in settings.kinds and not dense_experts:
+        raise _has_none("experts")
+    if "lora" in settings.kinds:
+        _corrected_kernels(config, settings)
+
+
+def _has_none(kind: str) -> ValueError:
+    remedy = {
+        "gains": "compress the checkpoint first, or train 'experts'",
+        "experts": "its codes stay as they are; train 'gains', 'dense' or 'lora'",
+    }[kind]
+    return ValueError(f"trainable is {kind!r}, and the checkpoint has none: {remedy}")
+
+
+def _corrected_kernels(config: SwitchConfig, settings: FinetuneSettings) -> list[str]:
+    """Return the paths of the kernels that `lora_kernels` names, sorted."""
     kernels = [
         name.removesuffix("/kernel")
-        for name in shapes
+        for name in parameter_shapes(config)
         if name.endswith("/kernel") and not name.endswith("/router_weights/w/kernel")
     ]
+    # Models without dense MLPs or gates have no kernels for some of the default patterns.
+    is_default = tuple(settings.lora_kernels) == DENSE_KERNELS
     chosen: set[str] = set()
     for pattern in settings.lora_kernels:
         found = fnmatch.filter(kernels, pattern)
-        # Models without dense MLPs or gates have no kernels for some of the default patterns.
-        default = settings.lora_kernels == FinetuneSettings.lora_kernels
-        if not found and not default:
+        if not found and not is_default:
             raise ValueError(
                 f"lora_kernels has {pattern!r}, which is no kernel of the model; kernels are "
                 f"{kernels[0]}, {kernels[-1]} and the like"
             )
         chosen |= set(found)
+    return sorted(chosen)
+
+
+def _new_adapters(module: SwitchTransformer, settings: FinetuneSettings) -> Trained:
+    """Return corrections a b with a random and b 0."""
+    shapes = parameter_shapes(module.config)
     key = jax.random.key(settings.seed)
     adapters: Trained = {}
-    for kernel in sorted(chosen):
+    for kernel in _corrected_kernels(module.config, settings):
         *experts, num_in, num_out = shapes[f"{kernel}/kernel"]
         if experts and settings.lora_shared:
             experts = [1]
