@@ -18,6 +18,7 @@ of its arrays. Only the array of codes has as many elements as there are bytes.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -25,6 +26,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,16 @@ class Checkpoints:
                 copied = copied[key]
             document[place[-1]] = json.loads(json.dumps(copied))
 
+    def _has_contents(self, file: Path) -> bool:
+        """Whether a file is a gzip stream that holds, but for its end, what it held before."""
+        before = self._files[file]
+        if before[:2] != b"\x1f\x8b":
+            return False
+        contents = zlib.decompress(before, 31)
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(31).decompress(file.read_bytes(), len(contents)) == contents
+        return False
+
     def _judge(self, changed: set[Path]) -> None:
         from qmoe_jax.checkpoints.compressed import open_compressed_checkpoint
         from qmoe_jax.errors import CheckpointError, CodecError
@@ -241,6 +253,8 @@ class Checkpoints:
             theirs = str(error)
         # Readers may understand more of zarr than the page says.
         free = any(file.name == ".zarray" for file in changed)
+        # Or take the contents of a gzip stream whose end is damaged.
+        free |= all(self._has_contents(file) for file in changed)
         if (dense is None) != (found is None) and not free:
             raise Finding(f"ours: {ours or 'accepted'}; theirs: {theirs or 'accepted'}")
         if dense is None or found is None:
