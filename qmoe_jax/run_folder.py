@@ -44,8 +44,7 @@ class RunFolder:
             settings or holds files and no run, or it cannot be written.
         """
         self.path = Path(path)
-        if not (self.path / _SETTINGS).exists():
-            check_own_folder(self.path, _is_begun)
+        check_run_folder(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,6 +101,16 @@ class RunFolder:
 def _is_begun(name: str) -> bool:
     """Whether a file of that name is there before the settings are."""
     return name == _LOCK or name.startswith(f".{_SETTINGS}.")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder that holds files and no run, before anything is made there.
+
+    Raises:
+      CheckpointError: such a folder.
+    """
+    if not (folder / _SETTINGS).exists():
+        check_own_folder(folder, _is_begun)
 
 
 def check_own_folder(folder: Path, is_own: Callable[[str], bool]) -> None:

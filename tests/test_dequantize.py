@@ -162,22 +162,25 @@ def test_command(compressed, native, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{nothing}", "{out}"), "has no manifest.json"),
+        (("{nothing}", "{out}"), "nothing is not a folder; give that of a compressed checkpoint"),
+        (("{empty}", "{out}"), "has no manifest.json"),
         (("{good}", "{taken}"), "exists already"),
         (("{good}", "gs://bucket/x"), "give a local path"),
         (("{good}", "{out}", "--step", "-1"), "step is -1"),
-        (("{native}", "{out}"), "has no manifest.json"),
+        (("{native}", "{out}"), "is a native checkpoint; a compressed one is needed here"),
     ],
 )
 def test_bad_input_is_one_line(compressed, native, tmp_path, capsys, arguments, message):
     places = {
         "nothing": tmp_path / "nothing",
+        "empty": tmp_path / "empty",
         "out": tmp_path / "out",
         "good": compressed("base"),
         "taken": tmp_path / "taken",
         "native": native,
     }
     (tmp_path / "taken" / "checkpoint_77").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
     assert command("dequantize")([argument.format(**places) for argument in arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -377,3 +377,8 @@ def test_without_safetensors_the_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
     line = refusal(capsys, "convert", "huggingface", str(GOLDEN / "c"), str(tmp_path / "x"))
     assert line.endswith("pip install 'qmoe-jax[huggingface]'")
+
+
+def test_a_source_that_is_not_there(tmp_path, capsys):
+    line = refusal(capsys, "convert", "huggingface", str(tmp_path / "hub"), str(tmp_path / "x"))
+    assert "hub is not a folder; give a Hugging Face folder to read, or a checkpoint" in line

@@ -83,6 +83,13 @@ def test_the_example_of_the_readme_fits(capsys):
     assert "The run fits (device 60 GB, host 128 GB, disk 100 GB)" in capsys.readouterr().out
 
 
+def test_the_hub_s_name_is_one_too(capsys):
+    assert main(["plan", "google/switch-base-128", *AMPLE]) == 0
+    of_the_hub = capsys.readouterr().out
+    assert main(["plan", "switch_base_128", *AMPLE]) == 0
+    assert capsys.readouterr().out == of_the_hub
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -209,6 +209,9 @@ def test_missing_and_foreign_folders(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is not a folder"):
         open_t5x_checkpoint(tmp_path / "file")
+    of_the_hub = Path(__file__).parent / "golden" / "huggingface" / "base"
+    with pytest.raises(CheckpointError, match=r"is a Hugging Face folder; .* convert huggingface"):
+        open_t5x_checkpoint(of_the_hub)
     with pytest.raises(CheckpointError, match="scheme s3"):
         open_t5x_checkpoint("s3://bucket/checkpoint_1")
 

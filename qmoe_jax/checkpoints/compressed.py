@@ -164,6 +164,14 @@ def open_compressed_checkpoint(path: str | os.PathLike[str]) -> CompressedCheckp
     """
     folder, content = _find_manifest(path)
     if content is None:
+        if folder.spec["driver"] == "file" and not os.path.isdir(folder.spec["path"]):
+            raise CheckpointError(
+                f"{folder.url} is not a folder; give that of a compressed checkpoint"
+            )
+        if folder.read("checkpoint") is not None:
+            raise CheckpointError(
+                f"{folder.url} is a native checkpoint; a compressed one is needed here"
+            )
         raise CheckpointError(
             f"{folder.url} has no manifest.json, so it is no compressed checkpoint (or one whose "
             "writing was cut off); give the output folder of qmoe_jax.compress"

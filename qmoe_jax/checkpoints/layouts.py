@@ -99,10 +99,11 @@ def find_checkpoint(folder: Folder) -> CheckpointFiles:
 
 
 def _check_native(folder: Folder) -> None:
-    """Refuse what this package itself wrote, by its name.
+    """Refuse what this package itself wrote, and what it converts, by its name.
 
     Raises:
-      CheckpointError: the folder holds a compressed checkpoint, or an output that is unfinished.
+      CheckpointError: the folder holds a compressed checkpoint, an output that is unfinished, or a
+        Hugging Face model.
     """
     if folder.read("manifest.json") is not None:
         raise CheckpointError(
@@ -113,6 +114,11 @@ def _check_native(folder: Folder) -> None:
         raise CheckpointError(
             f"{folder.url} is unfinished: the command that was writing it goes on with it when it "
             "is started again."
+        )
+    if b'"model_type"' in (folder.read("config.json") or b""):
+        raise CheckpointError(
+            f"{folder.url} is a Hugging Face folder; a T5X checkpoint is needed here. Make one of "
+            "it: qmoe-jax convert huggingface. A published QMoE model: convert published import."
         )
 
 

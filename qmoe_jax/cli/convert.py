@@ -94,6 +94,12 @@ def _huggingface(arguments: argparse.Namespace) -> str | os.PathLike[str]:
         return import_huggingface(
             arguments.source, arguments.destination, step=arguments.step or 0, progress=progress
         )
+    source = os.path.expanduser(arguments.source)
+    if source and "://" not in source and not os.path.isdir(source):
+        raise ValueError(
+            f"{arguments.source} is not a folder; give a Hugging Face folder to read, or a "
+            "checkpoint, native or compressed, to write one of"
+        )
     if arguments.step is not None:
         raise ValueError(
             f"--step is for a T5X checkpoint that is written, but {arguments.source} is no Hugging "

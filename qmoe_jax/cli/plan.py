@@ -45,7 +45,7 @@ from qmoe_jax.planning.inputs import ModelFacts, TokenFacts
 from qmoe_jax.planning.measured_zeros import measured_zero_shares
 from qmoe_jax.planning.memory import Resources
 from qmoe_jax.planning.plan import Plan, make_plan
-from qmoe_jax.planning.public_checkpoints import devices, public_checkpoint
+from qmoe_jax.planning.public_checkpoints import devices, is_public_name, public_checkpoint
 from qmoe_jax.planning.sizes import ZeroShare
 from qmoe_jax.planning.text import format_finetune_plan, format_list, format_plan
 from qmoe_jax.quantization.settings import GRIDS, CompressionSettings
@@ -108,7 +108,7 @@ def finetune_plan_from_arguments(arguments: argparse.Namespace) -> FinetunePlan:
 
 def _tuned_model(arguments: argparse.Namespace, settings: FinetuneSettings) -> TunedModel:
     given = arguments.checkpoint
-    if ("/" in given or os.path.exists(given)) and is_compressed_checkpoint(given):
+    if _is_path(given) and is_compressed_checkpoint(given):
         return TunedModel.from_compressed(given)
     model = _model(arguments)
     if "experts" in settings.kinds:
@@ -122,9 +122,13 @@ def _tuned_model(arguments: argparse.Namespace, settings: FinetuneSettings) -> T
     return TunedModel.as_compressed(model, compression, zeros)
 
 
+def _is_path(given: str) -> bool:
+    return os.path.exists(given) or ("/" in given and not is_public_name(given))
+
+
 def _model(arguments: argparse.Namespace) -> ModelFacts:
     given = arguments.checkpoint
-    if "/" in given or os.path.exists(given):
+    if _is_path(given):
         return ModelFacts.from_checkpoint(given)
     return ModelFacts.from_registry(public_checkpoint(given), arguments.source_dtype)
 

@@ -18,7 +18,7 @@ class PublicCheckpoint:
     """A public Switch checkpoint.
 
     Attributes:
-      name: `switch_base_128`.
+      name: `switch_base_128`, or the Hub's `google/switch-base-128`.
       location: its folder on gs://.
       gin: its model file in `gin/`.
       config: geometry and routing.
@@ -81,6 +81,15 @@ def public_checkpoints() -> dict[str, PublicCheckpoint]:
     }
 
 
+def is_public_name(name: str) -> bool:
+    """Whether a public checkpoint is called so, here or on the Hugging Face Hub."""
+    return _own_name(name) in public_checkpoints()
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("google/").replace("-", "_")
+
+
 def public_checkpoint(name: str) -> PublicCheckpoint:
     """Return a public checkpoint.
 
@@ -91,13 +100,13 @@ def public_checkpoint(name: str) -> PublicCheckpoint:
       CheckpointError: there is none of that name; the message lists the nearest.
     """
     known = public_checkpoints()
-    if name not in known:
-        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3) or list(known)
+    if not is_public_name(name):
+        near = difflib.get_close_matches(_own_name(name), known, n=3) or list(known)
         raise CheckpointError(
             f"{name!r} is neither a folder nor a public checkpoint; did you mean "
             f"{' or '.join(near)}? --list prints all {len(known)}."
         )
-    return known[name]
+    return known[_own_name(name)]
 
 
 @functools.cache

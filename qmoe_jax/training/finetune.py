@@ -30,7 +30,7 @@ from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.local_devices import local_devices
 from qmoe_jax.outputs import check_is_no_input, check_no_input, check_writable
 from qmoe_jax.paths import local_path
-from qmoe_jax.run_folder import RunFolder
+from qmoe_jax.run_folder import RunFolder, check_run_folder
 from qmoe_jax.training.loop import Loop
 from qmoe_jax.training.optimizer import make_optimizer
 from qmoe_jax.training.settings import FinetuneSettings
@@ -324,6 +324,7 @@ def _check_output(output: PathLike, checkpoint: PathLike, reference: PathLike | 
     inputs = [checkpoint, *([] if reference is None else [reference])]
     check_is_no_input(folder, "output", inputs)
     check_no_input(folder, inputs)
+    check_run_folder(folder)
     return folder
 
 
