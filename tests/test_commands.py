@@ -115,10 +115,14 @@ def test_infer_on_the_demo_model(tmp_path):
         ("compress", "--gin.compress.damp=0.1", "damp"),
         ("compress", "--gin.CompressionSettings.griid='ternary'", "griid"),
         ("compress", "--gin.CHEKPOINT='x'", "is called CHEKPOINT; did you mean CHECKPOINT?"),
-        ("evaluate", "--gin.evalute.batch_size=4", "evalute"),
+        ("evaluate", "--gin.evalute.batch_size=4", "called evalute; did you mean evaluate? known"),
+        ("compress", "--gin.CompresionSettings.step=4", "did you mean CompressionSettings? known"),
+        ("compress", "--gin.Nothing.step=4", "is called Nothing; known are compress, Compression"),
         ("evaluate", "--gin.evaluate.btach_size=4", "btach_size"),
         ("infer", "--gin.PROMPTS", "write --gin.NAME=VALUE"),
         ("evaluate", "--gin_file=nothing.gin", "there is no gin file nothing.gin in any of "),
+        ("compress", "--gin_file=gin/runs/comprss.gin", "did you mean gin/runs/compress.gin?"),
+        ("compress", "compressed", "arguments: compressed; settings are given as bindings, --gin."),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(capsys, command, binding, message):

@@ -99,7 +99,12 @@ def run(
       ModuleNotFoundError: the function needs a package that is not installed.
     """
     parser = _parser(name, description, default_gin_file, distributed)
-    arguments = parser.parse_args(_split_bindings(argv))
+    arguments, unknown = parser.parse_known_args(_split_bindings(argv))
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; settings are given as bindings, "
+            "--gin.CHECKPOINT=\"'PATH'\" and the like"
+        )
     gin = _import_gin(name)
     try:
         gin.clear_config()  # of an earlier run in this process
@@ -119,7 +124,7 @@ def run(
             gin.parse_config_files_and_bindings(files, [], finalize_config=False)
         _check_macros(gin.config_str(), arguments.gin_bindings)
         for binding in arguments.gin_bindings:
-            _parse_binding(binding)
+            _parse_binding(binding, [name, *(other.__name__ for other in configurables)])
         gin.finalize()
         if distributed and arguments.coordinator_address:
             _join_processes(arguments)
@@ -231,7 +236,18 @@ def _find_file(file: str, folders: Sequence[str]) -> str:
             return os.path.abspath(path)
     if _is_own_file(own := f"{_OWN_FILES}/{file}"):
         return own
-    raise ValueError(f"there is no gin file {file} in any of {', '.join(folders)}")
+    ours = resources.gin_file("gin")
+    known = [f"gin/{path.relative_to(ours).as_posix()}" for path in ours.rglob("*.gin")]
+    raise ValueError(
+        f"there is no gin file {file} in any of {', '.join(folders)}, nor among the package's own"
+        + _nearest(file, known, "; did you mean {}?")
+    )
+
+
+def _nearest(name: str, known: Collection[str], question: str) -> str:
+    """Ask whether the nearest of the known names was meant; "" where none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return question.format(near[0]) if near else ""
 
 
 @contextlib.contextmanager
@@ -260,7 +276,7 @@ def _known_names(config: str) -> set[str]:
     return {*re.findall(r"%(\w+)", config), *set_there}
 
 
-def _parse_binding(binding: str) -> None:
+def _parse_binding(binding: str, configurables: Collection[str]) -> None:
     """Let gin take a binding of the command line, or say how to spell it."""
     import gin.config
 
@@ -276,20 +292,25 @@ def _parse_binding(binding: str) -> None:
             ) from error
         if isinstance(error, SyntaxError):
             raise ValueError(f"--gin.{name}={value} is no Python value") from error
-        raise ValueError(_with_suggestion(str(error), name)) from error
+        raise ValueError(_with_suggestion(str(error), name, configurables)) from error
 
 
-def _with_suggestion(message: str, name: str) -> str:
-    """Add the nearest parameter to gin's message that there is none of that name."""
+def _with_suggestion(message: str, name: str, configurables: Collection[str]) -> str:
+    """Name the nearest where gin says that there is no such configurable or parameter."""
     import gin.config
 
     configurable, _, parameter = name.rpartition(".")
+    if message.startswith("No configurable matching") and configurable:
+        return (
+            f"--gin.{name}: nothing is called {configurable}; "
+            f"{_nearest(configurable, configurables, 'did you mean {}? ')}"
+            f"known are {', '.join(configurables)}"
+        )
     if not re.search("doesn't (have a parameter|include kwarg)", message) or not configurable:
         return message
     function = gin.config.get_configurable(configurable)
     known = list(inspect.signature(function).parameters)
-    near = difflib.get_close_matches(parameter, known, n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]}? " if near else ""
+    meant = _nearest(parameter, known, "did you mean {}? ")
     return f"--gin.{name}: there is no {parameter}; {meant}known are {', '.join(known)}"
 
 
@@ -303,8 +324,7 @@ def _check_macros(config: str, bindings: Sequence[str]) -> None:
     for binding in bindings:
         name = binding.partition("=")[0].strip()
         if name.isidentifier() and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            meant = f"did you mean {close[0]}? " if close else ""
+            meant = _nearest(name, known, "did you mean {}? ")
             raise ValueError(
                 f"--gin.{name}: nothing is called {name}; {meant}known are "
                 f"{', '.join(sorted(known))}"
