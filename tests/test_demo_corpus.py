@@ -127,3 +127,18 @@ def test_demo_tokens_have_the_format_of_the_golden_ones(few_packages, tmp_path):
     assert first.metadata.vocabulary_size == 4068
     with pytest.raises(TokensError, match="1000000 were asked"):
         docstrings.demo_tokens(VOCABULARY, "validation", 1000000)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "count", "message"),
+    [
+        ("nowhere.model", 8, "vocabulary nowhere.model cannot be read"),
+        (__file__, 8, "is no sentencepiece model"),
+        (VOCABULARY, 0, "num_examples is 0; at least 1 is needed"),
+    ],
+)
+def test_bad_input_is_refused_before_text_is_collected(monkeypatch, vocabulary, count, message):
+    pytest.importorskip("seqio")
+    monkeypatch.setattr(docstrings, "harvest", lambda: pytest.fail("text was collected"))
+    with pytest.raises(TokensError, match=message):
+        docstrings.demo_tokens(vocabulary, "train", count)

@@ -219,6 +219,16 @@ def text_task(
     return _task(name, source, vocabulary_path, protocol, settings, drop_short=drop_short)
 
 
+def check_count(num_examples: int | None) -> None:
+    """Refuse a number of examples that is none.
+
+    Raises:
+      TokensError: it is below 1.
+    """
+    if num_examples is not None and num_examples < 1:
+        raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
+
+
 def tokenize_task(
     task: Task,
     *,
@@ -249,8 +259,7 @@ def tokenize_task(
     """
     tf, seqio = text_packages.tensorflow(), text_packages.seqio()
     text_packages.hide_gpus()
-    if num_examples is not None and num_examples < 1:
-        raise TokensError(f"num_examples is {num_examples}; at least 1 is needed.")
+    check_count(num_examples)
     if split not in task.splits:
         raise TokensError(f"{task.name} has no split {split!r}; it has {sorted(task.splits)}.")
     if targets_length is None:
@@ -278,7 +287,8 @@ def tokenize_task(
     if not inputs or len(inputs) < (num_examples or 1):
         raise TokensError(
             f"{task.name} has {len(inputs)} examples in split {split!r}; {num_examples or 'some'} "
-            "were asked for. Ask for fewer, or give more documents."
+            "were asked for. Ask for fewer, or give more documents (the protocol paper skips those "
+            f"that are too long for {inputs_length} input tokens; t5x cuts them)."
         )
     batch = tokens.from_sequences(
         inputs, targets, inputs_length=inputs_length, targets_length=targets_length

@@ -145,10 +145,15 @@ def demo_tokens(
       progress: show a progress bar.
 
     Raises:
-      TokensError: the installed packages hold less text than asked for.
+      TokensError: the vocabulary cannot be used, or the installed packages hold less text than
+        asked for.
+      ValueError: a split other than `train` and `validation`.
     """
     from qmoe_jax.calibration import tasks
 
+    # Before the text is collected, which takes longest.
+    tasks.check_count(num_examples)
+    tasks.load_vocabulary(vocabulary_path)
     task = tasks.text_task(
         "docstrings", vocabulary_path, {split: demo_texts(split, seed=seed)}, drop_short=True
     )
