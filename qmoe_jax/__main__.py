@@ -4,11 +4,14 @@ Every command ends alike: bad input is one line `qmoe-jax COMMAND: ...` and exit
 interrupted command says in one line how to go on, with exit status 130.
 """
 
+import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import qmoe_jax
@@ -58,13 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         _never_refuse(stream)
     try:
         try:
-            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+            with _no_interruption_lost():
+                return _dispatch(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the output, as `head`, has had enough. Python flushes again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
+
+
+@contextlib.contextmanager
+def _no_interruption_lost() -> Iterator[None]:
+    """Interrupt again where a Ctrl-C fell into what Python drops exceptions of.
+
+    Those are callbacks that no code called: JAX's at each garbage collection, finalizers.
+    """
+    previous = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            previous(dropped)
+            return
+        # A moment later, since it would be dropped again inside this hook.
+        main_thread = threading.main_thread().ident
+        again = threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def _never_refuse(stream: Any) -> None:

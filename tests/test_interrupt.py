@@ -3,15 +3,20 @@
 A reader that closes its end of a pipe is no mistake either.
 """
 
+import gc
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 
 import golden_data
 import pytest
 from command import start_and_wait
 from factories import same_tree
+
+from qmoe_jax.__main__ import main
 
 pytest.importorskip("gin")
 CHECKPOINT = golden_data.DEMO / "checkpoint_4200"
@@ -63,3 +68,52 @@ def test_a_reader_that_has_had_enough(arguments):
         os.close(stdout)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_an_interruption_inside_a_callback_is_not_lost(monkeypatch, capsys):
+    """Python drops exceptions of the garbage collector's callbacks, of which JAX has one."""
+    pressed = []
+
+    def callback(phase, info):
+        if not pressed:
+            pressed.append(phase)
+            raise KeyboardInterrupt
+
+    def interrupted(arguments):
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(20)
+        return 0
+
+    monkeypatch.setattr("qmoe_jax.cli.inspect.main", interrupted)
+    hook = sys.unraisablehook
+    try:
+        assert main(["inspect"]) == 130
+    finally:
+        gc.callbacks.remove(callback)
+    assert pressed
+    assert "qmoe-jax inspect: interrupted" in capsys.readouterr().err
+    assert sys.unraisablehook is hook
+
+
+def test_ctrl_c_at_the_prompt_of_infer_ends_it():
+    """As Ctrl-D does: nothing is being done that a later run could go on with."""
+    vocabulary = golden_data.DEMO / "sentencepiece.model"
+    bindings = [f"--gin.CHECKPOINT='{CHECKPOINT}'", f"--gin.VOCABULARY='{vocabulary}'"]
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "infer", *bindings],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(theirs)
+    assert process.stderr is not None
+    assert "Ctrl-D ends" in process.stderr.readline()
+    assert process.stderr.read(2) == "> "
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    os.close(terminal)
+    assert process.returncode == 0, errors
+    assert "interrupted" not in errors

@@ -354,6 +354,7 @@ def _answer_lines(
             "so on; Ctrl-D ends.",
             file=sys.stderr,
         )
+        lines = _until_interrupted(lines)
     speed = Speed()
     answers, refused = [], 0
     for number, prompt in enumerate(lines):
@@ -392,6 +393,14 @@ def _answer_lines(
     if refused and not is_terminal:
         raise TokensError(f"{refused} of {refused + len(answers)} lines could not be answered")
     return answers
+
+
+def _until_interrupted(lines: Iterable[str]) -> Iterator[str]:
+    """End as at Ctrl-D where Ctrl-C comes instead of a line: there is nothing to go on with."""
+    try:
+        yield from lines
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
 
 
 def _remark(prompts: Sequence[str], first: int = 1) -> None:
