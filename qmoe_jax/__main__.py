@@ -28,7 +28,7 @@ COMMANDS = {
     "finetune": "train parts of a checkpoint over its codes",
     "recover": "win back what compression took, by the uncompressed model's predictions",
     "dequantize": "a compressed checkpoint back to a native T5X one",
-    "convert": "between compressed checkpoints and other layouts",
+    "convert": "from Hugging Face's checkpoints and back; published QMoE models; other codings",
     "demo": "all of it on a small trained model",
 }
 """Name and meaning of each command; `cli/` has a module of that name."""

@@ -13,7 +13,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
   color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .7rem; text-align: right; white-space: nowrap }
+td, th { padding: .2rem .5rem; text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
 tr { border-bottom: 1px solid #ddd }
 div.wide { overflow-x: auto; margin: 1rem 0 } svg { max-width: 100%; height: auto }

@@ -119,6 +119,15 @@ def test_the_model_card(made):
         assert f"| {name} | {value} |" in card
 
 
+def test_errors_are_explained_where_they_stand(made):
+    """A weight error above 1 looks like a mistake, and is none."""
+    folder, _ = made
+    for file in ("small <model>.report.html", "small <model>.model_card.md"):
+        content = html.unescape((folder / file).read_text())
+        assert "Layer error is |(W - Q) X|² / |W X|²" in content
+        assert "Weight error is |W - Q|² / |W|²" in content
+
+
 def test_the_output_does_not_know_of_its_pages(made, base, tmp_path):
     """Its bytes are those of a run without any."""
     folder, _ = made

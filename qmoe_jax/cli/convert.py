@@ -1,4 +1,16 @@
-"""Convert between compressed checkpoints and other layouts.
+"""Convert between native or compressed checkpoints and the layouts of others.
+
+A Hugging Face folder (google/switch-base-8 and its like: config.json, and safetensors or PyTorch
+files, whole or in shards) to a native T5X checkpoint OUT/checkpoint_0, which `compress` takes, with
+its spiece.model beside it:
+
+    qmoe-jax convert huggingface switch-base-8 native
+
+and a native or compressed checkpoint to a Hugging Face folder, its experts dense again:
+
+    qmoe-jax convert huggingface compressed switch-base-8-qmoe --vocabulary native/spiece.model
+
+Safetensors need pip install 'qmoe-jax[huggingface]', PyTorch files 'qmoe-jax[torch]'.
 
 One of the published QMoE models (base-128, large-128, c-2048 of ISTA-DASLab) to a compressed
 checkpoint, which `infer`, `evaluate` and load_switch read:
@@ -17,18 +29,6 @@ experts, "tunstall_2bit" or "packed2" of 2-bit ones), without a new run:
     qmoe-jax convert coding qmoe compressed compressed_qmoe
 
 Weights stay bit for bit the same.
-
-A Hugging Face folder (google/switch-base-8 and its like: config.json, and safetensors or PyTorch
-files, whole or in shards) to a native T5X checkpoint OUT/checkpoint_0, which `compress` takes, with
-its spiece.model beside it:
-
-    qmoe-jax convert huggingface switch-base-8 native
-
-and a native or compressed checkpoint to a Hugging Face folder, its experts dense again:
-
-    qmoe-jax convert huggingface compressed switch-base-8-qmoe --vocabulary native/spiece.model
-
-Safetensors need pip install 'qmoe-jax[huggingface]', PyTorch files 'qmoe-jax[torch]'.
 """
 
 import argparse

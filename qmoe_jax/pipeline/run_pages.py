@@ -18,6 +18,13 @@ from qmoe_jax.pipeline.report import CompressionReport, KernelReport
 _KIND = "compression report"
 _PAGE, _CARD = ".report.html", ".model_card.md"
 _CARD_HEAD = "<!-- qmoe_jax model card -->"
+_LEGEND = (
+    "Layer error is |(W - Q) X|² / |W X|² over the calibration tokens of all experts. Weight error "
+    "is |W - Q|² / |W|²: GPTQ moves weights where tokens do not notice, so it may be above 1 where "
+    "the layer error is small. Bits are stored bits a weight. Fallbacks are experts that were "
+    "rounded to nearest because no token reached them, or because their Hessian was singular or "
+    "not finite."
+)
 # What a kernel's experts got instead of GPTQ, and why.
 _FALLBACKS = (
     ("no tokens", "experts_without_tokens"),
@@ -137,11 +144,7 @@ def html_page(
     parts.append("<h2>Layers</h2>")
     parts += _styled_plots(report) if plots.can_plot() else [f"<p>{html.escape(plots.MISSING)}</p>"]
     parts.append(page.html_table(_kernel_rows(report.kernels)))
-    parts.append(
-        "<p>Layer error is |(W - Q) X|² / |W X|² over the calibration tokens of all experts; bits "
-        "are stored bits a weight. Fallbacks are experts that were rounded to nearest because no "
-        "token reached them, or because their Hessian was singular or not finite.</p>"
-    )
+    parts.append(f"<p>{html.escape(_LEGEND)}</p>")
     settings = [(name, repr(value)) for name, value in sorted(report.settings.items())]
     parts += ["<h2>Settings</h2>", page.html_table([("setting", "value"), *settings])]
     if command is not None:
@@ -172,6 +175,8 @@ def model_card(
         "## Layers",
         "",
         page.markdown_table(_kernel_rows(report.kernels)),
+        "",
+        _LEGEND,
     ]
     if warnings := report.warnings():
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in warnings)]
