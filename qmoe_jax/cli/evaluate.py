@@ -44,7 +44,8 @@ paper's). With TASK_MODULE, a seqio task that it registers.
 --routers shows a table of each checkpoint's routers too.
 
 With OUTPUT, metrics.json, report.html (the tables, routers too, and losses against sizes) and
-TensorBoard events are written there, and a stopped run goes on."""
+TensorBoard events are written there, and a stopped run goes on. What a finished one left is
+replaced by the next."""
 
 _ROUTERS = "--routers"
 

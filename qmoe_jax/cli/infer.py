@@ -55,7 +55,8 @@ How to generate: METHOD 'greedy', 'beam' (BEAM_SIZE, ALPHA) or 'sample' (TEMPERA
   SEED), NUM_DECODES, MAX_DECODE_LENGTH, MAX_INPUT_LENGTH, BATCH_SIZE.
 An answer ends when its blanks are filled; with GenerationSettings.stop_when_filled=False, with
   'beam' and where several are ranked, at the end of the sequence.
-OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was.
+OUTPUT: a file of JSON lines, one a prompt; a stopped run goes on where it was, and what a finished
+  one left is replaced by the next.
 STREAM=True prints tokens as they come, one prompt at a time (not 'beam').
 DEQUANTIZE=True expands the codes of a compressed checkpoint once, where memory allows it."""
 
