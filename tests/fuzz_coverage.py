@@ -208,6 +208,8 @@ class Checkpoints:
             old = document[place[-1]]
         except (KeyError, IndexError, TypeError):
             return  # an edit before this one took the place away
+        if isinstance(document, str):
+            return  # or put a text there
         new = VALUES[value % len(VALUES)]
         if kind % 4 == 0:
             document[place[-1]] = new
