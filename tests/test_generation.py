@@ -8,6 +8,7 @@ import jitted
 import numpy as np
 import pytest
 import toy_decoder
+from markers import slow
 
 import qmoe_jax
 from qmoe_jax.errors import CheckpointError, TokensError
@@ -328,7 +329,7 @@ class TestBatches:
         assert tokens.shape == (4, 32)
         assert tokens[:, :4].tolist() == [[5, 1, 0, 0], [6, 7, 1, 0], [5, 1, 0, 0], [5, 1, 0, 0]]
 
-    @pytest.mark.parametrize("method", ["greedy", "sample", "beam"])
+    @pytest.mark.parametrize("method", ["greedy", *slow("sample", "beam")])
     def test_one_compilation_per_padded_length(self, model, method):
         settings = GenerationSettings(
             method=method, batch_size=2, max_decode_length=3, num_decodes=1, beam_size=2
