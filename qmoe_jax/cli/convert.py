@@ -94,12 +94,6 @@ def _huggingface(arguments: argparse.Namespace) -> str | os.PathLike[str]:
         return import_huggingface(
             arguments.source, arguments.destination, step=arguments.step or 0, progress=progress
         )
-    source = os.path.expanduser(arguments.source)
-    if source and "://" not in source and not os.path.isdir(source):
-        raise ValueError(
-            f"{arguments.source} is not a folder; give a Hugging Face folder to read, or a "
-            "checkpoint, native or compressed, to write one of"
-        )
     if arguments.step is not None:
         raise ValueError(
             f"--step is for a T5X checkpoint that is written, but {arguments.source} is no Hugging "
@@ -111,8 +105,11 @@ def _huggingface(arguments: argparse.Namespace) -> str | os.PathLike[str]:
         from qmoe_jax.generation.text import Vocabulary, check_vocabulary
 
         words = Vocabulary(arguments.vocabulary)
+        _check_source(arguments.source)
         check_vocabulary(words, read_config(arguments.source).num_embeddings)
         extra_ids = words.num_extra_ids
+    else:
+        _check_source(arguments.source)
     return export_huggingface(
         arguments.source,
         arguments.destination,
@@ -122,6 +119,16 @@ def _huggingface(arguments: argparse.Namespace) -> str | os.PathLike[str]:
         overwrite=arguments.overwrite,
         progress=progress,
     )
+
+
+def _check_source(source: str) -> None:
+    """Refuse a path where nothing is: the library would ask for a checkpoint alone."""
+    folder = os.path.expanduser(source)
+    if folder and "://" not in folder and not os.path.isdir(folder):
+        raise ValueError(
+            f"{os.path.abspath(folder)} is not a folder; give a Hugging Face folder to read, or a "
+            "checkpoint, native or compressed, to write one of"
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
