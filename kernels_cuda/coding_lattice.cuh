@@ -389,48 +389,39 @@ QMOE_DEVICE u32 deal(u32 mask, u32 bits) {
   return dealt;
 }
 
-// The firsts of a column's groups: flags in bits 0 to 3, the first row of each group that has one in
-// the three bits from 4 + 3 * group on.
+// A column that is stored by groups of 8 rows.
 struct GroupedColumn {
-  u32 packed;
+  u32 packed;  // flags; from bit 4 on, three for each of these that is 1, the group's first row; from
+               // bit 16 on the number of rests
 
   // `fields`: the firsts from the column's on.
   static QMOE_DEVICE_MEMBER GroupedColumn of(u32 flags, u32 fields) {
-    u32 packed = flags;
-#pragma unroll
-    for (int group = 0; group < 4; ++group)
-      if (flags >> group & 1) {
-        packed |= (fields & 7) << (4 + 3 * group);
-        fields >>= 3;
-      }
-    return {packed};
+    const u32 count = __popc(flags);
+    fields &= (1u << 3 * count) - 1;
+    const u32 sum =
+        __popc(fields & 01111) + 2 * __popc(fields & 02222) + 4 * __popc(fields & 04444);
+    return {flags | fields << 4 | (7 * count - sum) << 16};
   }
-  QMOE_DEVICE_MEMBER u32 rests() const {
-    u32 sum = 0;
-#pragma unroll
-    for (int group = 0; group < 4; ++group)
-      if (packed >> group & 1) sum += 7 - (packed >> (4 + 3 * group) & 7);
-    return sum;
-  }
+  QMOE_DEVICE_MEMBER u32 rests() const { return packed >> 16; }
   // Which of 32 rows are not zero. `bits`: the rests from the column's on.
   QMOE_DEVICE_MEMBER u32 rows(u32 bits) const {
-    u32 word = 0;
+    u32 word = 0, fields = packed >> 4;
 #pragma unroll
     for (int group = 0; group < 4; ++group)
       if (packed >> group & 1) {
-        const u32 first = packed >> (4 + 3 * group) & 7;
-        const u32 rest = bits & ((1u << (7 - first)) - 1);
-        word |= (1 | rest << 1) << (first + 8 * group);
+        const u32 first = fields & 7;
+        // The first one, the rests, and what is behind these and leaves the group.
+        word |= ((1 | bits << 1) << first & 255) << 8 * group;
         bits >>= 7 - first;
+        fields >>= 3;
       }
     return word;
   }
 };
 
-// 32 bits of the firsts, from field `number` on.
+// Bits of the firsts, at least 25, from field `number` on.
 QMOE_DEVICE u32 firsts_from(const LatticeExpert& expert, u32 begin, u32 number) {
-  const u64 bit = 8ull * begin + 3ull * number;
-  return expert.bits(static_cast<u32>(bit >> 5), static_cast<u32>(bit));
+  return expert.four(begin + (3 * number >> 3)) >> (3 * number & 7);
 }
 
 // Deals a string's bits to the ones among the first `num_bits` bits of another one: a bit for each of
@@ -465,13 +456,13 @@ struct LatticeColumns {
   u32 first;       // number of lane 0's column in the task; a multiple of 32
   u32 count;       // how many of the 32 there are
   u32 nonzero;     // which of 32 rows are not zero
-  // A bit for each of these, the lowest first; what follows in `signs` and `large` means nothing.
+  // A bit for each of these, the lowest first; what follows means nothing, but in `fourth`.
   u32 signs;       // whether it is negative, before leans
   u32 large;       // of magnitude 2 and more
   u32 third;       // of 3 and more
   u32 fourth;      // of 4 and more
   u32 remainder;   // byte of the expert with the first one's magnitude less 4
-  bool any_third, any_fourth;  // in any lane
+  bool any_fourth;  // in any lane
 };
 
 // Where a task lies among the visited columns.
@@ -601,14 +592,16 @@ QMOE_DEVICE void decode_task(const LatticeArrays& arrays, const LatticeExpert& e
       found.nonzero = lane < found.count ? shared_load<u32>(nonzero_at + 4 * (first + lane)) : 0;
       const u32 count = __popc(found.nonzero), through = inclusive_scan<32>(count);
       const u32 before = rank + through - count;
-      const u32 all = count < 32 ? (1u << count) - 1 : ~0u;
       rank += __shfl_sync(ALL_LANES, through, 31);
       found.signs = window_at(signs_at, before);
       found.large = window_at(large_at, before);
-      found.third = num_third != 0 ? window_at(third_at, before) & all : 0;
-      found.fourth = num_fourth != 0 ? window_at(fourth_at, before) & all : 0;
-      found.any_third = num_third != 0 && __any_sync(ALL_LANES, found.third != 0);
-      found.any_fourth = num_fourth != 0 && __any_sync(ALL_LANES, found.fourth != 0);
+      found.third = found.fourth = 0;
+      found.any_fourth = false;
+      if (num_third != 0) found.third = window_at(third_at, before);
+      if (num_fourth != 0) {
+        found.fourth = window_at(fourth_at, before) & (count < 32 ? (1u << count) - 1 : ~0u);
+        found.any_fourth = __any_sync(ALL_LANES, found.fourth != 0);
+      }
       if (found.any_fourth) {
         const u32 own_remainders = __popc(found.fourth);
         const u32 remainders = inclusive_scan<32>(own_remainders);
@@ -625,9 +618,9 @@ QMOE_DEVICE void decode_task(const LatticeArrays& arrays, const LatticeExpert& e
 // of magnitude 3 and more; a magnitude is 0 in rows that have none. These are rare.
 template <class Visit>
 QMOE_DEVICE void visit_thirds(const LatticeExpert& expert, const LatticeColumns& found, Visit visit) {
-  if (!found.any_third) return;
-  const u32 lane = lane_of_warp();
-  const u32 thirds = deal(found.nonzero, found.third), signs = deal(found.nonzero, found.signs);
+  const u32 lane = lane_of_warp(), thirds = deal(found.nonzero, found.third);
+  if (!__any_sync(ALL_LANES, thirds != 0)) return;
+  const u32 signs = deal(found.nonzero, found.signs);
   const u32 fourths = found.any_fourth ? deal(found.nonzero, found.fourth) : 0;
   const u32 first_remainder = found.any_fourth ? found.remainder : 0;
   u32 left = __ballot_sync(ALL_LANES, thirds != 0);

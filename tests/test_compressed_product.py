@@ -223,7 +223,9 @@ class TestProduct:
             inside = jax.jit(product(experts, "cuda"))(x, index)
             np.testing.assert_array_equal(inside, product(experts, "cuda")(x, index))
             assert_close(inside, expected, experts, x)
-            assert all(n.startswith("matmul") == has_kernels for n, _ in launcher.calls)
+            products = [name for name, _ in launcher.calls if not name.startswith("find_")]
+            assert products
+            assert all(name.startswith("matmul") == has_kernels for name in products)
         tunstall = make_experts("tunstall", 3, 70, 32)
         assert kernels.has_matmul(launcher, tunstall)
         older = dataclasses.replace(launcher.device, compute_capability="7.5")
