@@ -131,6 +131,8 @@ class LatticeParts(NamedTuple):
     """32 columns: their windows, and the product."""
     turn: int
     """A weight of each of 32 columns."""
+    turn_of_third: int
+    """The same where some are 3 and more."""
     more_digits: int
     """The second digit of weights of 4 and more, where 32 columns have any."""
     task: int
@@ -329,7 +331,9 @@ def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeP
     # Two loads, each reversed; perhaps unrolled.
     raw = [s for s in sass.inside(chunk) if sass.count(s, "BREV") >= 2 and sass.count(s, "STS")]
     raw = [s for s in raw if s[1] <= columns[0]]
-    turn = next(s for s in sass.inside(columns) if sass.count(s, "STS.U8"))
+    turns = sorted(
+        s[1] - s[0] for s in sass.inside(columns) if sass.count(s, "STS.U8") and s[1] - s[0] < 25
+    )
     digits = next(s for s in sass.inside(columns) if sass.count(s, "HMMA"))
     named = [task, chunk, columns, *rounds, *others, *raw]
     # Counts of ones, and zeros to begin with.
@@ -350,10 +354,10 @@ def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeP
         dealt_words=sass.executed(dealt[0]),
         dealt_turn=max(s[1] - s[0] for s in sass.inside(dealt[0])),
         columns=sass.executed(columns),
-        turn=turn[1] - turn[0],
+        turn=turns[0],
+        turn_of_third=turns[-1],
         more_digits=digits[1] - digits[0],
-        task=sass.executed(task)
-        + sum(sass.count(span, "") for span in (chunk, *small)),
+        task=sass.executed(task) + sum(sass.count(span, "") for span in (chunk, *small)),
     )
 
 

@@ -75,6 +75,7 @@ class Work:
     dealt_turns: int = 0
     columns_of_32: int = 0
     turns: int = 0
+    turns_of_third: int = 0
     more_digits: int = 0
     tasks: int = 0
     wavefronts: float = 0.0
@@ -89,7 +90,7 @@ class Work:
             "grouped columns": self.grouped_columns * parts.grouped_columns,
             "planes 3 and 4": self.dealt_words * parts.dealt_words
             + self.dealt_turns * parts.dealt_turn,
-            "bits to digits": self.turns * parts.turn,
+            "bits to digits": self.turns * parts.turn + self.turns_of_third * parts.turn_of_third,
             "windows and product": self.columns_of_32 * parts.columns,
             "second digits": self.more_digits * parts.more_digits,
             "once a task": self.tasks * parts.task,
@@ -230,7 +231,10 @@ def _read_columns(weights: np.ndarray, work: Work) -> None:
         counts = own.sum(axis=0)
         turns = int(counts.max(initial=0))
         work.columns_of_32 += 1
-        work.turns += turns
+        if (weights[:, first : first + 32] >= 3).any():
+            work.turns_of_third += turns
+        else:
+            work.turns += turns
         work.more_digits += bool((weights[:, first : first + 32] >= 4).any())
         # Windows of two strings, two words each.
         words = (before + np.cumsum(counts) - counts)[None] // 32
@@ -241,7 +245,9 @@ def _read_columns(weights: np.ndarray, work: Work) -> None:
         active = np.arange(turns)[:, None] < counts
         places = (32 * rows + np.arange(own.shape[1])) // 4
         stores = bank_conflicts(places, active)
-        work.wavefronts += 2 * windows.sum() + stores.sum() + _COLUMN_WAVEFRONTS + _SCAN_SHUFFLES + 1
+        work.wavefronts += (
+            2 * windows.sum() + stores.sum() + _COLUMN_WAVEFRONTS + _SCAN_SHUFFLES + 1
+        )
 
 
 class _String:

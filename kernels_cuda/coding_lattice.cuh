@@ -456,13 +456,13 @@ struct LatticeColumns {
   u32 first;       // number of lane 0's column in the task; a multiple of 32
   u32 count;       // how many of the 32 there are
   u32 nonzero;     // which of 32 rows are not zero
-  // A bit for each of these, the lowest first; what follows means nothing, but in `fourth`.
+  // A bit for each of these, the lowest first; what follows in `signs` and `large` means nothing.
   u32 signs;       // whether it is negative, before leans
   u32 large;       // of magnitude 2 and more
   u32 third;       // of 3 and more
   u32 fourth;      // of 4 and more
   u32 remainder;   // byte of the expert with the first one's magnitude less 4
-  bool any_fourth;  // in any lane
+  bool any_third, any_fourth;  // in any lane
 };
 
 // Where a task lies among the visited columns.
@@ -596,10 +596,16 @@ QMOE_DEVICE void decode_task(const LatticeArrays& arrays, const LatticeExpert& e
       found.signs = window_at(signs_at, before);
       found.large = window_at(large_at, before);
       found.third = found.fourth = 0;
-      found.any_fourth = false;
-      if (num_third != 0) found.third = window_at(third_at, before);
+      found.any_third = found.any_fourth = false;
+      const auto own_bits = [&](u32 address) {
+        return window_at(address, before) & (count < 32 ? (1u << count) - 1 : ~0u);
+      };
+      if (num_third != 0) {
+        found.third = own_bits(third_at);
+        found.any_third = __any_sync(ALL_LANES, found.third != 0);
+      }
       if (num_fourth != 0) {
-        found.fourth = window_at(fourth_at, before) & (count < 32 ? (1u << count) - 1 : ~0u);
+        found.fourth = own_bits(fourth_at);
         found.any_fourth = __any_sync(ALL_LANES, found.fourth != 0);
       }
       if (found.any_fourth) {
@@ -618,9 +624,9 @@ QMOE_DEVICE void decode_task(const LatticeArrays& arrays, const LatticeExpert& e
 // of magnitude 3 and more; a magnitude is 0 in rows that have none. These are rare.
 template <class Visit>
 QMOE_DEVICE void visit_thirds(const LatticeExpert& expert, const LatticeColumns& found, Visit visit) {
-  const u32 lane = lane_of_warp(), thirds = deal(found.nonzero, found.third);
-  if (!__any_sync(ALL_LANES, thirds != 0)) return;
-  const u32 signs = deal(found.nonzero, found.signs);
+  if (!found.any_third) return;
+  const u32 lane = lane_of_warp();
+  const u32 thirds = deal(found.nonzero, found.third), signs = deal(found.nonzero, found.signs);
   const u32 fourths = found.any_fourth ? deal(found.nonzero, found.fourth) : 0;
   const u32 first_remainder = found.any_fourth ? found.remainder : 0;
   u32 left = __ballot_sync(ALL_LANES, thirds != 0);

@@ -133,11 +133,11 @@ struct WordPlacer {
   const u32* visits;  // the task's first
   u32 segment;        // address
   u32 begin, end;     // columns of the segment
-  bool any_third;     // that this lane saw
+  bool any_third;
 
   QMOE_DEVICE_MEMBER void visit(const LatticeColumns& found) {
     const u32 lane = lane_of_warp();
-    any_third |= deal(found.nonzero, found.third) != 0;
+    any_third |= found.any_third;
     if (lane >= found.count) return;
     const u32 column = __ldg(visits + found.first + lane) >> 1 & 0x7fffff;
     if (column < begin || column >= end) return;
@@ -272,7 +272,7 @@ QMOE_DEVICE void expand_blocks(const LatticeArrays& arrays, const ExpandArgument
                         min_of(row + 8, static_cast<u32>(last_row)), matrix, aligned);
       }
       __syncthreads();
-      if (!__any_sync(ALL_LANES, placer.any_third)) continue;
+      if (!placer.any_third) continue;
       ThirdWriter writer = {arrays, expert, shape, visits, matrix,
                             static_cast<u32>(first_row + lane_of_warp()), begin, end};
       for (u32 task = warp_of_block(); task < tasks; task += warps_of_block()) {

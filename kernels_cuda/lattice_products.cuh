@@ -84,7 +84,8 @@ struct LatticeProducts {
 
   QMOE_DEVICE_MEMBER void visit(const LatticeColumns& found) {
     clear();
-    deal_digits(found);
+    if (found.any_third) deal_digits<true>(found);
+    else deal_digits<false>(found);
     u32 higher = found.any_fourth ? put_digits(found, 0) : 0;
     __syncwarp();
     const u32 panel = columns + found.first / 32 * Panel::BYTES;
@@ -99,7 +100,8 @@ struct LatticeProducts {
     }
   }
 
-  // The only digits of weights below 4; of others, some.
+  // The only digits of weights below 4; of others, some. THIRD: there are weights of 3.
+  template <bool THIRD>
   QMOE_DEVICE_MEMBER void deal_digits(const LatticeColumns& found) const {
     const u32 own = digits + lane_of_warp();
     // From the last row on, its bits at 4, 0 and 1.
@@ -109,12 +111,13 @@ struct LatticeProducts {
     u32 third = __funnelshift_r(found.third, found.third, count + 30);
     for (u32 rows = found.nonzero; rows != 0;) {
       const u32 row = 31 - __clz(rows);
-      const u32 bits = merge(signs, 0x10, merge(third, 2, merge(large, 1, a_weight)));
+      u32 bits = merge(signs, 0x10, merge(large, 1, a_weight));
+      if (THIRD) bits = merge(third, 2, bits);
       shared_store<u8>(own + 32 * row, static_cast<u8>(bits));
       rows &= ~(one << row);
       signs = __funnelshift_l(signs, signs, 1);
       large = __funnelshift_l(large, large, 1);
-      third = __funnelshift_l(third, third, 1);
+      if (THIRD) third = __funnelshift_l(third, third, 1);
     }
   }
 
