@@ -14,6 +14,7 @@ Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisa
 
 import argparse
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -69,13 +70,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const LatticeExpert expert(arrays, shape, blockIdx.x);
   const u32 ends = shared_begin() + LATTICE_DICTIONARY_BYTES, scratch = ends + LATTICE_ENDS_BYTES;
   const LatticeDictionary dictionary = {{shared_begin() + 8 * threadIdx.x, stride}};
-  LatticeProducts<{tokens}, false> products(expert, scratch + VISITOR_AT);
+  LatticeProducts<{tokens}, {added}> products(expert, scratch + VISITOR_AT);
   products.columns = scratch + LATTICE_WARP_BYTES;
   for (u32 task = 0; task < tasks; ++task)
     decode_task(arrays, expert, shape, dictionary, ends, scratch, blockIdx.y, task, products);
-  products.flush(scratch);
-  __syncwarp();
-  out[threadIdx.x] = shared_load<float>(scratch + 4 * threadIdx.x);
+  float total = 0;
+  for (const auto& half : products.sums)
+    for (const auto& tile : half)
+      for (const float sum : tile) total += sum;
+  out[threadIdx.x] = total;
 }}
 """
 
@@ -113,7 +116,7 @@ class Loop(NamedTuple):
 
 
 class LatticeParts(NamedTuple):
-    """Warp instructions of each part of the lattice's walk, those that are nearly always executed."""
+    """Warp instructions of each part of the lattice's walk that are nearly always executed."""
 
     round_of_128: int
     """Four codewords a lane, of a bit string."""
@@ -306,8 +309,11 @@ def parse(text: str) -> MachineCode:
 
 
 def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeParts:
-    """Compile the lattice's walk for one number of tokens and find its parts by what they do."""
-    source = _LATTICE_PROBE.format(tokens=tokens)
+    """Compile the lattice's walk for one number of tokens and find its parts by what they do.
+
+    Up to 8 tokens it is the fused kernel's, beyond that of many tokens.
+    """
+    source = _LATTICE_PROBE.format(tokens=tokens, added="true" if tokens > 8 else "false")
     sass = parse(disassemble(source, architecture, disassembler))
     loops = sass.loops
     task = max(loops, key=lambda span: span[1] - span[0])
@@ -349,7 +355,7 @@ def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeP
         # A scan each, where the loop is not unrolled.
         grouped_columns=max(
             sum(5 * sass.executed(s) // sass.count(s, "SHFL.UP") for s in pair)
-            for pair in zip(grouped, grouped[1:], strict=False)
+            for pair in itertools.pairwise(grouped)
         ),
         dealt_words=sass.executed(dealt[0]),
         dealt_turn=max(s[1] - s[0] for s in sass.inside(dealt[0])),
@@ -359,6 +365,14 @@ def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeP
         more_digits=digits[1] - digits[0],
         task=sass.executed(task) + sum(sass.count(span, "") for span in (chunk, *small)),
     )
+
+
+def staging_instructions(architecture: int, disassembler: str) -> int:
+    """Warp instructions with which many tokens' kernel of the lattice stages 8 of 32 columns."""
+    source = (KERNEL_FOLDER / "matmul_lattice.cu").read_text()
+    sass = parse(disassemble(source, architecture, disassembler))
+    # Three parts of each.
+    return max(sass.executed(s) for s in sass.loops if sass.count(s, "STS.U16") == 24)
 
 
 def find_loop(text: str, marker: str) -> Loop:

@@ -8,11 +8,12 @@ column of 32 rows, and a time.
 
     python benchmarks/wavefronts.py [--tokens 1 4] [--json FILE]
 
-Assumed of the GPU, an H200: 132 multiprocessors at 1.755 GHz with four schedulers, which issue in 62 %
-of the cycles, and a shared-memory pipe that is busy in 85 %: what `tunstall` was measured at. A
-wavefront is a cycle of that pipe; so is a shuffle. Atomic ORs of lanes to one word follow one another.
-The greater of the two times counts. Codes are random ones of `gpu_bench.random_codes`, or those of made
-layers that GPTQ quantizes (--made).
+Assumed of the GPU, an H200: 132 multiprocessors at 1.755 GHz with four schedulers, which issue in
+62 % of the cycles, and a shared-memory pipe that is busy in 85 %: what `tunstall` was measured at.
+A wavefront is a cycle of that pipe; so is a shuffle. Atomic ORs of lanes to one word follow one
+another. Tensor cores take 8 cycles of a scheduler for a product of 16x8x16. The greatest of the
+three times counts. Codes are random ones of `gpu_bench.random_codes`, or those of made layers that
+GPTQ quantizes (--made).
 
 Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
 """
@@ -31,7 +32,6 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from qmoe_jax.atomic_file import write_json
-from qmoe_jax.codec import lattice_blocks
 from qmoe_jax.codec.coding_lattice import LatticeCoding
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_blocks import (
@@ -49,11 +49,14 @@ from qmoe_jax.codec.lattice_choices import ZERO_COLUMN
 from qmoe_jax.codec.lattice_dictionaries import RAW_DICTIONARY, lattice_dictionaries
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.formatting import format_row
+from qmoe_jax.ops.cuda import kernels
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 TASK = 256
 PROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
-ISSUE_SHARE, PIPE_SHARE = 0.62, 0.85
+ISSUE_SHARE, PIPE_SHARE, PRODUCT_CYCLES = 0.62, 0.85, 8
+_MOST = 32
+"""Tokens that share a decode."""
 BLOCKS = 4
 """Blocks of 32 rows that are read, spread over the expert."""
 # Wavefronts of accesses whose addresses do not depend on codes: 32 columns' digits zeroed (8) and
@@ -295,10 +298,11 @@ class _String:
         work.wavefronts += 2 * bank_conflicts(words, active, atomic=True).sum()
 
 
-def seconds(instructions: float, wavefronts: float) -> float:
-    """Time of so many warp instructions and wavefronts, on all multiprocessors."""
+def seconds(instructions: float, wavefronts: float, products: float = 0) -> float:
+    """Time of so many warp instructions, wavefronts and products 16x8x16 on all processors."""
     issue = instructions / (SCHEDULERS * ISSUE_SHARE)
-    return max(issue, wavefronts / PIPE_SHARE) / (PROCESSORS * CLOCK)
+    tensor = products * PRODUCT_CYCLES / SCHEDULERS
+    return max(issue, wavefronts / PIPE_SHARE, tensor) / (PROCESSORS * CLOCK)
 
 
 def main() -> None:
@@ -306,7 +310,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8], choices=(1, 2, 4, 8))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 4, 16, 64], choices=(1, 2, 4, 8, 16, 32, 64)
+    )
     parser.add_argument("--architecture", type=int, default=90)
     parser.add_argument("--made", action="store_true", help="codes of made layers, by GPTQ")
     parser.add_argument("--disassembler", help="path of nvdisasm; default: wheel, then PATH")
@@ -316,8 +322,9 @@ def main() -> None:
     if kernel_sass.nvrtc.find_library() is None or disassembler is None:
         parser.error("pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
     measured = json.loads(RESULTS.read_text())["products"]
-    parts = {t: kernel_sass.lattice_parts(t, options.architecture, disassembler)
-             for t in options.tokens}  # fmt: skip
+    gpu = (options.architecture, disassembler)
+    parts = {t: kernel_sass.lattice_parts(min(t, _MOST), *gpu) for t in options.tokens}
+    staging = kernel_sass.staging_instructions(*gpu)
     results = []
     print("One product, 64 experts; not run on a GPU. Instructions and wavefronts are a column's.")
     header = ("shape", "tokens", "instructions", "wavefronts", "microseconds", "cuBLAS")
@@ -329,7 +336,18 @@ def main() -> None:
         print("\n" + format_row(header, sizes))
         for tokens in options.tokens:
             each = work.instructions(parts[tokens])
-            time = seconds(columns * sum(each.values()), columns * work.wavefronts / work.columns)
+            tile = min(tokens, _MOST)
+            if tokens > 8:  # all warps of a block share what they stage
+                warps = kernels.matmul_kernels("lattice").threads(shape[0]) // 32
+                each["tokens"] = staging * tile / 8 / 32 / warps
+            decoded = columns * tokens // tile
+            # Of halves of rows and columns, for three parts: side by side if there is room.
+            products = 4 * max(1, -(-3 * tile // 8)) / 32
+            time = seconds(
+                decoded * sum(each.values()),
+                decoded * (work.wavefronts / work.columns + (tile > 8) * 4 * 3 * tile / 8 / 32),
+                decoded * products,
+            )
             name = f"{shape[0]}x{shape[1]}"
             dense = [
                 p["cublas_seconds"]

@@ -9,8 +9,8 @@ from cuda_emulation.tensors import lattice_codes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import kernel_sass  # noqa: E402
-import wavefronts  # noqa: E402
+import kernel_sass
+import wavefronts
 
 LANES = np.arange(32)
 
