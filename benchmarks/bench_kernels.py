@@ -153,8 +153,8 @@ def time_product(
     if fitting:
         tile = min([t for t in fitting if t >= tokens], default=fitting[-1])
         ways["fused"] = gpu_bench.product_launches(gpu, codes, own, launch, tile)
-    if gpu_bench.has_matmul(gpu, spec):
-        size = min([t for t in kernels.MATMUL_TILES if t >= tokens], default=64)
+    if tiles := gpu_bench.matmul_tiles(gpu, spec):
+        size = min([t for t in tiles if t >= tokens], default=tiles[-1])
         ways["matmul"] = gpu_bench.matmul_launches(gpu, codes, own, size)
     if not ways:
         return None

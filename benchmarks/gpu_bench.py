@@ -247,7 +247,8 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     y = np.full((count, spec.rows), 0x7FFF, np.uint16)
     order = np.arange(count, dtype=np.int32)
     tiles = {}
-    for size in kernels.MATMUL_TILES:
+    matmul = kernels.cuda_interface(spec.coding).matmul
+    for size in matmul.tiles if matmul else ():
         firsts = np.arange(0, each, size, dtype=np.int32)
         found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
         tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
@@ -296,9 +297,9 @@ def matmul_launches(
     return launches
 
 
-def has_matmul(gpu: Gpu, spec: TensorSpec) -> bool:
-    """`kernels.has_matmul`, of a tensor whose rows are whole."""
-    return kernels.has_matmul(gpu.launcher, CodedExperts(spec, {}, spec.width))
+def matmul_tiles(gpu: Gpu, spec: TensorSpec) -> list[int]:
+    """`kernels.matmul_tiles`, of a tensor whose rows are whole."""
+    return kernels.matmul_tiles(gpu.launcher, CodedExperts(spec, {}, spec.width))
 
 
 class Cublas:

@@ -3,8 +3,9 @@
 Every coding's walk over a row is compiled with NVRTC for one number of tokens at a time and
 disassembled, and its loop over rounds is found. Printed are the warp instructions of a round that
 are always executed, those that hang on a branch (rare entries, escapes), and the former divided by
-the weights that a round decodes, at a zero share and row widths. Registers and spills are those of
-the shipped kernels.
+the weights that a round decodes, at a zero share and row widths. Of "lattice", whose walk has many
+loops, the instructions of each part are printed; `wavefronts.py` says how often it runs. Registers
+and spills are those of the shipped kernels.
 
     python benchmarks/kernel_sass.py --json benchmarks/results/kernel_sass.json
 
@@ -13,6 +14,7 @@ Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisa
 
 import argparse
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -60,6 +62,27 @@ extern "C" __global__ void __launch_bounds__(256)
 """
 
 
+_LATTICE_PROBE = """
+#include "lattice_products.cuh"
+using namespace qmoe;
+extern "C" __global__ void __launch_bounds__(256, 2)
+    probe(const LatticeArrays arrays, const Shape shape, u32 stride, u32 tasks, float* out) {{
+  const LatticeExpert expert(arrays, shape, blockIdx.x);
+  const u32 ends = shared_begin() + LATTICE_DICTIONARY_BYTES, scratch = ends + LATTICE_ENDS_BYTES;
+  const LatticeDictionary dictionary = {{shared_begin() + 8 * threadIdx.x, stride}};
+  LatticeProducts<{tokens}, {added}> products(expert, scratch + VISITOR_AT);
+  products.columns = scratch + LATTICE_WARP_BYTES;
+  for (u32 task = 0; task < tasks; ++task)
+    decode_task(arrays, expert, shape, dictionary, ends, scratch, blockIdx.y, task, products);
+  float total = 0;
+  for (const auto& half : products.sums)
+    for (const auto& tile : half)
+      for (const float sum : tile) total += sum;
+  out[threadIdx.x] = total;
+}}
+"""
+
+
 class Walk(NamedTuple):
     """A way to walk over rows."""
 
@@ -90,6 +113,33 @@ class Loop(NamedTuple):
     """Those that a branch may skip, without those of loops inside."""
     inner: tuple[int, ...]
     """Sizes of the loops inside."""
+
+
+class LatticeParts(NamedTuple):
+    """Warp instructions of each part of the lattice's walk that are nearly always executed."""
+
+    round_of_128: int
+    """Four codewords a lane, of a bit string."""
+    round_of_32: int
+    """One codeword a lane."""
+    raw_words: int
+    """32 words of signs that are stored as they are."""
+    grouped_columns: int
+    """32 columns that are stored by groups."""
+    dealt_words: int
+    """32 words to which bits of another string are dealt."""
+    dealt_turn: int
+    """One of their ones, in all lanes."""
+    columns: int
+    """32 columns: their windows, and the product."""
+    turn: int
+    """A weight of each of 32 columns."""
+    turn_of_third: int
+    """The same where some are 3 and more."""
+    more_digits: int
+    """The second digit of weights of 4 and more, where 32 columns have any."""
+    task: int
+    """What is left: once for up to 256 columns."""
 
 
 def main() -> int:
@@ -140,6 +190,17 @@ def main() -> int:
                         "instructions_a_weight": dict(zip(map(str, WIDTHS), rates, strict=True)),
                     }
                 )
+    columns = format_row(("lattice", "sm", "tokens"), (40, 4, 6))
+    print(f"\n{columns}  instructions")
+    results["lattice"] = []
+    for architecture in options.architectures:
+        for tokens in [tokens for tokens in options.tokens if tokens <= 8]:
+            parts = lattice_parts(tokens, architecture, disassembler)
+            counts = {"architecture": architecture, "tokens": tokens, **parts._asdict()}
+            results["lattice"].append(counts)
+            for part, count in parts._asdict().items():
+                name = part.replace("_", " ")
+                print(f"{format_row((name, str(architecture), str(tokens)), (40, 4, 6))}  {count}")
     columns = format_row(("kernel", "sm", "registers", "spilled bytes"), KERNEL_COLUMNS)
     print(f"\n{columns}")
     for source in nvrtc.SOURCES:
@@ -172,6 +233,11 @@ def measure(walk: Walk, tokens: int, architecture: int, disassembler: str) -> Lo
         type=walk.type,
         tokens=tokens,
     )
+    return find_loop(disassemble(source, architecture, disassembler), walk.marker)
+
+
+def disassemble(source: str, architecture: int, disassembler: str) -> str:
+    """Compile a source and return its machine code as text."""
     cubin = nvrtc.compile_source(source, architecture, "probe.cu")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin.data)
@@ -179,15 +245,54 @@ def measure(walk: Walk, tokens: int, architecture: int, disassembler: str) -> Lo
         done = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{disassembler} failed: {done.stderr.strip()}")
-    return find_loop(done.stdout, walk.marker)
+    return done.stdout
 
 
-def find_loop(text: str, marker: str) -> Loop:
-    """The outermost of the loops that have the marker and lie in no loop without a reduction.
+class MachineCode(NamedTuple):
+    """Instructions in order, and the branches among them."""
 
-    A loop is the span of a branch backwards. The row loop has the loop over rounds inside and the
-    shuffles of the final reduction (SHFL.BFLY) besides.
-    """
+    code: list[str]
+    jumps: list[tuple[int, int, bool]]
+    """Of each its place, its target, and whether it is conditional."""
+
+    @property
+    def loops(self) -> list[tuple[int, int]]:
+        """The spans of branches backwards, in order; an outer one before those inside."""
+        spans = {(target, at + 1) for at, target, _ in self.jumps if target < at}
+        return sorted(spans, key=lambda span: (span[0], -span[1]))
+
+    def inside(self, span: tuple[int, int]) -> list[tuple[int, int]]:
+        """Loops inside a span, itself left out."""
+        return [s for s in self.loops if span[0] <= s[0] and s[1] <= span[1] and s != span]
+
+    def count(self, span: tuple[int, int], *markers: str, own: bool = True) -> int:
+        """Instructions of a span with any of the markers; `own`: not those of loops inside."""
+        return sum(
+            any(marker in self.code[at] for marker in markers)
+            for at in range(*span)
+            if not (own and any(first <= at < last for first, last in self.inside(span)))
+        )
+
+    def executed(self, span: tuple[int, int], *, kept: str = "", at_least: int = 1) -> int:
+        """Instructions of a span that no branch may skip, without those of loops inside.
+
+        A branch around `at_least` instructions with the marker `kept` does not count: it is seldom
+        taken.
+        """
+        run = np.zeros(len(self.code), bool)
+        run[slice(*span)] = True
+        for at, target, conditional in self.jumps:
+            if conditional and span[0] <= at < target < span[1]:
+                marked = sum(kept in i for i in self.code[at + 1 : target]) if kept else 0
+                if not kept or marked < at_least:
+                    run[at + 1 : target] = False
+        for first, last in self.inside(span):
+            run[first:last] = False
+        return int(run.sum())
+
+
+def parse(text: str) -> MachineCode:
+    """Read what the disassembler writes."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in text.splitlines():
@@ -200,6 +305,83 @@ def find_loop(text: str, marker: str) -> Loop:
         match = re.search(r"\bBRA\b.*`\((\.L\S+)\)", instruction)
         if match and "BRA.DIV" not in instruction:
             jumps.append((at, labels[match[1]], instruction.startswith("@")))
+    return MachineCode(code, jumps)
+
+
+def lattice_parts(tokens: int, architecture: int, disassembler: str) -> LatticeParts:
+    """Compile the lattice's walk for one number of tokens and find its parts by what they do.
+
+    Up to 8 tokens it is the fused kernel's, beyond that of many tokens.
+    """
+    source = _LATTICE_PROBE.format(tokens=tokens, added="true" if tokens > 8 else "false")
+    sass = parse(disassemble(source, architecture, disassembler))
+    loops = sass.loops
+    task = max(loops, key=lambda span: span[1] - span[0])
+    # The product's instructions are there twice: for the first digit, and for others.
+    products = sass.count(task, "HMMA", own=False)
+    columns = min(
+        (s for s in loops if sass.count(s, "HMMA", own=False) == products),
+        key=lambda span: span[1] - span[0],
+    )
+    chunk = min(
+        (s for s in loops if s != columns and s[0] <= columns[0] and columns[1] <= s[1]),
+        key=lambda span: span[1] - span[0],
+    )
+    scans = [s for s in loops if sass.count(s, "SHFL.UP") >= 5 and not sass.count(s, "HMMA")]
+    rounds = [s for s in scans if sass.count(s, "ATOMS.OR") >= 2]
+    of_128 = [s for s in rounds if sass.count(s, "ATOMS.OR") >= 8]
+    of_32 = [s for s in rounds if s not in of_128]
+    others = [s for s in scans if s not in rounds and s not in (task, chunk, columns)]
+    dealt = [s for s in others if chunk[0] <= s[0] < chunk[1]]
+    grouped = [s for s in others if s not in dealt]
+    # Two loads, each reversed; perhaps unrolled.
+    raw = [s for s in sass.inside(chunk) if sass.count(s, "BREV") >= 2 and sass.count(s, "STS")]
+    raw = [s for s in raw if s[1] <= columns[0]]
+    turns = sorted(
+        s[1] - s[0] for s in sass.inside(columns) if sass.count(s, "STS.U8") and s[1] - s[0] < 25
+    )
+    digits = next(s for s in sass.inside(columns) if sass.count(s, "HMMA"))
+    named = [task, chunk, columns, *rounds, *others, *raw]
+    # Counts of ones, and zeros to begin with.
+    small = [
+        s
+        for s in loops
+        if s not in named and not any(n[0] <= s[0] and s[1] <= n[1] for n in named[2:])
+    ]
+    return LatticeParts(
+        round_of_128=max(sass.executed(s, kept="ATOMS.OR", at_least=8) for s in of_128),
+        round_of_32=max(sass.executed(s, kept="ATOMS.OR", at_least=2) for s in of_32),
+        raw_words=min(2 * (s[1] - s[0]) // sass.count(s, "BREV") for s in raw),
+        # A scan each, where the loop is not unrolled.
+        grouped_columns=max(
+            sum(5 * sass.executed(s) // sass.count(s, "SHFL.UP") for s in pair)
+            for pair in itertools.pairwise(grouped)
+        ),
+        dealt_words=sass.executed(dealt[0]),
+        dealt_turn=max(s[1] - s[0] for s in sass.inside(dealt[0])),
+        columns=sass.executed(columns),
+        turn=turns[0],
+        turn_of_third=turns[-1],
+        more_digits=digits[1] - digits[0],
+        task=sass.executed(task) + sum(sass.count(span, "") for span in (chunk, *small)),
+    )
+
+
+def staging_instructions(architecture: int, disassembler: str) -> int:
+    """Warp instructions with which many tokens' kernel of the lattice stages 8 of 32 columns."""
+    source = (KERNEL_FOLDER / "matmul_lattice.cu").read_text()
+    sass = parse(disassemble(source, architecture, disassembler))
+    # Three parts of each.
+    return max(sass.executed(s) for s in sass.loops if sass.count(s, "STS.U16") == 24)
+
+
+def find_loop(text: str, marker: str) -> Loop:
+    """The outermost of the loops that have the marker and lie in no loop without a reduction.
+
+    A loop is the span of a branch backwards. The row loop has the loop over rounds inside and the
+    shuffles of the final reduction (SHFL.BFLY) besides.
+    """
+    code, jumps = parse(text)
     spans = [(target, at + 1) for at, target, _ in jumps if target <= at]
     fitting = [
         (start, stop)

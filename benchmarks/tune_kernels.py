@@ -83,8 +83,8 @@ def tune(gpu: Gpu, coding: str, shapes: Sequence[tuple[int, int]]) -> LaunchSett
                 else float("inf"),
                 "matmul": float("inf"),
             }
-            if gpu_bench.has_matmul(gpu, codes.spec):
-                size = min([t for t in kernels.MATMUL_TILES if t >= tokens], default=64)
+            if tiles := gpu_bench.matmul_tiles(gpu, codes.spec):
+                size = min([t for t in tiles if t >= tokens], default=tiles[-1])
                 launched = gpu_bench.matmul_launches(gpu, codes, [own], size)
                 found["matmul"] = gpu.time(launched).seconds
             for way, value in found.items():

@@ -143,8 +143,8 @@ struct WordPlacer {
     if (column < begin || column >= end) return;
     const u32 at = segment + 4 * (column - begin);
     shared_store<u32>(at, found.nonzero);
-    shared_store<u32>(at + 4 * SEGMENT_COLUMNS, found.negative);
-    shared_store<u32>(at + 8 * SEGMENT_COLUMNS, found.large);
+    shared_store<u32>(at + 4 * SEGMENT_COLUMNS, deal(found.nonzero, found.signs));
+    shared_store<u32>(at + 8 * SEGMENT_COLUMNS, deal(found.nonzero, found.large));
   }
 };
 

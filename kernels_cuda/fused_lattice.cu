@@ -3,19 +3,19 @@
 // the arguments are explained at their structs.
 //
 // A block of threads takes some blocks of 32 rows of one expert. Tokens times the columns' steps lie in
-// shared memory, in the order in which columns are visited. The tasks of the rows (coding_lattice.cuh)
-// are dealt to the warps, each a range of those that follow one another. In the sum a lane has a row: it
-// tests its bit of each column's words and adds the column's value; all lanes read the same one. A warp
-// keeps its sums while it stays in a block of rows; then they are added up over warps, in order: no
-// atomics, and one order for a number of threads.
+// shared memory, in the order in which columns are visited, each as three bfloat16 numbers whose sum it
+// is. The tasks of the rows (coding_lattice.cuh) are dealt to the warps, each a range of those that
+// follow one another. A warp makes a matrix of 32 rows and 32 columns at a time and multiplies it by
+// tensor cores (lattice_products.cuh). It keeps its sums while it stays in a block of rows; then they are
+// added up over warps, in order: no atomics, and one order for a number of threads.
 //
 // Shared memory, by bytes:
 //   32768 * copies                dictionaries
 //   448 + 64                      where dictionaries end in strings; rows of the tokens in x and y
-//   warps * 2896                  what warps decode
-//   (warps + 4) * 128 * tile      sums of warps
-//   (in + 64) * 4 * tile          tokens: [visited column][token], float32
-#include "coding_lattice.cuh"
+//   warps * 4960                  what warps decode
+//   (warps + 4) * 128 * tile      sums of warps, of at most 8 tokens
+//   (in + 64) * 6 * tile          tokens, likewise
+#include "lattice_products.cuh"
 #include "multiply.cuh"
 
 using namespace qmoe;
@@ -25,89 +25,15 @@ namespace qmoe {
 // Blocks of rows whose sums are kept at a time.
 constexpr int ROW_BLOCKS = 4;
 
-// The visitor of a task.
-template <int TOKENS>
-struct LatticeSums {
-  const LatticeExpert& expert;
-  u32 stage;    // address of 64 words of the warp
-  u32 columns;  // address of the task's first column
-  float sums[TOKENS];
-
-  QMOE_DEVICE_MEMBER void add(bool present, float weight, const float* column) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t)
-      sums[t] = present ? fmaf(weight, column[t], sums[t]) : sums[t];
-  }
-
-  QMOE_DEVICE_MEMBER void load(u32 address, float* column) const {
-    if constexpr (TOKENS >= 4) {
-#pragma unroll
-      for (int t = 0; t < TOKENS; t += 4) {
-        const Quad32 four = shared_load<Quad32>(address + 4 * t);
-        column[t] = __uint_as_float(four.x);
-        column[t + 1] = __uint_as_float(four.y);
-        column[t + 2] = __uint_as_float(four.z);
-        column[t + 3] = __uint_as_float(four.w);
-      }
-    } else {
-#pragma unroll
-      for (int t = 0; t < TOKENS; ++t) column[t] = shared_load<float>(address + 4 * t);
-    }
-  }
-
-  // A column of the words, whose tokens lie at `at`; of a single one also as bits in `only`.
-  QMOE_DEVICE_MEMBER void add_column(u32 nonzero, u32 negative, u32 large, u32 only, u32 at) {
-    // 1 or 2, and the sign.
-    const u32 own = 1u << lane_of_warp(), sign = negative << (31 - lane_of_warp()) & 0x80000000u;
-    const u32 weight = (large & own ? 0x40000000u : 0x3f800000u) | sign;
-    float values[TOKENS];
-    if constexpr (TOKENS == 1) values[0] = __uint_as_float(only);
-    else load(at, values);
-    add((nonzero & own) != 0, __uint_as_float(weight), values);
-  }
-
-  QMOE_DEVICE_MEMBER void visit(const LatticeColumns& found) {
-    const u32 lane = lane_of_warp();
-    shared_store<u32>(stage + 4 * lane, found.negative);
-    shared_store<u32>(stage + 128 + 4 * lane, found.large);
-    __syncwarp();
-    const u32 first = columns + 4 * TOKENS * found.first;
-    if constexpr (TOKENS <= 4) {
-      for (u32 four = 0; four < found.count; four += 4) {
-        const Quad32 nonzero = shared_load<Quad32>(found.nonzero_at + 4 * four);
-        const Quad32 negative = shared_load<Quad32>(stage + 4 * four);
-        const Quad32 large = shared_load<Quad32>(stage + 128 + 4 * four);
-        Quad32 x = {0, 0, 0, 0};
-        if constexpr (TOKENS == 1) x = shared_load<Quad32>(first + 4 * four);
-        const u32 at = first + 4 * TOKENS * four;
-        add_column(nonzero.x, negative.x, large.x, x.x, at);
-        add_column(nonzero.y, negative.y, large.y, x.y, at + 4 * TOKENS);
-        add_column(nonzero.z, negative.z, large.z, x.z, at + 8 * TOKENS);
-        add_column(nonzero.w, negative.w, large.w, x.w, at + 12 * TOKENS);
-      }
-    } else {  // the tokens' values take the registers
-#pragma unroll 1
-      for (u32 column = 0; column < found.count; ++column)
-        add_column(shared_load<u32>(found.nonzero_at + 4 * column),
-                   shared_load<u32>(stage + 4 * column),
-                   shared_load<u32>(stage + 128 + 4 * column), 0, first + 4 * TOKENS * column);
-    }
-    visit_thirds(expert, found, [&](int column, u32 is_negative, u32 magnitude) {
-      float values[TOKENS];
-      load(first + 4 * TOKENS * column, values);
-      const float more = static_cast<float>(static_cast<int>(magnitude) - 2);  // 2 are counted
-      add(magnitude != 0, is_negative ? -more : more, values);
-    });
-  }
-};
-
-// Tokens times steps, visited columns in order; zeros where four at a time are read beyond the last.
+// Tokens times half their steps, visited columns in order; zeros where 32 at a time are read beyond the
+// last.
 template <int TOKENS>
 QMOE_DEVICE void stage_visited(const LatticeArrays& arrays, const LatticeExpert& expert,
                                const Shape& shape, const u16* const (&own)[TOKENS], u32 x_at) {
+  using Panel = LatticePanel<TOKENS>;
   constexpr int AHEAD = TOKENS >= 4 ? 1 : 4 / TOKENS;
   const u32* const visits = expert.visits(arrays, shape) + 1;
-  const u32 gap = 3 & -expert.grouped;  // what others begin at is a multiple of four
+  const u32 gap = 31 & -expert.grouped;  // what others begin at is a multiple of 32
   const u32 threads = blockDim.x;
   for (u32 first = threadIdx.x; first < expert.visited; first += AHEAD * threads) {
     float steps[AHEAD];
@@ -117,8 +43,7 @@ QMOE_DEVICE void stage_visited(const LatticeArrays& arrays, const LatticeExpert&
       const u32 place = first + a * threads;
       const u32 visit = place < expert.visited ? __ldg(visits + place) : 0;
       const u32 column = min_of(visit >> 1 & 0x7fffff, static_cast<u32>(shape.in_features) - 1);
-      steps[a] = expert.step(arrays, visit >> 24);
-      if (visit & 1) steps[a] = -steps[a];
+      steps[a] = half_step(arrays, expert, visit);
 #pragma unroll
       for (int t = 0; t < TOKENS; ++t) bits[a][t] = own[t] ? own[t][column] : 0;
     }
@@ -126,24 +51,21 @@ QMOE_DEVICE void stage_visited(const LatticeArrays& arrays, const LatticeExpert&
     for (int a = 0; a < AHEAD; ++a) {
       const u32 place = first + a * threads;
       if (place >= expert.visited) break;
-      const u32 at = x_at + 4 * TOKENS * (place + (place < expert.grouped ? 0 : gap));
+      const u32 at = Panel::column(x_at, place + (place < expert.grouped ? 0 : gap));
 #pragma unroll
-      for (int t = 0; t < TOKENS; ++t)
-        shared_store<float>(at + 4 * t, from_bf16(bits[a][t]) * steps[a]);
+      for (int t = 0; t < TOKENS; ++t) Panel::store(at, t, from_bf16(bits[a][t]) * steps[a]);
     }
   }
-  for (u32 at = threadIdx.x; at < (gap + 3) * TOKENS; at += threads) {
-    const u32 beyond = at < gap * TOKENS ? expert.grouped * TOKENS + at
-                                         : expert.visited * TOKENS + at;
-    shared_store<float>(x_at + 4 * beyond, 0);
-  }
+  const u32 end = expert.visited + gap, beyond = gap + (31 & -end);
+  for (u32 at = threadIdx.x; at < beyond; at += threads)
+    for (int t = 0; t < TOKENS; ++t)
+      Panel::store(Panel::column(x_at, at < gap ? expert.grouped + at : end + at - gap), t, 0);
 }
 
 template <int TOKENS>
 QMOE_DEVICE void multiply_lattice_tile(const LatticeArrays& arrays, const Shape& shape,
                                        const ProductArguments& product, const Tile& tile) {
   const int warp = warp_of_block(), warps = warps_of_block();
-  const u32 lane = lane_of_warp();
   const u32 ends = shared_begin() + LATTICE_DICTIONARY_BYTES * product.dictionary_copies;
   const u32 rows_at = ends + LATTICE_ENDS_BYTES;
   const u32 scratch = rows_at + 4 * MAX_TILE_TOKENS;
@@ -166,8 +88,8 @@ QMOE_DEVICE void multiply_lattice_tile(const LatticeArrays& arrays, const Shape&
   stage_visited<TOKENS>(arrays, expert, shape, own, x_at);
   __syncthreads();
 
-  LatticeSums<TOKENS> visitor = {
-      expert, scratch + warp * LATTICE_WARP_BYTES + 5 * STRING_BYTES, 0, {}};
+  const u32 own_scratch = scratch + warp * LATTICE_WARP_BYTES;
+  LatticeProducts<TOKENS, false> visitor(expert, own_scratch + VISITOR_AT);
   const int of_block = static_cast<int>(expert.tasks());
   // Warp w has the tasks from w * tasks / warps on. It and the block of rows only rise, so that their
   // sum is a place of its own.
@@ -178,23 +100,16 @@ QMOE_DEVICE void multiply_lattice_tile(const LatticeArrays& arrays, const Shape&
     const auto first_of = [&](int w) {
       return static_cast<int>(static_cast<u64>(w) * tasks / warps);
     };
-    const auto flush = [&](int block) {
-#pragma unroll
-      for (int t = 0; t < TOKENS; ++t) {
-        shared_store<float>(sums_at + 128 * (TOKENS * (block + warp) + t) + 4 * lane,
-                            visitor.sums[t]);
-        visitor.sums[t] = 0;
-      }
-    };
     const int stop = first_of(warp + 1);
     for (int task = first_of(warp); task < stop; ++task) {
       const int block = task / of_block, number = task % of_block;
       const LatticeTask place(expert, number);
-      const u32 gap = place.grouped ? 0 : 3 & -expert.grouped;
-      visitor.columns = x_at + 4 * TOKENS * (place.first + gap);
-      decode_task(arrays, expert, shape, dictionary, ends, scratch + warp * LATTICE_WARP_BYTES,
-                  begin / ROW_BLOCK + block, number, visitor);
-      if (task + 1 == stop || number + 1 == of_block) flush(block);
+      const u32 gap = place.grouped ? 0 : 31 & -expert.grouped;
+      visitor.columns = LatticePanel<TOKENS>::column(x_at, place.first + gap);
+      decode_task(arrays, expert, shape, dictionary, ends, own_scratch, begin / ROW_BLOCK + block,
+                  number, visitor);
+      if (task + 1 == stop || number + 1 == of_block)
+        visitor.flush(sums_at + 128 * TOKENS * (block + warp));
     }
     __syncthreads();
     for (int at = threadIdx.x; at < ROW_BLOCK * blocks * tile.num_tokens; at += blockDim.x) {
@@ -245,10 +160,13 @@ QMOE_DEVICE void multiply_lattice(const LatticeArrays& arrays, const ProductArgu
     multiply_lattice_tile<1>(arrays, shape, product, tile);
   } else if constexpr (MAX_TOKENS == 2) {
     multiply_lattice_tile<2>(arrays, shape, product, tile);
-  } else {
-    if (count <= 4) multiply_lattice_tile<4>(arrays, shape, product, tile);
-    else if (count <= 8) multiply_lattice_tile<8>(arrays, shape, product, tile);
-    else multiply_lattice_tile<16>(arrays, shape, product, tile);
+  } else if (count <= 4) {
+    multiply_lattice_tile<4>(arrays, shape, product, tile);
+  } else {  // sums of more than eight do not fit the registers
+    for (int first = 0; first < count; first += 8) {
+      const Tile part = {expert, place + first, min_of(count - first, 8), row_begin, row_end};
+      multiply_lattice_tile<8>(arrays, shape, product, part);
+    }
   }
 }
 

@@ -13,6 +13,7 @@
 //   4 * 64                 rows of the tokens in x and y
 #pragma once
 #include "common.cuh"
+#include "tensor_cores.cuh"
 
 namespace qmoe {
 
@@ -43,40 +44,6 @@ struct MatmulArguments {
   int y_is_float32;           // 0 or 1
 };
 
-// c += a b: rows 16 of a, 8 columns of b, 16 products each. Lane l = 4 g + q holds of a the rows g and
-// g + 8 in turn, columns 2 q and 2 q + 1, then 2 q + 8 and 2 q + 9; of b the same columns as rows, of
-// column g; of c the rows g and g + 8, columns 2 q and 2 q + 1.
-QMOE_DEVICE void multiply_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#ifdef QMOE_EMULATION
-  const int g = lane_of_warp() / 4, q = lane_of_warp() % 4;
-  for (int other = 0; other < 4; ++other) {
-    const u32 rows[4] = {__shfl_sync(ALL_LANES, a0, 4 * g + other),
-                         __shfl_sync(ALL_LANES, a1, 4 * g + other),
-                         __shfl_sync(ALL_LANES, a2, 4 * g + other),
-                         __shfl_sync(ALL_LANES, a3, 4 * g + other)};
-    for (int column = 0; column < 2; ++column) {
-      const int lane = 4 * (2 * q + column) + other;
-      const u32 factors[2] = {__shfl_sync(ALL_LANES, b0, lane), __shfl_sync(ALL_LANES, b1, lane)};
-      for (int half = 0; half < 2; ++half)
-        for (int part = 0; part < 2; ++part) {
-          float& sum = c[2 * half + column];
-          sum = fmaf(from_bf16(rows[half + 2 * part] & 0xffff), from_bf16(factors[part] & 0xffff), sum);
-          sum = fmaf(__uint_as_float(rows[half + 2 * part] & 0xffff0000u),
-                     __uint_as_float(factors[part] & 0xffff0000u), sum);
-        }
-    }
-  }
-#elif __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},\n"
-      "  {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-  asm volatile("trap;");  // no bfloat16 in these tensor cores: never launched
-#endif
-}
-
 QMOE_DEVICE void store_product(const MatmulArguments& product, int token, int row, float value) {
   const u64 index = static_cast<u64>(token) * product.out_features + row;
   if (product.y_is_float32) static_cast<float*>(product.y)[index] = value;
@@ -86,6 +53,9 @@ QMOE_DEVICE void store_product(const MatmulArguments& product, int token, int ro
 // Block (chunk of rows, tile of tokens). TILES: eight tokens each.
 template <int TILES, class Coding>
 QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
+#if !defined(QMOE_EMULATION) && __CUDA_ARCH__ < 800
+  asm volatile("trap;");  // no bfloat16 in these tensor cores: never launched
+#else
   constexpr int TOKENS = 8 * TILES;
   constexpr int GROUPS = 32 / Coding::LANES;  // rows that a warp decodes at a time
   constexpr int PASSES = MATMUL_ROWS / MATMUL_WARPS / GROUPS;
@@ -217,6 +187,7 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
       store_product(product, token, row_begin + row,
                     shared_load<float>(chunk_at + 4 * (at / MATMUL_ROWS * SUMS_STRIDE + row)));
   }
+#endif
 }
 
 }  // namespace qmoe

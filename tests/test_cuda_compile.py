@@ -28,6 +28,7 @@ KERNELS = {
     "fused_packed2.cu": {"fused_packed2_t2", "fused_packed2_t16"},
     "fused_lattice.cu": {"fused_lattice_t2", "fused_lattice_t16"},
     "matmul_tunstall.cu": {f"matmul_tunstall_t{t}" for t in (8, 16, 32, 64)},
+    "matmul_lattice.cu": {f"matmul_lattice_t{t}" for t in (8, 16, 32)},
     "expand.cu": {
         f"expand_{c}" for c in ("tunstall", "tunstall_2bit", "qmoe", "packed2", "lattice")
     },

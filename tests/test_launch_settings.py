@@ -31,6 +31,13 @@ class TestLaunchSettings:
         )
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_tensor_cores_from_where_the_coding_says(self):
+        found = {c: launch_settings.default_settings(c) for c in ("tunstall", "lattice", "qmoe")}
+        assert found["qmoe"] == launch_settings.LaunchSettings()
+        assert found["tunstall"].matmul_tokens_per_expert == 16
+        assert found["lattice"].matmul_tokens_per_expert == 4
+        assert launch_settings.launch_settings("none", "9.9", "lattice") == found["lattice"]
+
     @pytest.mark.parametrize(
         "text",
         [

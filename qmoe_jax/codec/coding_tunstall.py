@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from qmoe_jax.codec import reference, tunstall_rows, worst_case
-from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface, MatmulKernels
 from qmoe_jax.codec.row_levels import RowLevels
 from qmoe_jax.codec.tensor import (
     NUM_SYMBOLS,
@@ -67,6 +67,17 @@ _CUDA_ARGUMENTS = ArgumentStruct(
 )
 
 
+_MATMUL = MatmulKernels(
+    source="matmul_tunstall.cu",
+    tiles=(8, 16, 32, 64),
+    width_multiple=16,
+    threads=lambda rows: 512,
+    rows_per_block=lambda threads: 64,
+    shared_bytes=lambda threads, tile: 64 * (1024 + 64) + 2 * 4 * 64,
+    tokens_per_expert=16,
+)
+
+
 class TunstallCoding(RowLevels):
     """Rows of codewords and sign bits in whole bytes, experts in whole 32-bit words."""
 
@@ -96,7 +107,7 @@ class TunstallCoding(RowLevels):
             table=lambda: self.family.table,
             dictionary_bytes=8 * NUM_CODEWORDS,
             rows_per_warp=(1, 4),
-            matmul_source=None if self._has_escapes else f"matmul_{name}.cu",
+            matmul=None if self._has_escapes else _MATMUL,
         )
 
     @property

@@ -76,6 +76,30 @@ class DerivingKernel:
     shared_bytes: Callable[[int, int, int], int]
 
 
+@dataclasses.dataclass(frozen=True)
+class MatmulKernels:
+    """Products with many tokens, by tensor cores: kernels `matmul_{coding}_t{tile}`.
+
+    Attributes:
+      source: file in `kernels_cuda/`.
+      tiles: tokens of an expert that may share a decode, in rising order; a kernel each.
+      width_multiple: the width must be a multiple of that.
+      threads: of a block, by rows.
+      rows_per_block: by threads.
+      shared_bytes: dynamic shared memory without dictionaries, by threads and tile.
+      tokens_per_expert: with at least that many tokens for each expert, on average, they are used;
+        an estimate, for devices that have no launch settings.
+    """
+
+    source: str
+    tiles: tuple[int, ...]
+    width_multiple: int
+    threads: Callable[[int], int]
+    rows_per_block: Callable[[int], int]
+    shared_bytes: Callable[[int, int], int]
+    tokens_per_expert: int
+
+
 def row_product_bytes(width: int, tile_tokens: int, threads: int) -> int:
     """Dynamic shared memory of the products in `multiply.cuh`, without dictionaries."""
     return (width + COLUMN_PADDING) * max(4, 2 * tile_tokens) + 64 * (2 + threads // 32)
@@ -103,8 +127,7 @@ class CudaInterface:
       dictionary_bytes: dynamic shared memory in which a block keeps a copy of its dictionary.
       rows_per_warp: how many rows of codes a warp may take at a time in a product; where there is a
         choice, kernels have it in their names.
-      matmul_source: file in `kernels_cuda/` of the products with many tokens, by tensor cores; None
-        where there are none.
+      matmul: products with many tokens, by tensor cores; None where there are none.
       derived: arrays that follow from the stored ones, how XLA finds them from their spec and these
         (arrays found before are among them). `row_block_starts`, which several codings have, is
         that of `ops.experts.find_row_block_starts`, and not here.
@@ -121,7 +144,7 @@ class CudaInterface:
     table: Callable[[], UInt32[np.ndarray, "..."]] | None
     dictionary_bytes: int
     rows_per_warp: tuple[int, ...]
-    matmul_source: str | None = None
+    matmul: MatmulKernels | None = None
     derived: Mapping[str, Callable[[TensorSpec, Mapping[str, Any]], Any]] = dataclasses.field(
         default_factory=dict
     )

@@ -13,6 +13,7 @@ from qmoe_jax.codec.cuda_interface import (
     ArgumentStruct,
     CudaInterface,
     DerivingKernel,
+    MatmulKernels,
 )
 from qmoe_jax.codec.lattice_blocks import BLOCK_ROWS, NUM_STRINGS
 from qmoe_jax.codec.lattice_choices import ZERO_COLUMN
@@ -43,7 +44,8 @@ _CUDA_ARGUMENTS = ArgumentStruct(
 )
 # As kernels_cuda/coding_lattice.cuh has them.
 _TASK_COLUMNS = 256
-_WARP_BYTES = 5 * 4 * (128 + 4) + 4 * 64
+_WARP_BYTES = 4 * (36 + 256 + 36) + 4 * 4 * (128 + 36) + 1024
+_MATMUL_WARPS = 16
 _ENDS_BYTES = 4 * NUM_DICTIONARIES * NUM_STRINGS
 
 
@@ -79,8 +81,14 @@ def _cursors_shape(experts: int, rows: int, width: int) -> tuple[int, ...]:
 
 def _product_bytes(width: int, tile_tokens: int, threads: int) -> int:
     warps = threads // 32
-    tokens = tile_tokens * (128 * (warps + 4) + 4 * (width + COLUMN_PADDING))
+    tokens = min(tile_tokens, 8) * (128 * (warps + 4) + 6 * (width + COLUMN_PADDING))
     return _ENDS_BYTES + 64 + _WARP_BYTES * warps + tokens
+
+
+def _matmul_threads(rows: int) -> int:
+    """As few blocks as there can be, of as few warps as these take: a warp has 32 rows."""
+    blocks = -(-rows // BLOCK_ROWS)
+    return 32 * -(-blocks // -(-blocks // _MATMUL_WARPS))
 
 
 LATTICE_CUDA = CudaInterface(
@@ -93,6 +101,17 @@ LATTICE_CUDA = CudaInterface(
     table=_cuda_table,
     dictionary_bytes=8 * 256 * NUM_DICTIONARIES,
     rows_per_warp=(1,),
+    matmul=MatmulKernels(
+        source="matmul_lattice.cu",
+        tiles=(8, 16, 32),
+        width_multiple=1,
+        threads=_matmul_threads,
+        rows_per_block=lambda threads: BLOCK_ROWS * (threads // 32),
+        shared_bytes=lambda threads, tile: (
+            _ENDS_BYTES + 4 * 32 + _WARP_BYTES * (threads // 32) + 6 * _TASK_COLUMNS * tile
+        ),
+        tokens_per_expert=4,
+    ),
     derived={"visits": find_visits},
     deriving_kernel=DerivingKernel(
         array="cursors",

@@ -112,6 +112,12 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
+inline int __clz(unsigned value) { return value ? __builtin_clz(value) : 32; }
+inline unsigned __brev(unsigned value) {
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) result |= (value >> i & 1) << (31 - i);
+  return result;
+}
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline int __ffsll(unsigned long long value) {
   return __builtin_ffsll(static_cast<long long>(value));

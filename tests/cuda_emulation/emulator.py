@@ -31,6 +31,7 @@ SOURCES = (
     "fused_packed2.cu",
     "fused_lattice.cu",
     "matmul_tunstall.cu",
+    "matmul_lattice.cu",
     "expand.cu",
     "encode.cu",
 )

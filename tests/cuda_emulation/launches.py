@@ -156,14 +156,16 @@ def matmul(
     shape = (len(x), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
     values = (x, order, starts, *tiles, y, spec.num_experts, spec.rows, spec.width)
+    kind = kernels.matmul_kernels(spec.coding)
+    threads = kind.threads(spec.rows)
     get(f"matmul_{spec.coding}_t{tile}")(
-        (-(-spec.rows // kernels.MATMUL_ROWS), len(tiles[0])),
-        (512,),
+        (-(-spec.rows // kind.rows_per_block(threads)), len(tiles[0])),
+        (threads,),
         [
             coding_argument(get, coded),
             Struct(kernels.MATMUL, (*values, len(x), copies, int(float32))),
         ],
-        shared_mem=kernels.matmul_shared_bytes(spec.coding, copies),
+        shared_mem=kernels.matmul_shared_bytes(spec.coding, spec.rows, tile, copies),
         **options,
     )
     return y if float32 else y.view(ml_dtypes.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Float, Int, Int32
 
 from qmoe_jax.codec.codings import coding_names, get_coding
-from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, CudaInterface, MatmulKernels
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings, launch_settings
 from qmoe_jax.ops.cuda.launcher import (
@@ -25,10 +25,6 @@ from qmoe_jax.ops.experts import CodedExperts, find_row_block_starts
 
 TILES = (1, 2, 4, 8, 16)
 """Numbers of tokens of an expert that can share a decode."""
-MATMUL_TILES = (8, 16, 32, 64)
-"""The same by tensor cores."""
-MATMUL_ROWS = 64
-"""Rows of a block there."""
 PRODUCT = ArgumentStruct(
     "ProductArguments",
     (
@@ -149,20 +145,32 @@ def tile_tokens(order: TokenOrder, num_experts: int, size: int) -> TokenTiles:
 
 def has_matmul(launcher: Launcher, experts: CodedExperts) -> bool:
     """Whether products of many tokens go through tensor cores: by coding, device and width."""
-    interface = cuda_interface(experts.spec.coding)
+    return bool(matmul_tiles(launcher, experts))
+
+
+def matmul_tiles(launcher: Launcher, experts: CodedExperts) -> list[int]:
+    """Numbers of tokens of an expert that can share a decode by tensor cores; none: no kernels."""
+    spec = experts.spec
+    matmul = cuda_interface(spec.coding).matmul
     major = int(launcher.device.compute_capability.split(".")[0])
-    return (
-        interface.matmul_source is not None
-        and major >= 8  # bfloat16 in tensor cores
-        and experts.spec.width % 16 == 0
-        and matmul_shared_bytes(experts.spec.coding, 1) <= launcher.device.max_shared_bytes
-    )
+    if matmul is None or major < 8 or spec.width % matmul.width_multiple:
+        return []  # bfloat16 in tensor cores since 8.0
+    most = launcher.device.max_shared_bytes
+    return [t for t in matmul.tiles if matmul_shared_bytes(spec.coding, spec.rows, t, 1) <= most]
 
 
-def matmul_shared_bytes(coding: str, copies: int) -> int:
+def matmul_kernels(coding: str) -> MatmulKernels:
+    """Return a coding's products by tensor cores, which it must have."""
+    matmul = cuda_interface(coding).matmul
+    assert matmul is not None, coding
+    return matmul
+
+
+def matmul_shared_bytes(coding: str, rows: int, tile: int, copies: int) -> int:
     """Dynamic shared memory of a product by tensor cores."""
+    matmul = matmul_kernels(coding)
     dictionary = copies * cuda_interface(coding).dictionary_bytes
-    return dictionary + MATMUL_ROWS * (1024 + 64) + 2 * 4 * 64
+    return dictionary + matmul.shared_bytes(matmul.threads(rows), tile)
 
 
 def dictionary_copies(max_shared_bytes: int, others: int, coding: str, blocks: int) -> int:
@@ -273,9 +281,10 @@ def fused_product(
     spec, num_tokens = experts.spec, x.shape[0]
     settings = settings_for(launcher, experts)
     result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
-    if has_matmul(launcher, experts) and expected_tokens >= settings.matmul_tokens_per_expert:
+    tiles_fitting = matmul_tiles(launcher, experts)
+    if tiles_fitting and expected_tokens >= settings.matmul_tokens_per_expert:
         wanted = min(2 * expected_tokens, num_tokens)
-        size = min([size for size in MATMUL_TILES if size >= wanted], default=MATMUL_TILES[-1])
+        size = min([size for size in tiles_fitting if size >= wanted], default=tiles_fitting[-1])
         tiles = tile_tokens(tokens, spec.num_experts, size)
         call = matmul_call(
             spec,
@@ -379,18 +388,19 @@ def matmul_call(
     Inputs: the coding's arrays, x, order and starts of a `TokenOrder`, `TokenTiles`; then y.
 
     Args:
-      spec: of the codes; its width a multiple of 16.
+      spec: of the codes, which have `MatmulKernels`.
       num_tokens: tokens in all.
       num_tiles: tiles in all.
-      tile_tokens: one of MATMUL_TILES.
+      tile_tokens: one of their tiles.
       is_float32: whether y is float32, not bfloat16.
       codes: of `coding_argument`.
       max_shared_bytes: of a block on the device.
     """
     interface = cuda_interface(spec.coding)
-    others = matmul_shared_bytes(spec.coding, 0)
+    matmul = matmul_kernels(spec.coding)
+    threads = matmul.threads(spec.rows)
+    others = matmul.shared_bytes(threads, tile_tokens)
     copies = dictionary_copies(max_shared_bytes, others, spec.coding, _MATMUL_BLOCKS)
-    assert interface.matmul_source is not None
     numbers = {
         "num_experts": spec.num_experts,
         "out_features": spec.rows,
@@ -400,11 +410,11 @@ def matmul_call(
         "y_is_float32": int(is_float32),
     }
     return KernelCall(
-        source=interface.matmul_source,
+        source=matmul.source,
         name=f"matmul_{spec.coding}_t{tile_tokens}",
-        grid=(-(-spec.rows // MATMUL_ROWS), num_tiles),
-        threads=512,
-        shared_bytes=matmul_shared_bytes(spec.coding, copies),
+        grid=(-(-spec.rows // matmul.rows_per_block(threads)), num_tiles),
+        threads=threads,
+        shared_bytes=matmul_shared_bytes(spec.coding, spec.rows, tile_tokens, copies),
         arguments=(codes, StructArgument.of(MATMUL, numbers, len(interface.array_names))),
     )
 

@@ -59,7 +59,8 @@ class LaunchSettings:
       fused_tokens_per_expert: with more tokens than that for each expert of the layer, on average,
         experts are expanded and multiplied by XLA; where no tensor cores do the product.
       matmul_tokens_per_expert: with at least that many tokens for each expert, on average, tensor
-        cores do the product, where they can (`kernels.has_matmul`).
+        cores do the product, where they can (`kernels.has_matmul`). Where no settings are written
+        the coding says how many (`default_settings`).
       matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
     """
@@ -93,8 +94,17 @@ def launch_settings(device_name: str, compute_capability: str, coding: str) -> L
     devices = _read(settings_path())
     for key in (device_name, f"compute capability {compute_capability}", "default"):
         if key in devices:
-            return devices[key].get(coding, LaunchSettings())
-    return LaunchSettings()
+            return devices[key].get(coding, default_settings(coding))
+    return default_settings(coding)
+
+
+def default_settings(coding: str) -> LaunchSettings:
+    """Return a coding's settings where none are written."""
+    interface = get_coding(coding).cuda
+    matmul = interface.matmul if interface else None
+    if matmul is None:
+        return LaunchSettings()
+    return LaunchSettings(matmul_tokens_per_expert=matmul.tokens_per_expert)
 
 
 @functools.cache
