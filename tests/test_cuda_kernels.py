@@ -316,8 +316,8 @@ class TestMatmul:
     def test_many_rows(self, get, coding, tile):
         """Several blocks of threads; warps whose rows the last one does not have."""
         tile = min(tile, kernels.matmul_kernels(coding).tiles[-1])
-        coded = random_tensor(coding, (1, 33 * 17 + 5, 48), seed=tile)
-        x = np.random.default_rng(tile).normal(size=(tile - 1, 48)).astype(BF16)
+        coded = random_tensor(coding, (1, 33 * 17 + 5, 16), seed=tile)
+        x = np.random.default_rng(tile).normal(size=(tile - 1, 16)).astype(BF16)
         experts = np.zeros(tile - 1, np.int32)
         y = launches.matmul(get, coded, x, experts, tile=tile)
         assert_products(y, coded, product_weights(coded), x, experts)
