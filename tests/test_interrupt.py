@@ -21,6 +21,11 @@ from qmoe_jax.__main__ import main
 pytest.importorskip("gin")
 CHECKPOINT = golden_data.DEMO / "checkpoint_4200"
 PROGRAM = (sys.executable, "-m", "qmoe_jax")
+# A shell's background jobs, and so their children, begin with SIGINT ignored.
+INTERRUPTIBLE = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "sys.argv[0] = 'qmoe-jax'; runpy.run_module('qmoe_jax', run_name='__main__')"
+)
 ARGUMENTS = (
     *("compress", f"--gin.CHECKPOINT='{CHECKPOINT}'"),
     *("--gin.TOKENS=None", "--gin.CompressionSettings.method='rtn'"),
@@ -87,9 +92,11 @@ def test_an_interruption_inside_a_callback_is_not_lost(monkeypatch, capsys):
 
     monkeypatch.setattr("qmoe_jax.cli.inspect.main", interrupted)
     hook = sys.unraisablehook
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["inspect"]) == 130
     finally:
+        signal.signal(signal.SIGINT, previous)
         gc.callbacks.remove(callback)
     assert pressed
     assert "qmoe-jax inspect: interrupted" in capsys.readouterr().err
@@ -98,11 +105,12 @@ def test_an_interruption_inside_a_callback_is_not_lost(monkeypatch, capsys):
 
 def test_ctrl_c_at_the_prompt_of_infer_ends_it():
     """As Ctrl-D does: nothing is being done that a later run could go on with."""
+    pytest.importorskip("sentencepiece")
     vocabulary = golden_data.DEMO / "sentencepiece.model"
     bindings = [f"--gin.CHECKPOINT='{CHECKPOINT}'", f"--gin.VOCABULARY='{vocabulary}'"]
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*PROGRAM, "infer", *bindings],
+        [sys.executable, "-c", INTERRUPTIBLE, "infer", *bindings],
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
