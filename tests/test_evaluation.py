@@ -334,6 +334,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments, message, demo_file, large_vocabulary, truncated, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("gin")
+    if "TASK_MODULE='no.such'" in arguments:
+        pytest.importorskip("seqio")
     monkeypatch.chdir(tmp_path)
     paths = {
         "demo": demo_file,
@@ -348,6 +350,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_no_traceback_from_a_real_process(tmp_path):
+    pytest.importorskip("seqio")
     result = subprocess.run(
         [sys.executable, "-m", "qmoe_jax", "evaluate", C4, VOCABULARY, "--gin.CHECKPOINT='x'"],
         capture_output=True,

@@ -314,6 +314,7 @@ def test_pytorch_files(native, sharded, tmp_path):
 
 def test_command_both_ways(tmp_path, capsys):
     """With the demo's model, which has a vocabulary."""
+    pytest.importorskip("sentencepiece")
     hf, native, back = (tmp_path / name for name in ("hf", "native", "back"))
     convert = command("convert")
     vocabulary = str(golden_data.DEMO / "sentencepiece.model")
