@@ -30,12 +30,13 @@ test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
 test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
-# No constraints: what pip finds newest. Tests that need seqio or TensorFlow are skipped.
+# No constraints: what pip finds newest.
 NEWEST_PYTHON ?= python3.13
 $(VENV)-newest/.installed: pyproject.toml
 	$(NEWEST_PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-	  --editable ".[huggingface,gin]" pytest pytest-xdist hypothesis beartype flatbuffers cupy-cuda13x
+	  --editable ".[data,gin,huggingface,plots,tensorboard]" pytest pytest-xdist hypothesis \
+	  beartype flatbuffers cupy-cuda13x
 	@touch $@
 
 test-newest: $(VENV)-newest/.installed ## the tests with the newest jax, flax and numpy
