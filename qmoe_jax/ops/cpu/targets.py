@@ -40,7 +40,7 @@ def _register(coding: str) -> str:
     except Exception as error:
         raise RuntimeError(
             f"XLA of jaxlib {version('jaxlib')} does not take the product with {coding} codes: "
-            f"{error}. Use implementation='xla', or a jaxlib from 0.6.1 to 0.11."
+            f"{error}. Use implementation='xla', or a jaxlib from 0.6.1 to 0.12."
         ) from error
     return name
 
