@@ -24,7 +24,7 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 demo: $(VENV)/.installed-demo ## compress a small trained model and compare; results in demo_out/
 	$(BIN)/python -m qmoe_jax demo --output demo_out
 
-test: $(VENV)/.installed-dev ## the default tests, under 15 minutes on 2 cores
+test: $(VENV)/.installed-dev ## the default tests, some 20 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-all: $(VENV)/.installed-dev ## all tests, the slow ones too
