@@ -135,11 +135,11 @@ def finetune(
                 f"reference {reference} has {other.num_embeddings} embeddings, and {checkpoint} "
                 f"has {config.num_embeddings}; predictions over one vocabulary can be compared"
             )
+    begin = None if adapters is None else read_adapters(adapters)
     check_trainable(config, _coded_kernels(checkpoint), settings)
     write_events = check_tensorboard(tensorboard)
     if task_metrics is not None and held_out is None:
         raise ValueError("task_metrics without validation_tokens; give both, of the same examples")
-    begin = None if adapters is None else read_adapters(adapters)
     determining = {
         "checkpoint": _fingerprint(checkpoint),
         "reference": None if reference is None else _fingerprint(reference),
