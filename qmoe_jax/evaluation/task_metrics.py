@@ -149,7 +149,8 @@ class TaskMetrics:
 
 def has_metrics(task: str) -> bool:
     """Whether a registered seqio task, or one of a mixture's, has metrics of its own."""
-    tasks = text_packages.seqio().get_subtasks(text_packages.seqio().get_mixture_or_task(task))
+    seqio = text_packages.seqio()
+    tasks = seqio.get_subtasks(seqio.get_mixture_or_task(task))
     return any(own.metric_fns or own.metric_objs for own in tasks)
 
 
