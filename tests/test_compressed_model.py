@@ -132,3 +132,58 @@ class TestModel:
         assert load._choose_implementation("auto", config, coded) == "xla"
         with pytest.raises(CudaError, match="group_size"):
             load._choose_implementation("cuda", config, coded)
+
+
+@pytest.fixture(scope="module")
+def lattice(golden_checkpoint, tmp_path_factory):
+    """The same model on the lattice."""
+    output = tmp_path_factory.mktemp("lattice") / "base"
+    native = golden_checkpoint("base", "t5x_bfloat16")
+    qmoe_jax.compress(native, output, grid="lattice", method="rtn", progress=False)
+    return output
+
+
+@needs_compiler
+class TestFragments:
+    """Codes of the lattice that are laid out for tensor cores when they are loaded."""
+
+    def test_bfloat16_logits(self, launcher, lattice, inputs):
+        found = {}
+        for implementation, dtype in (
+            ("cuda_fragments", "bfloat16"),
+            ("xla", "bfloat16"),
+            ("xla", "float32"),
+        ):
+            module, variables = load_layers(lattice, dtype, implementation=implementation)
+            launcher.calls.clear()
+            apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
+            found[implementation, dtype] = np.asarray(apply(variables, *inputs))
+            config = module.config
+            layers = len(config.encoder_sparse_layers + config.decoder_sparse_layers)
+            names = ["matmul_fragments"] * 2 * layers if implementation != "xla" else []
+            assert [name.rpartition("_")[0] for name, _ in launcher.calls] == names
+        logits, expected, exact = found.values()
+        rounding = np.abs(expected - exact).mean()
+        assert np.abs(logits - exact).mean() <= 1.5 * rounding
+
+    def test_are_derived_at_loading(self, launcher, lattice, monkeypatch):
+        """With "auto", where they take half of the free memory at most."""
+
+        def implementation_of(dtype="bfloat16", implementation="auto", free=None):
+            monkeypatch.setattr(load, "_free_bytes", lambda: free)
+            module, variables = qmoe_jax.load_switch(lattice, dtype, implementation=implementation)
+            kernel = variables[DERIVED]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
+            assert ("fragments" in kernel) == (module.implementation == "cuda_fragments")
+            return module.implementation
+
+        specs = qmoe_jax.load_switch(lattice, implementation="xla")[0].coded
+        needed = sum(load.fragment_bytes(spec) for _, spec in specs)
+        assert implementation_of() == "cuda"
+        assert implementation_of(free=2 * needed - 1) == "cuda"
+        assert implementation_of(free=2 * needed) == "cuda_fragments"
+        assert implementation_of("float32", free=2 * needed) == "cuda"
+        assert implementation_of("float32", "cuda_fragments") == "cuda_fragments"
+
+    def test_other_codes_are_refused(self, launcher, compressed):
+        with pytest.raises(CudaError, match="codes of 'tunstall'.*requires 'lattice'"):
+            qmoe_jax.load_switch(compressed, implementation="cuda_fragments")

@@ -10,11 +10,18 @@ from cuda_emulation import emulator, launches
 
 from qmoe_jax.codec.codings import coding_names, get_coding
 from qmoe_jax.codec.cuda_interface import ArgumentStruct, is_pointer
-from qmoe_jax.ops.cuda import kernels
+from qmoe_jax.ops.cuda import fragment_products, kernels
 from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
 
 WITH_KERNELS = [name for name in coding_names() if get_coding(name).cuda]
-PRODUCT_AND_OTHERS = (kernels.PRODUCT, kernels.MATMUL, kernels.EXPANSION, kernels.ENCODING)
+PRODUCT_AND_OTHERS = (
+    kernels.PRODUCT,
+    kernels.MATMUL,
+    kernels.EXPANSION,
+    kernels.ENCODING,
+    fragment_products.FRAGMENTS,
+    fragment_products.FRAGMENT_PRODUCT,
+)
 
 
 def declared() -> dict[str, ArgumentStruct]:

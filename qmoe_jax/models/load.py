@@ -31,6 +31,8 @@ from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
+from qmoe_jax.ops.cuda.fragment_products import can_have_fragments, check_fragments
+from qmoe_jax.ops.cuda.fragments import derive_fragments, fragment_bytes
 from qmoe_jax.ops.cuda.kernels import check_coded, derive
 from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
@@ -41,7 +43,7 @@ from qmoe_jax.ops.expert_parallel import (
     split_dense,
 )
 from qmoe_jax.ops.experts import CodedExperts
-from qmoe_jax.ops.products import check_choice
+from qmoe_jax.ops.products import CUDA, check_choice
 
 
 def load_switch(
@@ -74,23 +76,26 @@ def load_switch(
       train_capacity_factor: T5X's `TRAIN_EXPERT_CAPACITY_FACTOR`.
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
-        host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed; or
-        "auto": "cuda" where that can be, "cpu" on a CPU if all codes are of codings that it
-        multiplies, and "xla" elsewhere.
+        host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
+        "cuda_fragments", the same, but codes of the lattice are laid out once more for tensor
+        cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
+        "cuda_fragments" where that can be and takes at most half of the device's free memory,
+        "cuda" on other GPUs, "cpu" on a CPU if all codes are of codings that it multiplies, and
+        "xla" elsewhere.
       adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
         `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
     Returns:
       The module and its variables, `{"params": ...}`. `module.apply(variables,
       encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, enable_dropout=False)`
-      takes int32 [batch, length] and returns float32 logits [batch, length, vocab]. With "cuda"
+      takes int32 [batch, length] and returns float32 logits [batch, length, vocab]. On a GPU
       the variables hold `"derived"` too, which saves the kernels work and may be left out. With
       adapters they hold `"adapters"`; without it the model computes as the checkpoint alone.
 
     Raises:
       CheckpointError: nothing readable at `path`, or it is damaged; or adapters of another model.
-      CudaError: "cuda" without a GPU, without CuPy, without codes, or with codes that its kernels
-        do not take.
+      CudaError: "cuda" or "cuda_fragments" without a GPU, without CuPy, without codes, or with
+        codes that their kernels do not take.
     """
     check_choice(implementation)
     corrections = None if adapters is None else read_adapters(adapters)
@@ -113,7 +118,7 @@ def load_switch(
     overrides["eval_capacity_factor"] = expert_capacity_factor
     mesh = None if num_devices == 1 else expert_mesh(num_devices)
     if mesh is not None:
-        if implementation == "cuda":
+        if implementation in CUDA:
             raise CudaError(
                 f"num_devices is {num_devices}, but the CUDA kernels run on one device; use "
                 "implementation='xla', or num_devices=1"
@@ -124,16 +129,20 @@ def load_switch(
         config = dataclasses.replace(compressed.config, **overrides)
         added = _adapter_collection(corrections, config, mesh)
         coded = tuple(sorted(compressed.specs.items()))
+        asked = implementation
         implementation = _choose_implementation(implementation, config, coded)
         flat = _compressed_params(compressed, config, mesh)
         variables: dict[str, Any] = {"params": names.unflatten(flat), **added}
-        if implementation == "cuda" and (derived := _derive(coded, flat)):
-            variables[DERIVED] = names.unflatten(derived)
+        if implementation in CUDA:
+            implementation, derived = _derive(implementation, asked, dtype, coded, flat)
+            if derived:
+                variables[DERIVED] = names.unflatten(derived)
         return SwitchTransformer(config, dtype, coded, implementation, mesh), variables
-    if implementation == "cuda":
+    if implementation in CUDA:
         raise CudaError(
-            f"{path} is a native checkpoint; implementation='cuda' multiplies with codes and "
-            "requires a compressed one. Compress it, or use implementation='xla' or 'auto'."
+            f"{path} is a native checkpoint; implementation={implementation!r} multiplies with "
+            "codes and requires a compressed one. Compress it, or use implementation='xla' or "
+            "'auto'."
         )
     native = open_t5x_checkpoint(path, cache_bytes=0)
     config = read_config(native, **overrides)
@@ -188,25 +197,54 @@ def _choose_implementation(implementation: str, config: SwitchConfig, coded: Cod
     try:
         for kernel in kernels:
             check_coded(kernel)
+        if implementation == "cuda_fragments":
+            check_fragments(current_launcher(), [spec for _, spec in coded])
     except CudaError:
         if implementation == "auto":
             return "xla"
         raise
-    return "cuda"
+    return "cuda" if implementation == "auto" else implementation
 
 
 def _in_features(config: SwitchConfig, kernel: str) -> int:
     return config.expert_mlp_dim if kernel.endswith("/wo") else config.embed_dim
 
 
-def _derive(coded: CodedKernels, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what CUDA kernels need besides, by path: once, for it takes a pass over all codes."""
+def _derive(
+    implementation: str,
+    asked: str,
+    dtype: np.dtype,
+    coded: CodedKernels,
+    flat: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """Return what CUDA kernels need besides, by path: once, for it takes a pass over all codes.
+
+    Also the implementation: with "auto", fragments where they can be and take half of the free
+    memory at most.
+    """
+    launcher = current_launcher()
+    specs = [spec for _, spec in coded]
+    if asked == "auto" and dtype == jnp.bfloat16:
+        free = _free_bytes()
+        fits = free is not None and 2 * sum(map(fragment_bytes, specs)) <= free
+        if fits and can_have_fragments(launcher, specs):
+            implementation = "cuda_fragments"
     derived = {}
     for kernel, spec in coded:
         arrays = {n: flat[f"{kernel}/{n}"] for n in get_coding(spec.coding).array_names}
-        found = derive(current_launcher(), spec, arrays)
+        found = derive(launcher, spec, arrays)
+        if implementation == "cuda_fragments":
+            found |= derive_fragments(launcher, spec, arrays, found)
         derived |= {f"{kernel}/{name}": array for name, array in found.items()}
-    return derived
+    return implementation, derived
+
+
+def _free_bytes() -> int | None:
+    """Memory that the device has left, where JAX knows it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
 def dequantized(

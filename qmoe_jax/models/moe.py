@@ -14,6 +14,7 @@ from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models import routing
 from qmoe_jax.models.layers import ADAPTERS, StackedKernel, gated_activation
+from qmoe_jax.ops.cuda.fragments import Fragments
 from qmoe_jax.ops.expert_parallel import split_expert_mlp
 from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, DenseExperts, Experts
 from qmoe_jax.ops.products import expert_mlp
@@ -30,7 +31,8 @@ def coded_below(coded: CodedKernels, name: str) -> CodedKernels:
 
 
 # Collection beside `params` of what CUDA kernels need and the checkpoint does not store. Only
-# `load_switch(implementation="cuda")` fills it; without it, each call computes it again.
+# `load_switch` fills it where the implementation is one of `ops.products.CUDA`; without it, each
+# call computes it again, and fragments are not used.
 DERIVED = "derived"
 
 
@@ -56,7 +58,7 @@ class CodedKernel(nn.Module):
                     f"{name!r}; load the variables with qmoe_jax.load_switch"
                 )
             arrays[name] = self.get_variable("params", name)
-        names = coding.cuda.derived_names if coding.cuda else ()
+        names = (*coding.cuda.derived_names, *Fragments._fields) if coding.cuda else ()
         found = [name for name in names if self.has_variable(DERIVED, name)]
         derived = {name: self.get_variable(DERIVED, name) for name in found}
         return CodedExperts(self.spec, arrays, self.in_features, derived)
@@ -105,7 +107,7 @@ class MoeLayer(nn.Module):
       coded: expert kernels that are stored as codes.
       dtype: activation dtype of the experts; the result is float32 (the combine
         weights are float32 and promote it).
-      implementation: of the experts' products, "xla", "cpu" or "cuda" (`ops.products`).
+      implementation: of the experts' products (`ops.products.IMPLEMENTATIONS`).
       mesh: over which experts are split (`ops.expert_parallel`); None: they are not.
       dropout_rate: of experts' hidden layers; the tokens of an expert share a mask.
     """

@@ -314,7 +314,7 @@ class SwitchTransformer(nn.Module):
         expert outputs' weights and logits are float32 in every case.
       coded: the expert kernels that are stored as codes, by module path
         (`encoder/layers_1/mlp/expert/wi`).
-      implementation: of products with codes, "xla", "cpu" or "cuda" (`ops.products`).
+      implementation: of products with codes (`ops.products.IMPLEMENTATIONS`).
       mesh: over which each layer's experts are split (`ops.expert_parallel`); None: they are not.
       dropout: rates with `enable_dropout=True`.
     """

@@ -8,10 +8,15 @@ from shapes alone, so nothing waits for the host:
 - few tokens for each expert: one launch a kernel decodes and multiplies, for all experts at once;
 - many: an expert is expanded to bfloat16 by a kernel, and XLA multiplies, as with "xla".
 
-Both of "cuda" round as the model's activation dtype does. bfloat16 tokens are multiplied as they
-are, and sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its products
-are float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit codes rounded, where
-"xla" with float32 activations has them unrounded).
+"cuda_fragments" is "cuda", but bfloat16 tokens are multiplied by codes that lie as tensor cores
+take them, where they were laid out at loading (`ops/cuda/fragments.py`): faster, in two bits a
+weight beside the stored codes.
+
+Both ways of "cuda" round as the model's activation dtype does. bfloat16 tokens are multiplied as
+they are, and sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its
+products are float32 too; the weights are bfloat16 (exact for ternary codes; for 2-bit codes
+rounded, where "xla" with float32 activations has them unrounded). Of fragments it is features
+times steps that are rounded (`ops/cuda/fragment_products.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +29,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.ops.cuda import kernels
+from qmoe_jax.ops.cuda.fragment_products import fragment_product, takes_fragments
 from qmoe_jax.ops.cuda.kernels import TokenOrder
 from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
 from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, Experts, own_part
@@ -37,7 +43,8 @@ from qmoe_jax.ops.grouped_mlp import (
     mlp,
 )
 
-IMPLEMENTATIONS = ("xla", "cpu", "cuda")
+CUDA = ("cuda", "cuda_fragments")
+IMPLEMENTATIONS = ("xla", "cpu", *CUDA)
 # What a user may choose; "auto" becomes one of the others when a model is loaded.
 CHOICES = ("auto", *IMPLEMENTATIONS)
 
@@ -61,7 +68,7 @@ def compressed_product(
       experts: dense kernels (multiplied by XLA in any case) or codes.
       num_experts: number of experts.
       out_features: width of the result.
-      implementation: "xla", "cpu" or "cuda".
+      implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
       Products in the order and dtype of `x`.
@@ -122,7 +129,7 @@ def expert_mlp(
         row it makes a zero row.
       hidden_scale: factors of an expert's hidden layer, as dropout has them; not differentiated.
         None: there are none.
-      implementation: "xla", "cpu" or "cuda".
+      implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
       Outputs in the order and dtype of `x`.
@@ -188,7 +195,7 @@ def check_choice(implementation: str) -> None:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {', '.join(CHOICES)}"
         )
-    if implementation == "cuda":
+    if implementation in CUDA:
         current_launcher()
     if implementation == "cpu":
         check_implementation(implementation)
@@ -209,9 +216,14 @@ def _direct_product(
     multiply = None
     if implementation == "cpu":
         multiply = _stored_product(x, expert_index, coded)
-    if implementation == "cuda" and x.shape[0]:
+    if implementation in CUDA and x.shape[0]:
         launcher = current_launcher()
-        if _is_fused(launcher, x, coded, num_experts):
+        by_fragments = implementation == "cuda_fragments" and x.dtype == jnp.bfloat16
+        if by_fragments and all(
+            takes_fragments(launcher, kernel, x.shape[0], num_experts) for kernel in coded
+        ):
+            multiply = _FusedProducts(launcher, x, expert_index, num_experts).multiply_fragments
+        elif _is_fused(launcher, x, coded, num_experts):
             multiply = _FusedProducts(launcher, x, expert_index, num_experts).multiply
     if multiply is None:
         return None
@@ -270,7 +282,7 @@ def _stored_product(
 
 def kernel_fetch(experts: Experts, dtype: DTypeLike, implementation: str) -> KernelFetch:
     """How the loop over experts gets an expert's kernel, [in, out]."""
-    if implementation == "cuda" and isinstance(experts, CodedExperts):
+    if implementation in CUDA and isinstance(experts, CodedExperts):
         launcher = current_launcher()
 
         def expand(expert: Int[Array, ""]) -> Float[Array, "in out"]:
@@ -322,6 +334,16 @@ class _FusedProducts:
             high, middle, low = jnp.split(y, 3)
             return high + (middle + low)
         return y
+
+    def multiply_fragments(self, x: Array, experts: CodedExperts) -> Array:
+        return fragment_product(
+            self._launcher,
+            experts,
+            x,
+            self._order,
+            expected_tokens=self._expected,
+            dtype=self._dtype,
+        )
 
 
 def split_float32(x: Float[Array, "..."]) -> list[Array]:

@@ -32,6 +32,7 @@ SOURCES = (
     "fused_lattice.cu",
     "matmul_tunstall.cu",
     "matmul_lattice.cu",
+    "matmul_fragments.cu",
     "expand.cu",
     "encode.cu",
 )

@@ -8,10 +8,11 @@ import numpy as np
 
 from qmoe_jax.codec.coding_tunstall import TunstallCoding
 from qmoe_jax.codec.codings import get_coding
-from qmoe_jax.codec.cuda_interface import ArgumentStruct
-from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.codec.cuda_interface import ArgumentStruct, is_pointer
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.codec.tunstall import TunstallFamily
-from qmoe_jax.ops.cuda import kernels
+from qmoe_jax.ops.cuda import fragment_products, kernels
+from qmoe_jax.ops.cuda.launcher import StructArgument
 
 GetFunction = Callable[[str], Any]
 POISON = 0x7FB1  # a NaN in bfloat16
@@ -168,6 +169,50 @@ def matmul(
         shared_mem=kernels.matmul_shared_bytes(spec.coding, spec.rows, tile, copies),
         **options,
     )
+    return y if float32 else y.view(ml_dtypes.bfloat16)
+
+
+def fragment_product(
+    get: GetFunction,
+    spec: TensorSpec,
+    arrays: Mapping[str, np.ndarray],
+    placed: np.ndarray,
+    experts: np.ndarray,
+    *,
+    columns: int,
+    parts: int,
+    row_parts: int | None = None,
+    float32: bool = True,
+    **options: Any,
+) -> np.ndarray:
+    """Runs a product with fragments: y [tokens, out] of `place_tokens`' rows."""
+    order, _, starts = sort_tokens(experts, spec.num_experts)
+    tiles = tile_tokens(order, experts, spec.num_experts, columns // parts)
+    shape = (len(experts), spec.rows)
+    y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
+    call = fragment_products.fragment_call(
+        spec,
+        num_chunks=len(arrays["fragments"]),
+        num_extras=len(arrays["extra_fragments"]),
+        places=arrays["fragment_places"].shape[1],
+        num_tokens=len(experts),
+        num_tiles=len(tiles[0]),
+        columns=columns,
+        parts=parts,
+        is_float32=float32,
+        row_parts=row_parts,
+    )
+    names = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
+    inputs = [*(arrays[name] for name in names), placed, order, starts, *tiles, y]
+    arguments = []
+    for argument in call.arguments:
+        assert isinstance(argument, StructArgument)
+        values = [
+            inputs[value] if is_pointer(kind) else value
+            for value, (_, kind) in zip(argument.values, argument.struct.fields, strict=True)
+        ]
+        arguments.append(Struct(argument.struct, tuple(values)))
+    get(call.name)(call.grid, (call.threads,), arguments, shared_mem=call.shared_bytes, **options)
     return y if float32 else y.view(ml_dtypes.bfloat16)
 
 

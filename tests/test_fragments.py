@@ -1,0 +1,397 @@
+"""Codes of the lattice as fragments: how they lie, and products by tensor cores, emulated."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_emulation import emulator, launches
+from cuda_emulation.tensors import lattice_codes
+from markers import needs_compiler, slow
+
+from qmoe_jax.codec import reference
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.decode import device_arrays
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.lattice_values import STEP_TABLE, multiples
+from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.errors import CudaError
+from qmoe_jax.ops.cuda import fragment_products, fragments, kernels
+from qmoe_jax.ops.experts import CodedExperts
+from qmoe_jax.ops.products import compressed_product
+
+BF16 = ml_dtypes.bfloat16
+SHAPES = [(2, 33, 31), (1, 1, 1), (3, 200, 90), (2, 70, 300), *slow((1, 64, 64), (2, 500, 130))]
+
+
+def random_tensor(shape, zero_share=0.8, seed=0) -> CodedTensor:
+    return encode(*lattice_codes(np.random.default_rng(seed), shape, zero_share), "lattice")
+
+
+def tensor_of(values: np.ndarray, step: int = 1) -> CodedTensor:
+    """Codes of given multiples [experts, out, in]."""
+    codes = np.where(values > 0, 2 * values, np.where(values < 0, -2 * values - 1, 0))
+    steps = np.full((values.shape[0], values.shape[2]), step, np.uint8)
+    levels = {"step_index": steps, "origin": np.ones(len(values), np.float32)}
+    return encode(codes.astype(np.uint8), levels, "lattice")
+
+
+def decoded(coded: CodedTensor) -> np.ndarray:
+    """Multiples [experts, out, in] by the reference decoder."""
+    codes = get_coding("lattice").decode_numpy_reference(coded)
+    return np.asarray(multiples(jnp.asarray(codes)), np.int64)
+
+
+def made(coded: CodedTensor) -> dict[str, np.ndarray]:
+    """Fragments of the multiples that the reference decoder finds."""
+    values = decoded(coded)
+    found = fragments.make_fragments(
+        coded.spec, coded.arrays, lambda expert: jnp.asarray(values[expert][None], jnp.int8)
+    )
+    return {name: np.asarray(array) for name, array in found._asdict().items()}
+
+
+def chunk_symbols(words: np.ndarray) -> np.ndarray:
+    """-1, 0 and 1 of a chunk, [32, 64], weight by weight as the kernel's source says."""
+    symbols = np.zeros((32, 64), np.int64)
+    g, q = np.divmod(np.arange(32), 4)
+    for half in range(2):
+        for side in range(2):
+            of_lanes = words[4 * np.arange(32) + 2 * half + side]
+            for i in range(8):
+                for odd in range(2):
+                    bits = of_lanes >> np.uint32(2 * i + 16 * odd) & np.uint32(3)
+                    rows = 16 * half + g + (8 if i % 2 else 0)
+                    places = 32 * side + 8 * q + 4 * (i // 4) + 2 * (i // 2 % 2) + odd
+                    symbols[rows, places] = np.select([bits == 1, bits == 3], [1, -1], 0)
+    return symbols
+
+
+def read_back(coded: CodedTensor, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples [experts, out, in], and [experts, out, places] of all places, extra ones added."""
+    spec = coded.spec
+    strips = -(-spec.rows // 32)
+    starts, extra_starts = arrays["fragment_starts"], arrays["extra_starts"]
+    places = np.zeros((spec.num_experts, 32 * strips, arrays["fragment_places"].shape[1]), np.int64)
+    values = np.zeros((spec.num_experts, 32 * strips, spec.width), np.int64)
+    for expert in range(spec.num_experts):
+        chunks = (starts[expert + 1] - starts[expert]) // strips
+        for strip in range(strips):
+            rows = slice(32 * strip, 32 * strip + 32)
+            for chunk in range(chunks):
+                words = arrays["fragments"][starts[expert] + strip * chunks + chunk]
+                places[expert, rows, 64 * chunk : 64 * chunk + 64] += chunk_symbols(words)
+            at = expert * strips + strip
+            for extra in range(extra_starts[at], extra_starts[at + 1]):
+                symbols = chunk_symbols(arrays["extra_fragments"][extra])
+                for column, place in enumerate(arrays["extra_places"][extra]):
+                    places[expert, rows, place] += symbols[:, column]
+        for place, packed in enumerate(arrays["fragment_places"][expert]):
+            column, digit = packed & 0x7FFFF, int(packed >> 27)
+            if digit:
+                values[expert, :, column] += places[expert, :, place] * 3 ** (digit - 1)
+    return values[:, : spec.rows], places[:, : spec.rows]
+
+
+class TestLayout:
+    @pytest.mark.parametrize("zero_share", [0.0, 0.9, 1.0])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_all_multiples_come_back(self, shape, zero_share):
+        coded = random_tensor(shape, zero_share, seed=shape[1])
+        arrays = made(coded)
+        values, _ = read_back(coded, arrays)
+        np.testing.assert_array_equal(values, decoded(coded))
+        assert not arrays["fragments"][-fragments.READ_BEHIND :].any()
+        assert arrays["fragment_starts"][-1] == len(arrays["fragments"]) - fragments.READ_BEHIND
+
+    def test_every_multiple(self):
+        values = np.arange(-127, 128)[None, None].repeat(3, axis=1)
+        coded = tensor_of(values)
+        np.testing.assert_array_equal(read_back(coded, made(coded))[0], values)
+
+    @pytest.mark.parametrize(("rows", "extras"), [(49, 0), (50, 1), (149, 1)])
+    def test_a_large_multiple_is_left_over_where_its_column_has_many_rows(self, rows, extras):
+        """One unit for each fifty rows."""
+        values = np.ones((1, rows, 5), np.int64)
+        values[0, rows - 1, 3] = -2
+        coded = tensor_of(values)
+        arrays = made(coded)
+        np.testing.assert_array_equal(read_back(coded, arrays)[0], values)
+        assert (arrays["fragment_places"] >> 27).astype(bool).sum() == 6 - extras
+        assert arrays["extra_starts"][-1] == extras
+
+    def test_rows_of_a_strip_share_extra_places(self):
+        values = np.ones((1, 1000, 2), np.int64)
+        values[0, [3, 7, 31, 32], 1] = [2, -3, 5, 2]
+        coded = tensor_of(values)
+        arrays = made(coded)
+        np.testing.assert_array_equal(read_back(coded, arrays)[0], values)
+        np.testing.assert_array_equal(arrays["extra_starts"], [0, 1, *[2] * 31])
+        # Four units of the largest; the others are in the first ones.
+        assert (arrays["extra_places"][0] == 1).sum() == 4
+
+    def test_columns_of_zeros_have_no_place(self):
+        values = np.zeros((2, 40, 300), np.int64)
+        values[0, 5, 17] = 1
+        coded = tensor_of(values)
+        arrays = made(coded)
+        assert len(arrays["fragments"]) == fragments.READ_BEHIND + 2
+        assert (arrays["fragment_places"] >> 27).astype(bool).sum() == 1
+        assert arrays["fragment_places"][0, 0] & 0x7FFFF == 17
+
+    def test_steps_of_places(self):
+        coded = random_tensor((2, 20, 80), seed=3)
+        arrays = made(coded)
+        columns, halves = fragments.places_of(jnp.asarray(arrays["fragment_places"]))
+        steps = STEP_TABLE[fragments.step_indices(coded.arrays)]
+        for expert in range(2):
+            digits = (arrays["fragment_places"][expert] >> 27).astype(int)
+            own = 0.5 * 3.0 ** (digits - 1) * steps[expert][columns[expert]]
+            expected = np.where(digits, own, 0)
+            np.testing.assert_allclose(halves[expert], expected, rtol=2**-23)
+
+    def test_too_many_places_are_refused(self):
+        coded = random_tensor((1, 2, 3))
+        wide = dataclasses.replace(coded.spec, width=1 << 19)
+        with pytest.raises(CudaError, match="less than 65536 places.*implementation='cuda'"):
+            fragments.make_fragments(wide, coded.arrays, lambda _: jnp.zeros((1, 2, 3), jnp.int8))
+        values = np.full((1, 1, 11_000), 127, np.int64)
+        wide = dataclasses.replace(coded.spec, rows=1, width=11_000)
+        with pytest.raises(CudaError, match="66000 columns or places"):
+            fragments.make_fragments(wide, {}, lambda _: jnp.asarray(values, jnp.int8))
+
+
+def placed_tokens(coded, arrays, x, experts, parts) -> np.ndarray:
+    order = kernels.sort_tokens(jnp.asarray(experts), coded.spec.num_experts)
+    places, origins = arrays["fragment_places"], coded.arrays["origins"]
+    rows = fragment_products.place_tokens(
+        jnp.asarray(x), order, jnp.asarray(places), jnp.asarray(origins), parts=parts
+    )
+    return np.asarray(rows)
+
+
+class TestPlacedTokens:
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_are_features_times_half_steps(self, parts):
+        coded = random_tensor((3, 60, 70), seed=1)
+        arrays = made(coded)
+        rng = np.random.default_rng(2)
+        x, experts = rng.normal(size=(6, 70)).astype(BF16), np.array([2, -1, 0, 2, 1, 1])
+        rows = placed_tokens(coded, arrays, x, experts, parts).astype(np.float64)
+        assert rows.shape == (arrays["fragment_places"].shape[1] // 32, 6 * parts + 64, 32)
+        np.testing.assert_array_equal(rows[:, 6 * parts :], 0)
+        sums = rows[:, : 6 * parts].transpose(1, 0, 2).reshape(6, parts, -1).sum(axis=1)
+        order = np.argsort(np.where(experts < 0, 3, experts), kind="stable")
+        columns, halves = fragments.places_of(jnp.asarray(arrays["fragment_places"]))
+        for row, token in enumerate(order[:-1]):
+            expert = experts[token]
+            features = x[token].astype(np.float64)[columns[expert]]
+            exact = np.asarray(halves[expert], np.float64) * features
+            exact *= coded.arrays["origins"][expert]
+            np.testing.assert_allclose(sums[row], exact, rtol=2.0 ** (-8 * parts))
+
+    def test_an_infinity_is_not_put_where_there_is_no_place(self):
+        coded = tensor_of(np.ones((1, 2, 3), np.int64))
+        x = np.full((1, 3), np.inf, BF16)
+        rows = placed_tokens(coded, made(coded), x, np.zeros(1, int), 2)
+        np.testing.assert_array_equal(np.isinf(rows[0, 0].astype(np.float32)), np.arange(32) < 3)
+        np.testing.assert_array_equal(rows[0, 1], 0)
+
+
+@pytest.fixture(scope="module")
+def get():
+    """get_function of the kernels under the sanitizers."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    module = emulator.SanitizedModule(emulator.build(kind="sanitized"))
+    yield module.get_function
+    module.close()
+
+
+def check_kernel(get, coded, arrays, tokens, columns, parts, seed=0, **options):
+    """The kernel's sums beside float64 ones of the very same rows."""
+    spec = coded.spec
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, spec.width)).astype(BF16)
+    experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
+    placed = placed_tokens(coded, arrays, x, experts, parts)
+    y = launches.fragment_product(
+        get, spec, arrays, placed, experts, columns=columns, parts=parts, **options
+    )
+    _, places = read_back(coded, arrays)
+    order = np.argsort(np.where(experts < 0, spec.num_experts, experts), kind="stable")
+    rows = placed.astype(np.float64).transpose(1, 0, 2).reshape(placed.shape[1], -1)
+    rows = rows[: tokens * parts].reshape(tokens, parts, -1)
+    for row, token in enumerate(order):
+        if experts[token] < 0:
+            np.testing.assert_array_equal(y[token], 0)
+            continue
+        weights = 2.0 * places[experts[token]]
+        expected = weights @ rows[row].sum(axis=0)
+        sizes = np.abs(weights) @ np.abs(rows[row]).sum(axis=0)
+        if y.dtype == BF16:
+            np.testing.assert_allclose(y[token].astype(np.float64), expected, rtol=2**-8, atol=1e-5)
+        else:
+            terms = 2 * arrays["fragment_places"].shape[1]
+            assert (np.abs(y[token] - expected) <= terms * 2.0**-24 * sizes + 1e-37).all()
+    return y
+
+
+class TestKernel:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_shapes(self, get, shape):
+        coded = random_tensor(shape, seed=shape[2])
+        check_kernel(get, coded, made(coded), tokens=5, columns=8, parts=2)
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    @pytest.mark.parametrize("columns", fragment_products.COLUMNS)
+    def test_columns_and_parts(self, get, columns, parts):
+        """Tiles that are full, and not; extra places."""
+        coded = random_tensor((2, 100, 200), seed=columns)
+        arrays = made(coded)
+        assert arrays["extra_starts"][-1] > 0
+        for tokens in (1, 3 * columns // parts) if columns < 64 else (150 // parts,):
+            check_kernel(get, coded, arrays, tokens, columns, parts)
+        check_kernel(get, coded, arrays, 7, columns, parts, float32=False)
+
+    @pytest.mark.parametrize("row_parts", [1, 2, 4, 8])
+    def test_warps_that_share_rows(self, get, row_parts):
+        """As many chunks as warps, fewer and more; loads ahead of the last."""
+        for width, share in ((64, 0.0), (700, 0.2), (1500, 0.5)):
+            coded = random_tensor((1, 70, width), share, seed=width)
+            options = {"columns": 8, "parts": 2, "row_parts": row_parts}
+            check_kernel(get, coded, made(coded), tokens=2, **options)
+
+    def test_an_infinity_stays_with_its_token(self, get):
+        coded = random_tensor((1, 60, 50), 0.5, seed=2)
+        arrays = made(coded)
+        x = np.ones((3, 50), BF16)
+        x[1] = np.inf
+        experts = np.zeros(3, np.int32)
+        placed = placed_tokens(coded, arrays, x, experts, 2)
+        options = {"columns": 8, "parts": 2}
+        y = launches.fragment_product(get, coded.spec, arrays, placed, experts, **options)
+        assert not np.isfinite(y[1]).any()
+        np.testing.assert_array_equal(y[0], y[2])
+        assert np.isfinite(y[0]).all()
+
+    @pytest.mark.parametrize(
+        "name", ["fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts"]
+    )
+    def test_damaged_arrays_stay_in_bounds(self, get, name):
+        """The sanitizers watch, and every output is some number."""
+        coded = random_tensor((2, 70, 200), seed=6)
+        arrays = made(coded)
+        experts = np.array([0, 1, 1, -1], np.int32)
+        placed = placed_tokens(coded, arrays, np.ones((4, 200), BF16), experts, 2)
+        rng = np.random.default_rng(7)
+        for share in (0.05, 0.5, 1.0):
+            damaged = {**arrays, name: arrays[name].copy()}
+            raw = damaged[name].reshape(-1).view(np.uint8)
+            some = rng.random(raw.size) < share
+            raw[some] = rng.integers(0, 256, int(some.sum()))
+            if name in ("fragment_starts", "extra_starts"):
+                damaged[name][rng.integers(0, len(damaged[name]))] = rng.choice([-1, 2**31 - 1])
+            for columns in (8, 32):
+                options = {"columns": columns, "parts": 2}
+                y = launches.fragment_product(get, coded.spec, damaged, placed, experts, **options)
+                assert np.isfinite(y).all()
+
+
+def experts_with_fragments(launcher, shape, seed=0) -> CodedExperts:
+    coded = random_tensor(shape, seed=seed)
+    arrays = device_arrays(coded)
+    derived = kernels.derive(launcher, coded.spec, arrays)
+    found = fragments.derive_fragments(launcher, coded.spec, arrays, derived)
+    return CodedExperts(coded.spec, arrays, shape[2], {**derived, **found})
+
+
+def product(experts, implementation):
+    return lambda x, index: compressed_product(
+        x,
+        index,
+        experts,
+        num_experts=experts.spec.num_experts,
+        out_features=experts.out_features,
+        implementation=implementation,
+    )
+
+
+@needs_compiler
+class TestProducts:
+    def test_fragments_are_those_of_the_stored_codes(self, launcher):
+        """The GPU's expansion, rounded to bfloat16, gives every multiple back."""
+        values = np.random.default_rng(0).integers(-127, 128, (2, 40, 260))
+        coded = tensor_of(values, step=255)
+        coded.arrays["origins"] = np.array([0.0, np.nan], np.float32)
+        arrays = device_arrays(coded)
+        derived = kernels.derive(launcher, coded.spec, arrays)
+        found = fragments.derive_fragments(launcher, coded.spec, arrays, derived)
+        for name, array in made(coded).items():
+            np.testing.assert_array_equal(found[name], array)
+
+    @pytest.mark.parametrize("tokens", [1, 6, 40, 200])
+    def test_in_and_out_of_jit(self, launcher, tokens):
+        """Beside float64 products with the weights of the reference decoder."""
+        experts = experts_with_fragments(launcher, (3, 70, 90))
+        rng = np.random.default_rng(tokens)
+        x = jnp.asarray(rng.normal(size=(tokens, 90)), jnp.bfloat16)
+        index = jnp.asarray(rng.integers(-1, 3, tokens), jnp.int32)
+        launcher.calls.clear()
+        outside = product(experts, "cuda_fragments")(x, index)
+        inside = jax.jit(product(experts, "cuda_fragments"))(x, index)
+        assert [in_jit for _, in_jit in launcher.calls] == [False, True]
+        assert all(name.startswith("matmul_fragments") for name, _ in launcher.calls)
+        np.testing.assert_array_equal(outside, inside)
+        coded = CodedTensor(experts.spec, {n: np.asarray(a) for n, a in experts.arrays.items()})
+        codes = get_coding("lattice").decode_numpy_reference(coded)
+        weights = reference.dequantize(coded, codes).astype(np.float64)
+        weights = np.concatenate([weights, np.zeros((1, 70, 90))])[np.asarray(index)]
+        exact = np.asarray(x, np.float64)
+        expected = np.einsum("toi,ti->to", weights, exact)
+        sizes = np.einsum("toi,ti->to", np.abs(weights), np.abs(exact))
+        # A weight is at most three times as much in its digits; and the result is rounded.
+        parts = 1 if tokens / 3 >= fragment_products.ONE_PART_FROM else 2
+        tolerance = 3 * 2.0 ** (-8 * parts) * sizes + 2.0**-8 * np.abs(expected)
+        assert (np.abs(np.asarray(inside, np.float64) - expected) <= tolerance).all()
+
+    def test_float32_tokens_go_another_way(self, launcher):
+        experts = experts_with_fragments(launcher, (2, 40, 30))
+        launcher.calls.clear()
+        x, index = jnp.ones((3, 30)), jnp.array([0, 1, 1])
+        y = product(experts, "cuda_fragments")(x, index)
+        assert [name for name, _ in launcher.calls] == ["matmul_lattice_t16"]
+        np.testing.assert_array_equal(y, product(experts, "cuda")(x, index))
+
+    def test_more_tokens_expand(self, launcher):
+        experts = experts_with_fragments(launcher, (1, 40, 30))
+        launcher.calls.clear()
+        x = jnp.ones((129, 30), jnp.bfloat16)
+        product(experts, "cuda_fragments")(x, jnp.zeros(129, jnp.int32))
+        assert [name for name, _ in launcher.calls] == ["expand_lattice"]
+
+    def test_without_fragments_stored_codes_are_multiplied(self, launcher):
+        experts = experts_with_fragments(launcher, (2, 40, 30))
+        kept = {name: experts.derived[name] for name in ("row_block_starts", "visits", "cursors")}
+        experts = dataclasses.replace(experts, derived=kept)
+        launcher.calls.clear()
+        x, index = jnp.ones((3, 30), jnp.bfloat16), jnp.array([0, 1, 1])
+        product(experts, "cuda_fragments")(x, index)
+        assert [name for name, _ in launcher.calls] == ["fused_lattice_t16"]
+
+    def test_an_older_device_multiplies_stored_codes(self, launcher, monkeypatch):
+        experts = experts_with_fragments(launcher, (2, 40, 30))
+        older = dataclasses.replace(launcher.device, compute_capability="7.5")
+        monkeypatch.setattr(launcher, "device", older)
+        assert not fragment_products.takes_fragments(launcher, experts, 3, 2)
+        with pytest.raises(CudaError, match=r"capability 7\.5.*requires 8\.0"):
+            fragment_products.check_fragments(launcher, [experts.spec])
+
+    def test_sizes_are_estimated(self, launcher):
+        experts = experts_with_fragments(launcher, (3, 200, 500))
+        estimate = fragments.fragment_bytes(experts.spec)
+        assert 0.5 * experts.derived["fragments"].nbytes < estimate
+        assert estimate == 512 * (3 * 7 * 8 + 64)
