@@ -20,8 +20,8 @@ using namespace qmoe;
 namespace qmoe {
 
 constexpr int CHUNK_ROWS = 32, CHUNK_PLACES = 64;
-// Places of a row of x that lie together: a warp's load of eight rows is 512 bytes in one piece.
-constexpr u32 ROW_PLACES = 32;
+// Places of a row of x that lie together: a lane's load, and eight rows' loads follow one another.
+constexpr u32 ROW_PLACES = 8;
 // The bits that two weights of 1 or -1 have, as bfloat16: they are 2 and -2, and tokens are halved.
 constexpr u32 BOTH_WEIGHTS = 0xc000c000u;
 
@@ -39,7 +39,7 @@ struct FragmentArrays {
 
 // What every product with fragments takes behind them.
 struct FragmentProductArguments {
-  const u16* x;               // bfloat16 [places / 32, num_rows, 32]: half of what weights multiply; rows
+  const u16* x;               // bfloat16 [places / 8, num_rows, 8]: half of what weights multiply; rows
                               // are tokens sorted by expert, those without one last, each `parts` rows,
                               // then 64 that are read for nothing
   const int* token_order;     // int32 [num_tokens]: row in y of each
@@ -144,7 +144,7 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
     const int end = start_at(arrays.fragment_starts, expert + 1, arrays.num_chunks);
     const int chunks =
         end > begin ? min_of((end - begin) / strips, product.places / CHUNK_PLACES) : 0;
-    const u32 pitch = ROW_PLACES * product.num_rows;  // of 32 places to the next
+    const u32 num_rows = product.num_rows;
     // Columns that no token has stand for others: of the last token, or, where there are several tiles, of
     // the next ones and what is behind. No sum of theirs is stored.
     const int column = TILES == 1 ? min_of(g, count * parts - 1) : g;
@@ -152,7 +152,8 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
     const auto* fragment = reinterpret_cast<const Quad32*>(arrays.fragments) +
                            32 * (static_cast<u64>(begin) + static_cast<u64>(strip) * chunks + row_part) +
                            lane_of_warp();
-    const auto* tokens = reinterpret_cast<const Quad32*>(row + static_cast<u64>(2 * row_part) * pitch) + q;
+    const auto* tokens =
+        reinterpret_cast<const Quad32*>(row) + static_cast<u64>(8 * row_part + q) * num_rows;
     Quad32 ahead[CHUNKS_AHEAD];
 #pragma unroll
     for (int i = 0; i < CHUNKS_AHEAD; ++i) ahead[i] = load_fragments(fragment + 32 * i * row_parts);
@@ -162,10 +163,10 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
       for (int side = 0; side < 2; ++side) {
         Quad32 eight[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) eight[tile] = tokens[ROW_PLACES * tile + side * (pitch / 8)];
+        for (int tile = 0; tile < TILES; ++tile) eight[tile] = tokens[8 * tile + 4 * side * num_rows];
         own.template add<0, TILES>(side ? codes.y : codes.x, side ? codes.w : codes.z, eight);
       }
-      tokens += static_cast<u64>(row_parts) * (pitch / 4);
+      tokens += static_cast<u64>(8 * row_parts) * num_rows;
     };
     int left = chunks > row_part ? (chunks - row_part - 1) / row_parts + 1 : 0;
     for (; left >= CHUNKS_AHEAD; left -= CHUNKS_AHEAD)
@@ -195,7 +196,7 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const u32 place = min_of(words[i / 2] >> 16 * (i % 2) & 0xffff, most);
-          offsets[i] = place / ROW_PLACES * pitch + place % ROW_PLACES;
+          offsets[i] = place / ROW_PLACES * (ROW_PLACES * num_rows) + place % ROW_PLACES;
         }
         own.template add_extra<0>(side ? codes.y : codes.x, side ? codes.w : codes.z, row, offsets);
       }

@@ -181,7 +181,7 @@ class TestPlacedTokens:
         rng = np.random.default_rng(2)
         x, experts = rng.normal(size=(6, 70)).astype(BF16), np.array([2, -1, 0, 2, 1, 1])
         rows = placed_tokens(coded, arrays, x, experts, parts).astype(np.float64)
-        assert rows.shape == (arrays["fragment_places"].shape[1] // 32, 6 * parts + 64, 32)
+        assert rows.shape == (arrays["fragment_places"].shape[1] // 8, 6 * parts + 64, 8)
         np.testing.assert_array_equal(rows[:, 6 * parts :], 0)
         sums = rows[:, : 6 * parts].transpose(1, 0, 2).reshape(6, parts, -1).sum(axis=1)
         order = np.argsort(np.where(experts < 0, 3, experts), kind="stable")
@@ -197,8 +197,9 @@ class TestPlacedTokens:
         coded = tensor_of(np.ones((1, 2, 3), np.int64))
         x = np.full((1, 3), np.inf, BF16)
         rows = placed_tokens(coded, made(coded), x, np.zeros(1, int), 2)
-        np.testing.assert_array_equal(np.isinf(rows[0, 0].astype(np.float32)), np.arange(32) < 3)
-        np.testing.assert_array_equal(rows[0, 1], 0)
+        np.testing.assert_array_equal(np.isinf(rows[0, 0].astype(np.float32)), np.arange(8) < 3)
+        np.testing.assert_array_equal(rows[1:, 0], 0)
+        np.testing.assert_array_equal(rows[:, 1], 0)
 
 
 @pytest.fixture(scope="module")

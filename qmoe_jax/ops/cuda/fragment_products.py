@@ -33,7 +33,7 @@ ONE_PART_FROM = 32
 """With that many tokens for each expert, on average, features are rounded to bfloat16."""
 MOST_PER_EXPERT = 128
 """With more tokens for each expert, on average, experts are expanded. An estimate."""
-ROW_PLACES, PADDING_ROWS = 32, 64
+ROW_PLACES, PADDING_ROWS = 8, 64
 FRAGMENTS = ArgumentStruct(
     "FragmentArrays",
     (
@@ -67,7 +67,8 @@ FRAGMENT_PRODUCT = ArgumentStruct(
 )
 _ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
 _WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
-_ENOUGH_BLOCKS = 1024
+# More blocks end more evenly, and read tokens more often.
+_ENOUGH_BLOCKS = {8: 1024, 16: 1024, 32: 512, 64: 256}
 _MAX_ELEMENTS = 1 << 31
 _MAX_GRID_Y = 65_535
 
@@ -142,8 +143,7 @@ def fragment_product(
     """
     spec, num_tokens, derived = experts.spec, x.shape[0], experts.derived
     parts = 1 if expected_tokens >= ONE_PART_FROM else 2
-    wanted = parts * min(2 * expected_tokens, num_tokens)
-    columns = min([size for size in COLUMNS if size >= wanted], default=COLUMNS[-1])
+    columns = tile_columns(parts, expected_tokens, num_tokens)
     tiles = tile_tokens(tokens, spec.num_experts, columns // parts)
     result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
     placed = place_tokens(
@@ -165,6 +165,16 @@ def fragment_product(
     return run_kernel(launcher, call, inputs, result)
 
 
+def tile_columns(parts: int, expected_tokens: float, num_tokens: int) -> int:
+    """Return the columns of a tile, one of `COLUMNS`.
+
+    Room for twice the expected tokens, where that costs little beside another tile's decoding.
+    """
+    expected = parts * min(expected_tokens, num_tokens)
+    wanted = min(parts * num_tokens, max(min(2 * expected, COLUMNS[2]), expected))
+    return min([size for size in COLUMNS if size >= wanted], default=COLUMNS[-1])
+
+
 def place_tokens(
     x: BFloat16[Array, "tokens in"],
     tokens: TokenOrder,
@@ -172,7 +182,7 @@ def place_tokens(
     origins: Float32[Array, "experts"],
     *,
     parts: int,
-) -> BFloat16[Array, "blocks rows 32"]:
+) -> BFloat16[Array, "blocks rows 8"]:
     """Return what weights multiply, token by token: features times steps at the expert's places.
 
     Args:
@@ -229,7 +239,9 @@ def fragment_call(
     shared = [share for share in (1, 2, 4, 8) if share <= min(warps, places // CHUNK_PLACES)]
     if row_parts is None:
         blocks = {share: -(-strips * share // warps) * num_tiles for share in shared}
-        row_parts = min([s for s in shared if blocks[s] >= _ENOUGH_BLOCKS], default=shared[-1])
+        row_parts = min(
+            [s for s in shared if blocks[s] >= _ENOUGH_BLOCKS[columns]], default=shared[-1]
+        )
     numbers = {
         "num_chunks": num_chunks - READ_BEHIND,
         "num_extras": num_extras,
