@@ -9,12 +9,12 @@ tokens, and a warp's first and last loads.
     python benchmarks/fragment_times.py [--tokens 1 4] [--made] [--json FILE]
 
 Assumed of the GPU, an H200: 132 multiprocessors at 1.755 GHz with four schedulers, which issue in
-62 % of the cycles (measured of `tunstall`); 8 cycles of a scheduler for a product of 16x8x16; loads of 512 bytes
-take four cycles, those of tokens, whose lines begin anywhere, six; memory at the rate
+62 % of the cycles (measured of `tunstall`); 8 cycles of a scheduler for a product of 16x8x16; loads
+of 512 bytes take four cycles, those of tokens, whose lines begin anywhere, six; memory at the rate
 of a copy in results/kernels.json; 5.5 TB/s from the second-level cache; 3 us for a launch and the
-end of a kernel, 1.5 us for the kernel before it that places tokens, whose bytes are written and read
-once; 0.8 us for a load from memory. Codes are random ones of `gpu_bench.random_codes`, or those of
-made layers that GPTQ quantizes (--made).
+end of a kernel, 1.5 us for the kernel before it that places tokens, whose bytes are written and
+read once; 0.8 us for a load from memory. Codes are random ones of `gpu_bench.random_codes`, or
+those of made layers that GPTQ quantizes (--made).
 
 Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
 """

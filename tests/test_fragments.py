@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
+from cuda_emulation.lattice_fragments import decoded, made, placed_tokens
 from cuda_emulation.tensors import lattice_codes
 from markers import needs_compiler, slow
 
@@ -16,7 +17,7 @@ from qmoe_jax.codec import reference
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.lattice_values import STEP_TABLE, multiples
+from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import fragment_products, fragments, kernels
@@ -37,21 +38,6 @@ def tensor_of(values: np.ndarray, step: int = 1) -> CodedTensor:
     steps = np.full((values.shape[0], values.shape[2]), step, np.uint8)
     levels = {"step_index": steps, "origin": np.ones(len(values), np.float32)}
     return encode(codes.astype(np.uint8), levels, "lattice")
-
-
-def decoded(coded: CodedTensor) -> np.ndarray:
-    """Multiples [experts, out, in] by the reference decoder."""
-    codes = get_coding("lattice").decode_numpy_reference(coded)
-    return np.asarray(multiples(jnp.asarray(codes)), np.int64)
-
-
-def made(coded: CodedTensor) -> dict[str, np.ndarray]:
-    """Fragments of the multiples that the reference decoder finds."""
-    values = decoded(coded)
-    found = fragments.make_fragments(
-        coded.spec, coded.arrays, lambda expert: jnp.asarray(values[expert][None], jnp.int8)
-    )
-    return {name: np.asarray(array) for name, array in found._asdict().items()}
 
 
 def chunk_symbols(words: np.ndarray) -> np.ndarray:
@@ -162,15 +148,6 @@ class TestLayout:
         wide = dataclasses.replace(coded.spec, rows=1, width=11_000)
         with pytest.raises(CudaError, match="66000 columns or places"):
             fragments.make_fragments(wide, {}, lambda _: jnp.asarray(values, jnp.int8))
-
-
-def placed_tokens(coded, arrays, x, experts, parts) -> np.ndarray:
-    order = kernels.sort_tokens(jnp.asarray(experts), coded.spec.num_experts)
-    places, origins = arrays["fragment_places"], coded.arrays["origins"]
-    rows = fragment_products.place_tokens(
-        jnp.asarray(x), order, jnp.asarray(places), jnp.asarray(origins), parts=parts
-    )
-    return np.asarray(rows)
 
 
 class TestPlacedTokens:
