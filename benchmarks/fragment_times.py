@@ -37,6 +37,7 @@ from qmoe_jax.codec.lattice_values import multiples
 from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.formatting import format_row
 from qmoe_jax.ops.cuda import fragment_products, fragments
+from qmoe_jax.ops.cuda.launcher import StructArgument
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 PROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
@@ -128,9 +129,10 @@ def seconds(
         parts=parts,
         is_float32=False,
     )
-    row_parts = dict(
-        zip(fragment_products.FRAGMENT_PRODUCT.fields, call.arguments[1].values, strict=True)
-    )[("row_parts", "int")]
+    product = call.arguments[1]
+    assert isinstance(product, StructArgument)
+    names = [name for name, _ in product.struct.fields]
+    row_parts = product.values[names.index("row_parts")]
     strips = -(-rows // fragments.CHUNK_ROWS)
     warps = experts * tiles * strips * row_parts
     chunks, extras = (experts * tiles * n for n in (layout.chunks, layout.extras))
