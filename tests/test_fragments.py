@@ -224,22 +224,24 @@ class TestKernel:
         coded = random_tensor(shape, seed=shape[2])
         check_kernel(get, coded, made(coded), tokens=5, columns=8, parts=2)
 
-    @pytest.mark.parametrize("parts", [1, 2])
-    @pytest.mark.parametrize("columns", fragment_products.COLUMNS)
+    @pytest.mark.parametrize(
+        ("columns", "parts"),
+        [(8, 1), (8, 2), (16, 2), (32, 1), (64, 2), *slow((16, 1), (32, 2), (64, 1))],
+    )
     def test_columns_and_parts(self, get, columns, parts):
         """Tiles that are full, and not; extra places."""
-        coded = random_tensor((2, 100, 200), seed=columns)
+        coded = random_tensor((2, 70, 130), seed=columns)
         arrays = made(coded)
         assert arrays["extra_starts"][-1] > 0
-        for tokens in (1, 3 * columns // parts) if columns < 64 else (150 // parts,):
+        for tokens in (1, 3 * columns // parts) if columns < 32 else (2 * columns // parts,):
             check_kernel(get, coded, arrays, tokens, columns, parts)
-        check_kernel(get, coded, arrays, 7, columns, parts, float32=False)
+        check_kernel(get, coded, arrays, 3, columns, parts, float32=False)
 
     @pytest.mark.parametrize("row_parts", [1, 2, 4, 8])
     def test_warps_that_share_rows(self, get, row_parts):
         """As many chunks as warps, fewer and more; loads ahead of the last."""
-        for width, share in ((64, 0.0), (700, 0.2), (1500, 0.5)):
-            coded = random_tensor((1, 70, width), share, seed=width)
+        for width, share in ((64, 0.0), (700, 0.2), (900, 0.5)):
+            coded = random_tensor((1, 40, width), share, seed=width)
             options = {"columns": 8, "parts": 2, "row_parts": row_parts}
             check_kernel(get, coded, made(coded), tokens=2, **options)
 
@@ -261,22 +263,22 @@ class TestKernel:
     )
     def test_damaged_arrays_stay_in_bounds(self, get, name):
         """The sanitizers watch, and every output is some number."""
-        coded = random_tensor((2, 70, 200), seed=6)
+        coded = random_tensor((2, 70, 90), seed=6)
         arrays = made(coded)
+        assert arrays["extra_starts"][-1] > 0
         experts = np.array([0, 1, 1, -1], np.int32)
-        placed = placed_tokens(coded, arrays, np.ones((4, 200), BF16), experts, 2)
+        placed = placed_tokens(coded, arrays, np.ones((4, 90), BF16), experts, 2)
         rng = np.random.default_rng(7)
-        for share in (0.05, 0.5, 1.0):
+        for share in (0.05, 1.0):
             damaged = {**arrays, name: arrays[name].copy()}
             raw = damaged[name].reshape(-1).view(np.uint8)
             some = rng.random(raw.size) < share
             raw[some] = rng.integers(0, 256, int(some.sum()))
             if name in ("fragment_starts", "extra_starts"):
                 damaged[name][rng.integers(0, len(damaged[name]))] = rng.choice([-1, 2**31 - 1])
-            for columns in (8, 32):
-                options = {"columns": columns, "parts": 2}
-                y = launches.fragment_product(get, coded.spec, damaged, placed, experts, **options)
-                assert np.isfinite(y).all()
+            options = {"columns": 8, "parts": 2}
+            y = launches.fragment_product(get, coded.spec, damaged, placed, experts, **options)
+            assert np.isfinite(y).all()
 
 
 def experts_with_fragments(launcher, shape, seed=0) -> CodedExperts:
