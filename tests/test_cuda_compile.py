@@ -43,14 +43,15 @@ KERNELS = {
 }
 
 
-# The sources do not ask for the architecture: the oldest and a common one stand for all. The one that
-# takes a quarter of a minute waits.
+# The sources do not ask for the architecture: the oldest and a common one stand for all. What takes
+# a quarter of a minute waits.
 DEFAULT = [(s, a) for s in nvrtc.SOURCES for a in (75, 90) if (s, a) != ("fused_lattice.cu", 75)]
 OTHERS = [(s, a) for s in nvrtc.SOURCES for a in (75, 80, 86, 89, 100) if (s, a) not in DEFAULT]
 
 
-@pytest.mark.parametrize(("source", "architecture"), [*DEFAULT, *slow(*OTHERS)])
-def test_compiles(source, architecture):
+@pytest.mark.parametrize("case", [*DEFAULT, *slow(*OTHERS)], ids=str)
+def test_compiles(case):
+    source, architecture = case
     if architecture not in nvrtc.architectures():
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
     cubin = nvrtc.compile_file(source, architecture)

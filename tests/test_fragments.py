@@ -225,11 +225,13 @@ class TestKernel:
         check_kernel(get, coded, made(coded), tokens=5, columns=8, parts=2)
 
     @pytest.mark.parametrize(
-        ("columns", "parts"),
+        "case",
         [(8, 1), (8, 2), (16, 2), (32, 1), (64, 2), *slow((16, 1), (32, 2), (64, 1))],
+        ids=str,
     )
-    def test_columns_and_parts(self, get, columns, parts):
+    def test_columns_and_parts(self, get, case):
         """Tiles that are full, and not; extra places."""
+        columns, parts = case
         coded = random_tensor((2, 70, 130), seed=columns)
         arrays = made(coded)
         assert arrays["extra_starts"][-1] > 0
