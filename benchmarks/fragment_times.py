@@ -69,21 +69,21 @@ class Layout(NamedTuple):
     """Of all arrays, a weight."""
 
 
-def chunk_instructions(columns: int, architecture: int, disassembler: str) -> Chunk:
+def chunk_instructions(tile: int, architecture: int, disassembler: str) -> Chunk:
     """Find the loops of a kernel that multiply, the one with extra chunks by its loads."""
     source = (kernel_sass.KERNEL_FOLDER / fragment_products.SOURCE).read_text()
     # Alone, so that its cubin has one kernel.
     kept = [
         line
         for line in source.splitlines()
-        if not line.startswith("FRAGMENT_KERNEL(") or f"_c{columns}," in line
+        if not line.startswith("FRAGMENT_KERNEL(") or f"_t{tile}," in line
     ]
     sass = kernel_sass.parse(kernel_sass.disassemble("\n".join(kept), architecture, disassembler))
     loops = [span for span in sass.loops if sass.count(span, "HMMA")]
     extra = next(span for span in loops if sass.count(span, "LDG.E.U16"))
     main = next(span for span in loops if span != extra)
-    per_chunk = columns  # a product for each of eight steps and halves, eight columns
-    times = sass.count(main, "HMMA") / per_chunk
+    # A product for each of four steps, two halves and eight tokens.
+    times = sass.count(main, "HMMA") / tile
     each = (main[1] - main[0]) / times
     # Behind the main loop the last chunks, one fewer than it has.
     rest = len(sass.code) - sum(span[1] - span[0] for span in (main, extra)) - (times - 1) * each
@@ -113,10 +113,9 @@ def seconds(
     tokens: int,
     copy_bytes_per_second: float,
 ) -> tuple[dict[str, float], float, int]:
-    """Times of what overlaps, all together, and columns of a tile."""
-    parts = 1 if tokens >= fragment_products.ONE_PART_FROM else 2
-    columns = fragment_products.tile_columns(parts, tokens, tokens * experts)
-    tiles = -(-tokens * parts // columns)
+    """Times of what overlaps, all together, and tokens of a tile."""
+    tile = fragment_products.tile_size(tokens, tokens * experts)
+    tiles = -(-tokens // tile)
     spec = fragment_products.TensorSpec("lattice", experts, rows, 1)
     call = fragment_products.fragment_call(
         spec,
@@ -125,8 +124,7 @@ def seconds(
         places=layout.places,
         num_tokens=tokens * experts,
         num_tiles=experts * tiles,
-        columns=columns,
-        parts=parts,
+        tile=tile,
         is_float32=False,
     )
     product = call.arguments[1]
@@ -136,25 +134,25 @@ def seconds(
     strips = -(-rows // fragments.CHUNK_ROWS)
     warps = experts * tiles * strips * row_parts
     chunks, extras = (experts * tiles * n for n in (layout.chunks, layout.extras))
-    own_rows = min(columns, tokens * parts) if columns == 8 else columns
-    lines = 4 if own_rows < 8 else 6 * columns / 8
+    own_rows = min(tile, tokens) if tile == 8 else tile
+    lines = 4 if own_rows < 8 else 6 * tile / 8
     issue = chunks * code.main + extras * code.extra + warps * code.once
     loads = chunks * (4 + 2 * lines) + extras * (4 + 16 * lines)
     blocks = call.grid[0] * experts * tiles
-    token_bytes = experts * tokens * parts * layout.places * 2
+    token_bytes = experts * tokens * layout.places * 2
     memory = 512 * (layout.chunks + layout.extras) * experts + 128 * layout.extras * experts
     cache = 512 * (chunks + extras) + blocks * own_rows * layout.places * 2
     shared = PROCESSORS * CLOCK
     times = {
         "issue": issue / (SCHEDULERS * ISSUE_SHARE) / shared,
-        "tensor": (chunks + extras) * columns * PRODUCT_CYCLES / SCHEDULERS / shared,
+        "tensor": (chunks + extras) * tile * PRODUCT_CYCLES / SCHEDULERS / shared,
         "loads": loads / shared,
         "memory": memory / copy_bytes_per_second,
         "cache": cache / CACHE_BYTES_PER_SECOND,
     }
     placing = PLACING + 2 * token_bytes / copy_bytes_per_second
     total = max(times.values()) + LAUNCH + placing + 2 * LATENCY
-    return times, total, columns
+    return times, total, tile
 
 
 def main() -> None:
@@ -173,13 +171,13 @@ def main() -> None:
         parser.error("pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
     measured = json.loads(RESULTS.read_text())
     code = {
-        columns: chunk_instructions(columns, options.architecture, disassembler)
-        for columns in fragment_products.COLUMNS
+        tile: chunk_instructions(tile, options.architecture, disassembler)
+        for tile in fragment_products.TILES
     }
     print("Products with fragments, predicted; not run on a GPU. Warp instructions:")
-    for columns, own in code.items():
+    for tile, own in code.items():
         print(
-            f"  {columns} columns: a chunk of 2,048 weights {own.main:.1f}, an extra one "
+            f"  {tile} tokens: a chunk of 2,048 weights {own.main:.1f}, an extra one "
             f"{own.extra:.0f}, others {own.once:.0f} a warp"
         )
     print("\nMicroseconds:")
@@ -189,18 +187,18 @@ def main() -> None:
         layout, rows = lay_out(coded, codes), coded.spec.rows
         shape = [rows, coded.spec.width]
         for experts, tokens in ((1, 1), *((64, tokens) for tokens in options.tokens)):
-            times, total, columns = predict(layout, code, rows, experts, tokens, measured)
+            times, total, tile = predict(layout, code, rows, experts, tokens, measured)
             dense = [
                 p["cublas_seconds"]
                 for p in measured["products"]
                 if (p["shape"], p["experts"], p["tokens"]) == (shape, experts, tokens)
             ]
-            row = (f"{shape[0]}x{shape[1]}", str(experts), str(tokens), f"c{columns}")
+            row = (f"{shape[0]}x{shape[1]}", str(experts), str(tokens), f"t{tile}")
             row = (*row, f"{layout.bits:.2f}", *(f"{1e6 * t:.1f}" for t in times.values()))
             row = (*row, f"{1e6 * total:.1f}", f"{dense[0] / total:.2f}x" if dense else "-")
             print(format_row(row, _SIZES))
             results.append(
-                {"shape": shape, "experts": experts, "tokens": tokens, "columns": columns}
+                {"shape": shape, "experts": experts, "tokens": tokens, "tile": tile}
                 | {"bits": layout.bits, "seconds": total, **times}
                 | ({"cublas_seconds": dense[0]} if dense else {})
             )
@@ -218,8 +216,8 @@ def predict(
 ) -> tuple[dict[str, float], float, int]:
     """`seconds`, with the instructions of the kernel that is taken."""
     rate = measured["copy_bytes_per_second"]
-    columns = seconds(layout, code[8], rows, experts, tokens, rate)[2]
-    return seconds(layout, code[columns], rows, experts, tokens, rate)
+    tile = fragment_products.tile_size(tokens, tokens * experts)
+    return seconds(layout, code[tile], rows, experts, tokens, rate)
 
 
 def _experts(made: bool) -> Iterator[tuple[CodedTensor, np.ndarray]]:

@@ -1,6 +1,6 @@
-// Products with codes that lie as tensor cores take them, compute capability 8.0: "fragments", made once
-// after loading (qmoe_jax/ops/cuda/fragments.py), two bits a weight. y[t, row] = sum over places k of
-// m_e[row, k] x[t, k], m of -1, 0 and 1, x a token's features times steps, at the places of its expert.
+// Products with codes that lie as tensor cores take them: "fragments", made once after loading
+// (qmoe_jax/ops/cuda/fragments.py), two bits a weight. y[t, row] = scale[t] * sum over places k of
+// m_e[row, k] x[t, k], m of -2, 0 and 2, x a token's features times steps, at the places of its expert.
 //
 // A chunk is 32 rows of 64 places, 512 bytes: each lane loads 16 bytes, which are its part of eight
 // products of 16x8x16. A warp takes 32 rows, and of their chunks every so many-th (`row_parts`). Behind
@@ -12,7 +12,7 @@
 // of row 16 h + g (i even) or 16 h + g + 8 and place 32 s + 8 q + 4 (i / 4) + 2 (i / 2 % 2), and in its upper half that
 // of the next place: the first bit says that it is not zero, the second that it is negative.
 //
-// Shared memory, by bytes: warps * 1024 * (tile columns / 8), sums, if row_parts > 1; else none.
+// Shared memory, by bytes: warps * 128 * tokens of a tile, sums, if row_parts > 1; else none.
 #include "tensor_cores.cuh"
 
 using namespace qmoe;
@@ -22,7 +22,7 @@ namespace qmoe {
 constexpr int CHUNK_ROWS = 32, CHUNK_PLACES = 64;
 // Places of a row of x that lie together: a lane's load, and eight rows' loads follow one another.
 constexpr u32 ROW_PLACES = 8;
-// The bits that two weights of 1 or -1 have, as bfloat16: they are 2 and -2, and tokens are halved.
+// The bits of two weights of 2 or -2, as float16.
 constexpr u32 BOTH_WEIGHTS = 0xc000c000u;
 
 // Codes of all experts as fragments.
@@ -39,9 +39,9 @@ struct FragmentArrays {
 
 // What every product with fragments takes behind them.
 struct FragmentProductArguments {
-  const u16* x;               // bfloat16 [places / 8, num_rows, 8]: half of what weights multiply; rows
-                              // are tokens sorted by expert, those without one last, each `parts` rows,
-                              // then 64 that are read for nothing
+  const u16* x;               // float16 [places / 8, num_tokens + 64, 8]: tokens sorted by expert, those
+                              // without one last, then 64 that are read for nothing
+  const float* scales;        // float32 [num_tokens]: of the sums of each
   const int* token_order;     // int32 [num_tokens]: row in y of each
   const int* expert_starts;   // int32 [num_experts + 1]: first sorted token of each expert
   const int* tile_experts;    // int32 [num_tiles]: the expert of each tile; num_experts: tokens without
@@ -52,8 +52,6 @@ struct FragmentProductArguments {
   int out_features;           // at least 1
   int places;                 // of a token: a multiple of 64, at most 65,536
   int num_tokens;             // at least 1
-  int num_rows;               // num_tokens * parts + 64
-  int parts;                  // 1 or 2: numbers that a token's feature is the sum of
   int row_parts;              // 1, 2, 4, 8 or 16, dividing warps: that share 32 rows
   int y_is_float32;           // 0 or 1
 };
@@ -77,10 +75,10 @@ QMOE_DEVICE int start_at(const int* starts, u64 index, int most) {
   return start < 0 ? 0 : min_of(start, most);
 }
 
-// Sums of a warp's 32 rows, and how codes add to them. TILES: eight columns each, of x.
+// Sums of a warp's 32 rows, and how codes add to them. TILES: eight tokens each.
 template <int TILES>
 struct FragmentSums {
-  float sums[2][TILES][4] = {};  // rows 16 h + g, + 8; columns 8 tile + 2 q, + 1
+  float sums[2][TILES][4] = {};  // rows 16 h + g, + 8; tokens 8 tile + 2 q, + 1
 
   // Words of 32 places, those of rows 0 to 15 and of 16 to 31; `tokens`: eight places of each of the tiles
   // FIRST to FIRST + COUNT - 1.
@@ -98,13 +96,13 @@ struct FragmentSums {
 #pragma unroll
         for (int tile = 0; tile < COUNT; ++tile) {
           const Quad32& own = tokens[tile];
-          multiply_16x8x16(sums[half][FIRST + tile], a[0], a[1], a[2], a[3], step ? own.z : own.x,
-                           step ? own.w : own.y);
+          multiply_16x8x16_f16(sums[half][FIRST + tile], a[0], a[1], a[2], a[3],
+                               step ? own.z : own.x, step ? own.w : own.y);
         }
       }
   }
 
-  // An extra chunk's words for one tile after another. `row`: x of the lane's column of the first tile;
+  // An extra chunk's words for one tile after another. `row`: x of the lane's token of the first tile;
   // `offsets`: of eight places from it.
   template <int TILE>
   QMOE_DEVICE_MEMBER void add_extra(u32 upper, u32 lower, const u16* row, const u32 (&offsets)[8]) {
@@ -122,10 +120,7 @@ struct FragmentSums {
 template <int TILES, int CHUNKS_AHEAD>
 QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
                                   const FragmentProductArguments& product) {
-#if !defined(QMOE_EMULATION) && __CUDA_ARCH__ < 800
-  asm volatile("trap;");  // no bfloat16 in these tensor cores: never launched
-#else
-  const int parts = product.parts, row_parts = product.row_parts;
+  const int row_parts = product.row_parts;
   const int strips = (product.out_features + CHUNK_ROWS - 1) / CHUNK_ROWS;
   const int strip = blockIdx.x * (warps_of_block() / row_parts) + warp_of_block() / row_parts;
   const int row_part = warp_of_block() % row_parts;
@@ -134,7 +129,7 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
   const int stop = expert < product.num_experts
                        ? min_of(product.expert_starts[expert + 1], product.num_tokens)
                        : product.num_tokens;
-  const int count = min_of(8 * TILES / parts, stop - first);
+  const int count = min_of(8 * TILES, stop - first);
   if (count <= 0) return;
 
   const int g = lane_of_warp() / 4, q = lane_of_warp() % 4;
@@ -144,11 +139,11 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
     const int end = start_at(arrays.fragment_starts, expert + 1, arrays.num_chunks);
     const int chunks =
         end > begin ? min_of((end - begin) / strips, product.places / CHUNK_PLACES) : 0;
-    const u32 num_rows = product.num_rows;
-    // Columns that no token has stand for others: of the last token, or, where there are several tiles, of
-    // the next ones and what is behind. No sum of theirs is stored.
-    const int column = TILES == 1 ? min_of(g, count * parts - 1) : g;
-    const u16* const row = product.x + static_cast<u64>(ROW_PLACES) * (first * parts + column);
+    const u32 num_rows = product.num_tokens + 64;
+    // Where a tile has no token another stands for it: its last one, or, where a block has several
+    // tiles, the next ones and what is behind. No sum of theirs is stored.
+    const int token = TILES == 1 ? min_of(g, count - 1) : g;
+    const u16* const row = product.x + static_cast<u64>(ROW_PLACES) * (first + token);
     const auto* fragment = reinterpret_cast<const Quad32*>(arrays.fragments) +
                            32 * (static_cast<u64>(begin) + static_cast<u64>(strip) * chunks + row_part) +
                            lane_of_warp();
@@ -229,22 +224,21 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const int token = parts == 2 ? 4 * tile + q : 8 * tile + 2 * q + odd;
-      if (token >= count || odd == parts - 1 && parts == 2) continue;
+      const int token = 8 * tile + 2 * q + odd;
+      if (token >= count) continue;
       const int place = product.token_order[first + token];
       if (static_cast<u32>(place) >= static_cast<u32>(product.num_tokens)) continue;
+      const float scale = product.scales[first + token];
       const int row = CHUNK_ROWS * strip + g;
       const u64 index = static_cast<u64>(place) * product.out_features + row;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (row + 8 * i >= product.out_features) continue;
-        const float* const pair = &own.sums[i / 2][tile][2 * (i % 2)];
-        const float sum = parts == 2 ? pair[0] + pair[1] : pair[odd];
+        const float sum = scale * own.sums[i / 2][tile][2 * (i % 2) + odd];
         if (product.y_is_float32) static_cast<float*>(product.y)[index + 8 * i] = sum;
         else static_cast<u16*>(product.y)[index + 8 * i] = static_cast<u16>(to_bf16(sum));
       }
     }
-#endif
 }
 
 }  // namespace qmoe
@@ -256,7 +250,7 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
     matmul_fragments<tiles, ahead>(arrays, product);                                              \
   }
 
-FRAGMENT_KERNEL(matmul_fragments_c8, 1, 4, 256, 4)
-FRAGMENT_KERNEL(matmul_fragments_c16, 2, 4, 256, 3)
-FRAGMENT_KERNEL(matmul_fragments_c32, 4, 4, 256, 2)
-FRAGMENT_KERNEL(matmul_fragments_c64, 8, 2, 128, 3)
+FRAGMENT_KERNEL(matmul_fragments_t8, 1, 4, 256, 4)
+FRAGMENT_KERNEL(matmul_fragments_t16, 2, 4, 256, 3)
+FRAGMENT_KERNEL(matmul_fragments_t32, 4, 4, 256, 2)
+FRAGMENT_KERNEL(matmul_fragments_t64, 8, 2, 128, 3)

@@ -588,8 +588,8 @@ class TestEveryBarrierIsNeeded:
         if name == "matmul_fragments.cu":
             coded, experts = random_tensor("lattice", (1, 40, 300)), np.zeros(1, np.int32)
             arrays = made(coded)
-            placed = placed_tokens(coded, arrays, np.ones((1, 300), BF16), experts, 2)
-            options = {"columns": 8, "parts": 2, "row_parts": 4}
+            placed = placed_tokens(coded, arrays, np.ones((1, 300), BF16), experts)
+            options = {"tile": 8, "row_parts": 4}
             launches.fragment_product(get, coded.spec, arrays, placed, experts, **options)
             return
         if name == "matmul.cuh":

@@ -25,16 +25,12 @@ def made(coded: CodedTensor) -> dict[str, np.ndarray]:
 
 
 def placed_tokens(
-    coded: CodedTensor,
-    arrays: dict[str, np.ndarray],
-    x: np.ndarray,
-    experts: np.ndarray,
-    parts: int,
-) -> np.ndarray:
-    """What kernels take of tokens."""
+    coded: CodedTensor, arrays: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray
+) -> list[np.ndarray]:
+    """What kernels take of tokens: rows and scales."""
     order = kernels.sort_tokens(jnp.asarray(experts), coded.spec.num_experts)
     places, origins = arrays["fragment_places"], coded.arrays["origins"]
-    rows = fragment_products.place_tokens(
-        jnp.asarray(x), order, jnp.asarray(places), jnp.asarray(origins), parts=parts
+    placed = fragment_products.place_tokens(
+        jnp.asarray(x), order, jnp.asarray(places), jnp.asarray(origins)
     )
-    return np.asarray(rows)
+    return [np.asarray(array) for array in placed]
