@@ -76,7 +76,7 @@ def chunk_instructions(tile: int, architecture: int, disassembler: str) -> Chunk
     kept = [
         line
         for line in source.splitlines()
-        if not line.startswith("FRAGMENT_KERNEL(") or f"_t{tile}," in line
+        if not line.startswith("FRAGMENT_KERNEL(") or f"_lattice_t{tile}," in line
     ]
     sass = kernel_sass.parse(kernel_sass.disassemble("\n".join(kept), architecture, disassembler))
     loops = [span for span in sass.loops if sass.count(span, "HMMA")]

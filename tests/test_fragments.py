@@ -18,7 +18,7 @@ from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_values import STEP_TABLE
-from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import fragment_products, fragments, kernels
 from qmoe_jax.ops.experts import CodedExperts
@@ -40,7 +40,7 @@ def tensor_of(values: np.ndarray, step: int = 1) -> CodedTensor:
     return encode(codes.astype(np.uint8), levels, "lattice")
 
 
-def chunk_symbols(words: np.ndarray) -> np.ndarray:
+def chunk_symbols(words: np.ndarray, is_ternary: bool = False) -> np.ndarray:
     """-1, 0 and 1 of a chunk, [32, 64], weight by weight as the kernel's source says."""
     symbols = np.zeros((32, 64), np.int64)
     g, q = np.divmod(np.arange(32), 4)
@@ -49,10 +49,13 @@ def chunk_symbols(words: np.ndarray) -> np.ndarray:
             of_lanes = words[4 * np.arange(32) + 2 * half + side]
             for i in range(8):
                 for odd in range(2):
-                    bits = of_lanes >> np.uint32(2 * i + 16 * odd) & np.uint32(3)
+                    at = 16 * (i // 4) + 2 * (i % 4) + 8 * odd if is_ternary else 2 * i + 16 * odd
+                    bits = of_lanes >> np.uint32(at) & np.uint32(3)
                     rows = 16 * half + g + (8 if i % 2 else 0)
                     places = 32 * side + 8 * q + 4 * (i // 4) + 2 * (i // 2 % 2) + odd
-                    symbols[rows, places] = np.select([bits == 1, bits == 3], [1, -1], 0)
+                    symbols[rows, places] = np.select(
+                        [bits == 1, bits == (2 if is_ternary else 3)], [1, -1], 0
+                    )
     return symbols
 
 
@@ -367,3 +370,93 @@ class TestProducts:
         estimate = fragments.fragment_bytes(experts.spec)
         assert 0.5 * experts.derived["fragments"].nbytes < estimate
         assert estimate == 512 * (3 * 7 * 8 + 64)
+
+
+class TestTernary:
+    """Codes of the ternary grid: their columns lie as they are, their levels stay apart."""
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_all_codes_come_back(self, shape):
+        codes = np.random.default_rng(1).choice(3, shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+        spec = TensorSpec("tunstall", *shape)
+        arrays = fragments.make_ternary_fragments(spec, lambda expert: jnp.asarray(codes[expert]))
+        strips, chunks = -(-shape[1] // 32), -(-shape[2] // 64)
+        np.testing.assert_array_equal(
+            arrays.fragment_starts, strips * chunks * np.arange(shape[0] + 1)
+        )
+        words = np.asarray(arrays.fragments)
+        assert not words[-fragments.READ_BEHIND :].any()
+        words = words[: -fragments.READ_BEHIND].reshape(shape[0], strips, chunks, -1)
+        for place in np.ndindex(words.shape[:3]):
+            expert, strip, chunk = place
+            rows, columns = slice(32 * strip, 32 * strip + 32), slice(64 * chunk, 64 * chunk + 64)
+            expected = np.array([0, -1, 1])[codes[expert, rows, columns]]
+            found = chunk_symbols(words[place], is_ternary=True)
+            height, width = expected.shape
+            np.testing.assert_array_equal(found[:height, :width], expected)
+            assert not found[height:].any()
+            assert not found[:, width:].any()
+
+    def test_too_many_columns_are_refused(self):
+        spec = TensorSpec("tunstall", 1, 2, 1 << 17)
+        with pytest.raises(CudaError, match="131072 columns.*implementation='cuda'"):
+            fragments.make_ternary_fragments(spec, lambda _: jnp.zeros((2, 1 << 17), jnp.uint8))
+
+    @pytest.mark.parametrize("tile", fragment_products.TILES)
+    def test_kernel(self, get, tile):
+        """Beside float64; levels of either sign, alike, and 0."""
+        shape = (2, 40, 200)
+        rng = np.random.default_rng(tile)
+        codes = rng.choice(3, shape, p=[0.7, 0.2, 0.1]).astype(np.uint8)
+        levels = rng.normal(size=(*shape[:2], 2)).astype(BF16)
+        levels[0, 3], levels[1, 5] = 0, levels[1, 5, 0]
+        spec = TensorSpec("tunstall", *shape)
+        made = fragments.make_ternary_fragments(spec, lambda expert: jnp.asarray(codes[expert]))
+        arrays = {name: np.asarray(array) for name, array in made._asdict().items()}
+        arrays["levels"] = levels
+        weights = np.where(codes == 1, levels[..., :1], np.where(codes == 2, levels[..., 1:], 0))
+        weights = weights.astype(np.float64)
+        tokens = 2 * tile if tile > 8 else 5
+        experts = rng.integers(-1, 2, tokens).astype(np.int32)
+        x = rng.normal(size=(tokens, 200)).astype(BF16)
+        order = kernels.sort_tokens(jnp.asarray(experts), 2)
+        placed = fragment_products.place_features(jnp.asarray(x), order, 256)
+        rows = [np.asarray(array) for array in placed]
+        for row_parts in (1, 4) if tile == 8 else (1,):
+            y = launches.fragment_product(
+                get, spec, arrays, rows, experts, tile=tile, row_parts=row_parts
+            )
+            for token, expert in enumerate(experts):
+                own = weights[expert] if expert >= 0 else np.zeros(shape[1:])
+                column = x[token].astype(np.float64)
+                error = np.abs(y[token] - own @ column)
+                assert (error <= 256 * 2.0**-24 * (np.abs(own) @ np.abs(column))).all()
+
+    @needs_compiler
+    @pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
+    def test_products(self, launcher, coding):
+        """From stored codes, in jit and out; also where levels do not tell codes apart."""
+        shape = (3, 70, 90)
+        rng = np.random.default_rng(0)
+        codes = rng.choice(3, shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+        levels = rng.normal(size=(*shape[:2], 2)).astype(BF16)
+        levels[0, 3], levels[1, 5] = 0, levels[1, 5, 0]
+        coded = encode(codes, levels, coding)
+        arrays = device_arrays(coded)
+        derived = kernels.derive(launcher, coded.spec, arrays)
+        found = fragments.derive_fragments(launcher, coded.spec, arrays, derived)
+        expected = fragments.make_ternary_fragments(
+            coded.spec, lambda expert: jnp.asarray(codes[expert])
+        )
+        for name, array in expected._asdict().items():
+            np.testing.assert_array_equal(found[name], array)
+        experts = CodedExperts(coded.spec, arrays, 90, {**derived, **found})
+        x = jnp.asarray(rng.normal(size=(40, 90)), jnp.bfloat16)
+        index = jnp.asarray(rng.integers(-1, 3, 40), jnp.int32)
+        launcher.calls.clear()
+        outside = product(experts, "cuda_fragments")(x, index)
+        inside = jax.jit(product(experts, "cuda_fragments"))(x, index)
+        assert launcher.calls == [("matmul_fragments_ternary_t32", jit) for jit in (False, True)]
+        np.testing.assert_array_equal(outside, inside)
+        stored = product(experts, "cuda")(x, index).astype(jnp.float32)
+        np.testing.assert_allclose(inside.astype(jnp.float32), stored, rtol=2**-7, atol=1e-5)

@@ -31,7 +31,7 @@ from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
-from qmoe_jax.ops.cuda.fragment_products import check_fragments
+from qmoe_jax.ops.cuda.fragment_products import can_have_fragments, check_fragments
 from qmoe_jax.ops.cuda.fragments import derive_fragments, fragment_bytes
 from qmoe_jax.ops.cuda.kernels import check_coded, derive
 from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
@@ -77,8 +77,8 @@ def load_switch(
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
         host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
-        "cuda_fragments", the same, but codes of the lattice are laid out once more for tensor
-        cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
+        "cuda_fragments", the same, but codes of the lattice or the ternary grid are laid out once
+        more for tensor cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
         "cuda_fragments" where that can be and takes at most half of the device's free memory,
         "cuda" on other GPUs, "cpu" on a CPU if all codes are of codings that it multiplies, and
         "xla" elsewhere.
@@ -198,7 +198,7 @@ def _choose_implementation(implementation: str, config: SwitchConfig, coded: Cod
         for kernel in kernels:
             check_coded(kernel)
         if implementation == "cuda_fragments":
-            check_fragments([spec for _, spec in coded])
+            check_fragments(current_launcher(), [spec for _, spec in coded])
     except CudaError:
         if implementation == "auto":
             return "xla"
@@ -227,7 +227,7 @@ def _derive(
     if asked == "auto" and dtype == jnp.bfloat16:
         free = _free_bytes()
         fits = free is not None and 2 * sum(map(fragment_bytes, specs)) <= free
-        if fits and all(spec.coding == "lattice" for spec in specs):
+        if fits and can_have_fragments(launcher, specs):
             implementation = "cuda_fragments"
     derived = {}
     for kernel, spec in coded:

@@ -201,7 +201,8 @@ def fragment_product(
         row_parts=row_parts,
     )
     names = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
-    inputs = [*(arrays[name] for name in names), *placed, order, starts, *tiles, y]
+    levels = arrays.get("levels", np.zeros(1, np.uint32))
+    inputs = [*(arrays[name] for name in names), levels, *placed, order, starts, *tiles, y]
     arguments = []
     for argument in call.arguments:
         assert isinstance(argument, StructArgument)

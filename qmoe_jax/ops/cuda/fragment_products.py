@@ -1,8 +1,9 @@
 """Products of tokens with codes that lie as fragments (`fragments`), by tensor cores.
 
-XLA multiplies a token's features by the steps of its expert's places and rounds to float16, 11
-bits, scaled by a power of two for each token. (A dense bfloat16 kernel's weights are rounded to 8
-bits.) Products of these with weights are exact and sums are float32.
+Of the lattice XLA multiplies a token's features by the steps of its expert's places and rounds to
+float16, 11 bits, scaled by a power of two for each token. (A dense bfloat16 kernel's weights are
+rounded to 8 bits.) Ternary weights and features are multiplied as they are, bfloat16. Products are
+exact and sums are float32.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int32, UInt32
 
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.cuda_interface import ArgumentStruct
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.errors import CudaError
@@ -41,6 +44,7 @@ FRAGMENTS = ArgumentStruct(
         ("extra_fragments", "const u32*"),
         ("extra_places", "const u16*"),
         ("extra_starts", "const int*"),
+        ("levels", "const u32*"),
         ("num_chunks", "int"),
         ("num_extras", "int"),
     ),
@@ -67,6 +71,7 @@ _ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "e
 _WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
 # More blocks end more evenly, and read tokens more often.
 _ENOUGH_BLOCKS = {8: 1024, 16: 1024, 32: 512, 64: 256}
+_GRIDS = ("lattice", "ternary")
 _MAX_GRID_Y = 65_535
 _FRACTION_BITS, _BIAS = 23, 127
 
@@ -81,17 +86,36 @@ def takes_fragments(
     return 0 < num_tokens <= min(MOST_PER_EXPERT * num_experts, most, _MAX_GRID_Y)
 
 
-def check_fragments(specs: Sequence[TensorSpec]) -> None:
+def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
     """Refuse what cannot be multiplied as fragments.
 
     Raises:
-      CudaError: codes of another grid than the lattice.
+      CudaError: codes of another grid than the lattice and the ternary one, or ternary ones on a
+        device before 8.0.
     """
-    if others := sorted({spec.coding for spec in specs} - {"lattice"}):
+    grids = {spec.coding: get_coding(spec.coding).grid for spec in specs}
+    if others := sorted(name for name, grid in grids.items() if grid not in _GRIDS):
         raise CudaError(
             f"The model has codes of {', '.join(map(repr, others))}; "
-            "implementation='cuda_fragments' requires 'lattice'. Use implementation='cuda'."
+            "implementation='cuda_fragments' requires those of the lattice or the ternary grid. "
+            "Use implementation='cuda'."
         )
+    device = launcher.device
+    if "ternary" in grids.values() and float(device.compute_capability) < 8:
+        raise CudaError(
+            f"The {device.name} has compute capability {device.compute_capability}; "
+            "implementation='cuda_fragments' requires 8.0 for ternary codes, tensor cores for "
+            "bfloat16. Use implementation='cuda'."
+        )
+
+
+def can_have_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> bool:
+    """Whether `check_fragments` refuses nothing."""
+    try:
+        check_fragments(launcher, specs)
+    except CudaError:
+        return False
+    return True
 
 
 def fragment_product(
@@ -105,8 +129,8 @@ def fragment_product(
 ) -> Float[Array, "tokens out"]:
     """y[t] = W_e(t) x[t] for all tokens and their experts in one launch.
 
-    Reference: `compressed_product(..., implementation="xla")`. A weight 0 of a column that has
-    others is multiplied: an infinity or a NaN in a token reaches all its outputs.
+    Reference: `compressed_product(..., implementation="xla")`. A weight 0, but of the lattice's
+    columns of zeros, is multiplied: an infinity or a NaN in a token reaches all its outputs.
 
     Args:
       launcher: of `current_launcher`.
@@ -123,7 +147,11 @@ def fragment_product(
     size = tile_size(expected_tokens, num_tokens)
     tiles = tile_tokens(tokens, spec.num_experts, size)
     result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
-    placed = place_tokens(x, tokens, derived["fragment_places"], experts.arrays["origins"])
+    grid = get_coding(spec.coding).grid
+    if grid == "ternary":
+        placed = place_features(x, tokens, derived["fragment_places"].shape[1])
+    else:
+        placed = place_tokens(x, tokens, derived["fragment_places"], experts.arrays["origins"])
     call = fragment_call(
         spec,
         num_chunks=derived["fragments"].shape[0],
@@ -135,7 +163,8 @@ def fragment_product(
         is_float32=result.dtype == jnp.float32,
     )
     arrays: list[Operand] = [derived[name] for name in _ARRAYS]
-    inputs = [*arrays, *placed, tokens.order, tokens.starts, *tiles]
+    levels = experts.arrays["levels"] if grid == "ternary" else np.zeros(1, np.uint32)
+    inputs = [*arrays, levels, *placed, tokens.order, tokens.starts, *tiles]
     return run_kernel(launcher, call, inputs, result)
 
 
@@ -157,7 +186,7 @@ class PlacedTokens(NamedTuple):
       scales: what products with the rows are to be multiplied by: powers of two.
     """
 
-    rows: Float16[Array, "eights rows 8"]
+    rows: Float16[Array, "eights rows 8"] | BFloat16[Array, "eights rows 8"]
     scales: Float32[Array, "tokens"]
 
 
@@ -186,9 +215,20 @@ def place_tokens(
     exponent = lax.bitcast_convert_type(sizes, jnp.uint32) >> _FRACTION_BITS
     shifted = jnp.clip(2 * _BIAS + 14 - exponent.astype(jnp.int32), 4, 250)
     rows = values * _power_of_two(shifted)[:, None]
-    rows = rows.astype(jnp.float16).reshape(-1, places.shape[1] // ROW_PLACES, ROW_PLACES)
-    rows = jnp.pad(rows, ((0, PADDING_ROWS), (0, 0), (0, 0))).transpose(1, 0, 2)
-    return PlacedTokens(rows, _power_of_two(2 * _BIAS - shifted))
+    return PlacedTokens(_eights(rows.astype(jnp.float16)), _power_of_two(2 * _BIAS - shifted))
+
+
+def place_features(
+    x: BFloat16[Array, "tokens in"], tokens: TokenOrder, num_places: int
+) -> PlacedTokens:
+    """Sort tokens for ternary codes, whose places are columns, and behind them nothing."""
+    rows = jnp.pad(x[tokens.order], ((0, 0), (0, num_places - x.shape[1])))
+    return PlacedTokens(_eights(rows), jnp.ones(x.shape[0], jnp.float32))
+
+
+def _eights(rows: Float[Array, "tokens places"]) -> Float[Array, "eights rows 8"]:
+    apart = rows.reshape(rows.shape[0], rows.shape[1] // ROW_PLACES, ROW_PLACES)
+    return jnp.pad(apart, ((0, PADDING_ROWS), (0, 0), (0, 0))).transpose(1, 0, 2)
 
 
 def _power_of_two(biased: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
@@ -208,7 +248,9 @@ def fragment_call(
     is_float32: bool,
     row_parts: int | None = None,
 ) -> KernelCall:
-    """Return a launch. Inputs: `Fragments` but for places, `PlacedTokens`, order, starts, tiles; y.
+    """Return a launch.
+
+    Inputs: `Fragments` but for places, levels, `PlacedTokens`, order, starts, tiles; then y.
 
     Args:
       spec: of the codes.
@@ -240,12 +282,12 @@ def fragment_call(
     }
     return KernelCall(
         source=SOURCE,
-        name=f"matmul_fragments_t{tile}",
+        name=f"matmul_fragments_{get_coding(spec.coding).grid}_t{tile}",
         grid=(-(-strips * row_parts // warps), num_tiles),
         threads=32 * warps,
         shared_bytes=128 * tile * warps if row_parts > 1 else 0,
         arguments=(
             StructArgument.of(FRAGMENTS, numbers),
-            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(_ARRAYS)),
+            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(_ARRAYS) + 1),
         ),
     )
