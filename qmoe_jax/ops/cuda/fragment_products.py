@@ -109,15 +109,6 @@ def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
         )
 
 
-def can_have_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> bool:
-    """Whether `check_fragments` refuses nothing."""
-    try:
-        check_fragments(launcher, specs)
-    except CudaError:
-        return False
-    return True
-
-
 def fragment_product(
     launcher: Launcher,
     experts: CodedExperts,
