@@ -78,10 +78,10 @@ def load_switch(
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
         host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
         "cuda_fragments", the same, but codes of the lattice or the ternary grid are laid out once
-        more for tensor cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
-        "cuda_fragments" for codes of the lattice where they take at most half of the device's free
-        memory then, "cuda" otherwise on a GPU, "cpu" on a CPU if all codes are of codings that it multiplies, and
-        "xla" elsewhere.
+        more for tensor cores, two bits a weight, which bfloat16 activations multiply by. "auto" is
+        "cuda_fragments" on a GPU for codes of the lattice if that takes at most half of the
+        device's free memory, "cuda" for others, "cpu" on a CPU if all codes are of codings that it
+        multiplies, and "xla" elsewhere.
       adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
         `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
