@@ -193,6 +193,16 @@ class TestProduct:
         np.testing.assert_array_equal(product(given, "cuda")(x, index), expected)
         assert len(launcher.calls) == 1
 
+    @pytest.mark.parametrize("out", [1, 70])
+    @pytest.mark.parametrize("coding", WITH_KERNELS)
+    def test_bytes_of_derived_arrays(self, launcher, coding, out):
+        """Known from the spec, which is what a plan counts with."""
+        experts = make_experts(coding, 2, out, 20)
+        derived = kernels.derive(launcher, experts.spec, experts.arrays)
+        interface = kernels.cuda_interface(coding)
+        expected = sum(array.nbytes for array in derived.values())
+        assert interface.derived_bytes(experts.spec) == expected
+
     @pytest.mark.parametrize("tokens", [1, 2, 5, 64])
     def test_tiles_fit_the_tokens(self, launcher, tokens):
         """Sizes follow from shapes; results do not depend on them."""

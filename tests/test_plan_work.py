@@ -1,5 +1,6 @@
 """The work of a planned run: tokens, bytes to read, operations, seconds."""
 
+import dataclasses
 import math
 
 import pytest
@@ -83,6 +84,31 @@ def test_a_generated_token_by_hand():
         plan = make_plan(model, tokens, settings, found)
         assert plan.seconds_a_token is None
         assert "tokens/s" not in format_plan(plan)
+
+
+def test_memory_at_work_by_hand():
+    model, tokens, settings = facts("switch_base_128"), some_tokens(), CompressionSettings()
+    plan = make_plan(model, tokens, settings, resources())
+    held, experts, layers = plan.memory_at_work, 128, 12
+    # Blocks of 32 rows, visited columns and their number, where strings stand.
+    wi = 4 * experts * (96 + 769 + 96 * 8 * (1 + 4))
+    wo = 4 * experts * (24 + 3073 + 24 * 8 * (1 + 13))
+    assert held.derived == layers * (wi + wo)
+    # 2 bits a weight, and 64 chunks behind.
+    assert held.fragments == layers * (experts * 2 * 768 * 3072 // 4 + 2 * 64 * 512)
+    assert held.experts == plan.sizes[0].experts
+    assert held.dense_experts == 2 * layers * experts * 2 * 768 * 3072
+    text = format_plan(plan)
+    assert "experts in bfloat16 would take 14.5 GB" in text
+    assert "more, with implementation='cuda_fragments'" in text
+    on_cpu = make_plan(model, tokens, settings, resources("cpu"))
+    assert on_cpu.memory_at_work == dataclasses.replace(held, derived=0, fragments=None)
+    assert "fragments" not in format_plan(on_cpu)
+    # Of groups of columns, which XLA decodes, and of 2 bits, which have no fragments.
+    for changes in ({"grid": "ternary", "group_size": 64}, {"grid": "2bit"}):
+        other = make_plan(model, tokens, CompressionSettings(**changes), resources()).memory_at_work
+        assert other.fragments is None
+        assert (other.derived > 0) == ("group_size" not in changes)
 
 
 def test_layers_that_stay_dense_cost_no_quantization():

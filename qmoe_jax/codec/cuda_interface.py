@@ -6,6 +6,7 @@ declarations to each other.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -131,6 +132,7 @@ class CudaInterface:
       derived: arrays that follow from the stored ones, how XLA finds them from their spec and these
         (arrays found before are among them). `row_block_starts`, which several codings have, is
         that of `ops.experts.find_row_block_starts`, and not here.
+      derived_shapes: their shapes, by experts, rows and width; entries have 4 bytes.
       deriving_kernel: finds one more, after those.
       block_rows: a block of threads takes a multiple of so many rows.
       product_bytes: dynamic shared memory of a product without dictionaries, by width, tokens of a
@@ -146,6 +148,9 @@ class CudaInterface:
     rows_per_warp: tuple[int, ...]
     matmul: MatmulKernels | None = None
     derived: Mapping[str, Callable[[TensorSpec, Mapping[str, Any]], Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    derived_shapes: Mapping[str, Callable[[int, int, int], tuple[int, ...]]] = dataclasses.field(
         default_factory=dict
     )
     deriving_kernel: DerivingKernel | None = None
@@ -164,6 +169,16 @@ class CudaInterface:
         starts = ("row_block_starts",) if "row_block_starts" in self.array_names else ()
         last = (self.deriving_kernel.array,) if self.deriving_kernel else ()
         return (*starts, *self.derived, *last)
+
+    def derived_bytes(self, spec: TensorSpec) -> int:
+        """Bytes of the arrays of `derived_names`."""
+        shapes = dict(self.derived_shapes)
+        if "row_block_starts" in self.array_names:
+            shapes["row_block_starts"] = lambda experts, rows, width: (experts, -(-rows // 32))
+        if self.deriving_kernel:
+            shapes[self.deriving_kernel.array] = self.deriving_kernel.shape
+        sizes = (spec.num_experts, spec.rows, spec.width)
+        return sum(4 * math.prod(shapes[name](*sizes)) for name in self.derived_names)
 
     def size(self, field: str, arrays: Mapping[str, Any]) -> int:
         """Return what a field of `sizes` holds for a tensor with these arrays."""

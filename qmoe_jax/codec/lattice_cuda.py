@@ -113,6 +113,7 @@ LATTICE_CUDA = CudaInterface(
         tokens_per_expert=4,
     ),
     derived={"visits": find_visits},
+    derived_shapes={"visits": lambda experts, rows, width: (experts, 1 + width)},
     deriving_kernel=DerivingKernel(
         array="cursors",
         source="encode.cu",

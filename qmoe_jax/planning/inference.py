@@ -1,15 +1,85 @@
-"""An estimate of how long a compressed model takes for a generated token.
+"""Estimates of a compressed model at work: what its device holds, and how long a token takes.
 
-Of one row, behind an encoder that ran: every weight that the decoder uses comes from memory once,
-dense ones in float32, those of the experts reached as codes. It knows nothing of attention to many
-positions, nor of what a step costs besides.
+A token of one row, behind an encoder that ran: every weight that the decoder uses comes from memory
+once, dense ones in float32, those of the experts reached as codes. It knows nothing of attention to
+many positions, nor of what a step costs besides.
 """
 
+import dataclasses
+from collections.abc import Iterator
+
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.ops.cpu.products import CODINGS
+from qmoe_jax.ops.cuda.fragments import FRAGMENT_GRIDS, fragment_bytes
 from qmoe_jax.planning.inputs import ModelFacts
 from qmoe_jax.planning.public_checkpoints import Device
-from qmoe_jax.planning.sizes import layer_settings
+from qmoe_jax.planning.sizes import CompressedSize, layer_settings
 from qmoe_jax.quantization.settings import CompressionSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryAtWork:
+    """Bytes on the device of a model that is loaded; activations come on top.
+
+    Attributes:
+      dense: parameters that are no codes, as stored.
+      experts: stored codes with levels and lengths.
+      derived: what CUDA kernels need besides, found once after loading; 0 on a CPU.
+      fragments: with implementation "cuda_fragments", on top; an upper estimate but for columns
+        with large multiples. None where some codes have none, or on a CPU.
+      dense_experts: what the experts that are codes would take in bfloat16.
+    """
+
+    dense: int
+    experts: int
+    derived: int
+    fragments: int | None
+    dense_experts: int
+
+
+def memory_at_work(
+    model: ModelFacts, settings: CompressionSettings, device: Device, size: CompressedSize
+) -> MemoryAtWork:
+    """Estimate what the device holds of the compressed model.
+
+    Args:
+      model: the checkpoint.
+      settings: how it is compressed.
+      device: that it runs on.
+      size: of the compressed model.
+    """
+    derived = fragments = 0
+    have_fragments = not device.is_host
+    for coding, spec in () if device.is_host else _specs(model, settings):
+        interface = get_coding(coding).cuda
+        if interface is None or spec is None:
+            # XLA decodes them, which needs nothing.
+            have_fragments = False
+            continue
+        derived += interface.derived_bytes(spec)
+        fragments += fragment_bytes(spec)
+        have_fragments = have_fragments and get_coding(coding).grid in FRAGMENT_GRIDS
+    return MemoryAtWork(
+        dense=size.dense,
+        experts=size.experts,
+        derived=derived,
+        fragments=fragments if have_fragments else None,
+        dense_experts=2 * size.expert_weights,
+    )
+
+
+def _specs(
+    model: ModelFacts, settings: CompressionSettings
+) -> Iterator[tuple[str, TensorSpec | None]]:
+    """Coding and spec of each kernel that is codes; None for groups of columns."""
+    config = model.config
+    wide, narrow = config.expert_mlp_dim, config.embed_dim
+    shapes = [(wide, narrow)] * len(config.wi_names) + [(narrow, wide)]
+    for own in layer_settings(config, settings).values():
+        for shape in shapes if own.method != "none" else ():
+            spec = TensorSpec(own.coding, config.num_experts, *shape)
+            yield own.coding, spec if own.group_size is None else None
 
 
 def seconds_a_token(

@@ -6,7 +6,7 @@ from typing import Any
 
 from qmoe_jax.formatting import format_bytes
 from qmoe_jax.pipeline.bit_budget import target_bits
-from qmoe_jax.planning.inference import seconds_a_token
+from qmoe_jax.planning.inference import MemoryAtWork, memory_at_work, seconds_a_token
 from qmoe_jax.planning.inputs import ModelFacts, TokenFacts, check_tokens
 from qmoe_jax.planning.memory import (
     Resources,
@@ -51,6 +51,7 @@ class Plan:
         coding and in the published layout.
       work: on the device, by kind.
       seconds: by kind.
+      memory_at_work: of the output, on the device.
       seconds_a_token: of the output at work, by kind; None where the device's speed is not known.
       largest_expert_batch: that fits device and host; 0 where none does.
       problems: why the run cannot fit, a sentence each; empty where it can.
@@ -70,6 +71,7 @@ class Plan:
     sizes: tuple[CompressedSize, ...]
     work: dict[str, Work]
     seconds: dict[str, float]
+    memory_at_work: MemoryAtWork
     seconds_a_token: dict[str, float] | None
     largest_expert_batch: int
     problems: tuple[str, ...]
@@ -121,6 +123,7 @@ class Plan:
             ],
             "flops": {kind: part.flops for kind, part in self.work.items()},
             "seconds": self.seconds | {"total": self.total_seconds},
+            "memory_at_work": dataclasses.asdict(self.memory_at_work),
             "seconds_a_token": self.seconds_a_token,
             "largest_expert_batch": self.largest_expert_batch,
             "fits": not self.problems,
@@ -202,6 +205,7 @@ def make_plan(
             read_bytes_per_second=resources.read_bytes_per_second,
             write_bytes_per_second=resources.write_bytes_per_second,
         ),
+        memory_at_work=memory_at_work(model, settings, resources.device, sizes[0]),
         seconds_a_token=seconds_a_token(model, settings, resources.device),
         largest_expert_batch=largest_expert_batch(model, tokens, settings, resources),
         problems=(),

@@ -227,17 +227,31 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _inference_lines(plan: Plan) -> list[str]:
-    """How fast the output answers; nothing where that is not known."""
-    parts, device = plan.seconds_a_token, plan.resources.device
+    """Say what the output takes when it answers, and how fast it does where that is known."""
+    held, device = plan.memory_at_work, plan.resources.device
+    lines = [
+        "the output at work there, estimated",
+        _row("memory", format_bytes(held.dense + held.experts + held.derived),
+             f"experts in bfloat16 would take {format_bytes(held.dense_experts)}"),
+        _row("  dense parameters", format_bytes(held.dense)),
+        _row("  codes", format_bytes(held.experts)),
+    ]  # fmt: skip
+    if not device.is_host:
+        lines.append(_row("  found in them for kernels", format_bytes(held.derived)))
+    if held.fragments is not None:
+        note = "more, with implementation='cuda_fragments'"
+        lines.append(_row("  fragments", format_bytes(held.fragments), note))
+    parts = plan.seconds_a_token
     if parts is None:
-        return []
+        return lines
     rate = f"at {device.coded_weights_per_second or 0:.3g} weights/s"
-    lines = ["the output at work there, estimated: a token of one row, after its encoder"]
-    for kind, needed in parts.items():
-        if needed:
-            lines.append(_row(kind, f"{1e3 * needed:.1f} ms", rate if "codes" in kind else ""))
     needed = sum(parts.values())
-    return [*lines, _row("in all", f"{1e3 * needed:.1f} ms", f"{1 / needed:.3g} tokens/s")]
+    note = f"{1 / needed:.3g} tokens/s, of one row, after its encoder"
+    lines.append(_row("a token", f"{1e3 * needed:.1f} ms", note))
+    for kind, own in parts.items():
+        if own:
+            lines.append(_row(f"  {kind}", f"{1e3 * own:.1f} ms", rate if "codes" in kind else ""))
+    return lines
 
 
 def _verdict_lines(plan: Plan) -> list[str]:

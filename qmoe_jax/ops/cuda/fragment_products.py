@@ -22,6 +22,7 @@ from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda.fragments import (
     CHUNK_PLACES,
     CHUNK_ROWS,
+    FRAGMENT_GRIDS,
     READ_BEHIND,
     has_fragments,
     places_of,
@@ -71,7 +72,6 @@ _ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "e
 _WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
 # More blocks end more evenly, and read tokens more often.
 _ENOUGH_BLOCKS = {8: 1024, 16: 1024, 32: 512, 64: 256}
-_GRIDS = ("lattice", "ternary")
 _MAX_GRID_Y = 65_535
 _FRACTION_BITS, _BIAS = 23, 127
 
@@ -94,7 +94,7 @@ def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
         device before 8.0.
     """
     grids = {spec.coding: get_coding(spec.coding).grid for spec in specs}
-    if others := sorted(name for name, grid in grids.items() if grid not in _GRIDS):
+    if others := sorted(name for name, grid in grids.items() if grid not in FRAGMENT_GRIDS):
         raise CudaError(
             f"The model has codes of {', '.join(map(repr, others))}; "
             "implementation='cuda_fragments' requires those of the lattice or the ternary grid. "

@@ -25,6 +25,7 @@ from qmoe_jax.ops.cuda.kernels import expand_experts
 from qmoe_jax.ops.cuda.launcher import Launcher
 from qmoe_jax.ops.experts import CodedExperts
 
+FRAGMENT_GRIDS = ("lattice", "ternary")
 CHUNK_ROWS, CHUNK_PLACES, CHUNK_WORDS = 32, 64, 128
 READ_BEHIND = 64
 """Chunks behind the last that kernels read for nothing."""
