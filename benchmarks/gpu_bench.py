@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,13 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
+from qmoe_jax.codec.decode import device_arrays  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec  # noqa: E402
-from qmoe_jax.ops.cuda import kernels  # noqa: E402
-from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
+from qmoe_jax.ops.cuda import fragment_products, kernels  # noqa: E402
+from qmoe_jax.ops.cuda.fragments import READ_BEHIND, derive_fragments  # noqa: E402
+from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings  # noqa: E402
 from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
     CudaError,
     CupyLauncher,
@@ -225,6 +229,48 @@ def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
     return Codes(spec, kernels.coding_argument(spec, arrays), copies, stored_bytes)
 
 
+def repeat_fragments(found: Mapping[str, Any], times: int) -> dict[str, np.ndarray]:
+    """Fragments of a tensor whose experts are those of `found`, again and again."""
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    for name, kept in (("fragments", READ_BEHIND), ("extra_fragments", 1), ("extra_places", 1)):
+        own, behind = arrays[name][:-kept], arrays[name][-kept:]
+        arrays[name] = np.concatenate([own] * times + [behind])
+    for name in ("fragment_starts", "extra_starts"):
+        sizes = np.tile(np.diff(arrays[name]), times)
+        arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    arrays["fragment_places"] = np.concatenate([arrays["fragment_places"]] * times)
+    return arrays
+
+
+class FragmentCodes(NamedTuple):
+    """The tensor of `make_codes`, coding "lattice", as fragments."""
+
+    spec: TensorSpec
+    arrays: dict[str, np.ndarray]
+    """Of `fragments.Fragments`, and the origins."""
+    copies: list[list[Any]]
+    """What a launch takes of them, on the device, once a copy."""
+    read_bytes: int
+    """Of all experts: what a product of all of them must read."""
+
+
+def make_fragment_codes(gpu: Gpu, out: int, width: int) -> FragmentCodes:
+    """The codes of `make_codes`, laid out by the GPU as at loading."""
+    coded = encode(*random_codes("lattice", (UNIQUE_EXPERTS, out, width)), "lattice")
+    stored = device_arrays(coded)
+    derived = kernels.derive(gpu.launcher, coded.spec, stored)
+    times = NUM_EXPERTS // UNIQUE_EXPERTS
+    arrays = repeat_fragments(derive_fragments(gpu.launcher, coded.spec, stored, derived), times)
+    arrays["origins"] = np.tile(coded.arrays["origins"], times)
+    read_bytes = sum(arrays[name].nbytes for name in fragment_products.ARRAYS)
+    copies = [
+        [gpu.upload(arrays[name]) for name in fragment_products.ARRAYS]
+        for _ in range(-(-gpu.cold_bytes // read_bytes))
+    ]
+    spec = dataclasses.replace(coded.spec, num_experts=NUM_EXPERTS)
+    return FragmentCodes(spec, arrays, copies, read_bytes)
+
+
 class Tokens(NamedTuple):
     """Tokens on the device, sorted by expert, with room for outputs."""
 
@@ -248,7 +294,10 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     order = np.arange(count, dtype=np.int32)
     tiles = {}
     matmul = kernels.cuda_interface(spec.coding).matmul
-    for size in matmul.tiles if matmul else ():
+    sizes = set(matmul.tiles if matmul else ())
+    if spec.coding == "lattice":
+        sizes |= {size // parts for size in fragment_products.COLUMNS for parts in (1, 2)}
+    for size in sorted(sizes):
         firsts = np.arange(0, each, size, dtype=np.int32)
         found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
         tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
@@ -293,6 +342,55 @@ def matmul_launches(
     for copy in codes.copies:
         for own in tokens:
             arrays = (*copy, own.x, own.order, own.starts, *own.tiles[size], own.y)
+            launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
+    return launches
+
+
+def place_tokens(gpu: Gpu, codes: FragmentCodes, tokens: Sequence[Tokens], parts: int) -> list[Any]:
+    """What products with fragments take for each of `tokens`, on the device: XLA makes it."""
+    places, origins = (jnp.asarray(codes.arrays[n]) for n in ("fragment_places", "origins"))
+    placed = []
+    for own in tokens:
+        order = kernels.TokenOrder(
+            *(jnp.asarray(gpu.cupy.asnumpy(a)) for a in (own.order, own.experts, own.starts))
+        )
+        x = jnp.asarray(gpu.cupy.asnumpy(own.x).view(ml_dtypes.bfloat16))
+        placed.append(gpu.upload(np.asarray(_place(x, order, places, origins, parts=parts))))
+    return placed
+
+
+_place = jax.jit(fragment_products.place_tokens, static_argnames="parts")
+
+
+def fragment_launches(
+    gpu: Gpu,
+    codes: FragmentCodes,
+    tokens: Sequence[Tokens],
+    placed: Sequence[Any],
+    columns: int,
+    parts: int,
+    settings: LaunchSettings,
+    row_parts: int | None = None,
+) -> list[Callable[[], None]]:
+    """The product of each of `tokens`, `placed`, with each copy of the fragments, in turn."""
+    size = columns // parts
+    call = fragment_products.fragment_call(
+        codes.spec,
+        num_chunks=len(codes.arrays["fragments"]),
+        num_extras=len(codes.arrays["extra_fragments"]),
+        places=codes.arrays["fragment_places"].shape[1],
+        num_tokens=len(tokens[0].x),
+        num_tiles=len(tokens[0].tiles[size][0]),
+        columns=columns,
+        parts=parts,
+        is_float32=False,
+        settings=settings,
+        row_parts=row_parts,
+    )
+    launches = []
+    for copy in codes.copies:
+        for own, rows in zip(tokens, placed, strict=True):
+            arrays = (*copy, rows, own.order, own.starts, *own.tiles[size], own.y)
             launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
     return launches
 

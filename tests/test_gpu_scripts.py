@@ -11,15 +11,19 @@ import time
 from pathlib import Path
 
 import fake_cupy
+import numpy as np
 import pytest
+from cuda_emulation import fragment_tensors
 from cuda_emulation.launcher import EmulatedLauncher
 
+from qmoe_jax.codec.encode import encode
 from qmoe_jax.ops.cuda import launch_settings
 from qmoe_jax.ops.cuda.launcher import use_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import bench_fragments  # noqa: E402
 import bench_kernels  # noqa: E402
 import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
@@ -40,7 +44,7 @@ def cublas(monkeypatch):
     monkeypatch.setattr(gpu_bench, "open_gpu", lambda program: FakeLauncher())
     monkeypatch.setattr(gpu_bench, "_load_cublas", lambda: library)
     monkeypatch.setattr(gpu_bench, "MIN_COLD_BYTES", 1)
-    for module in (gpu_bench, bench_kernels, tune_kernels):
+    for module in (gpu_bench, bench_fragments, bench_kernels, tune_kernels):
         monkeypatch.setattr(module, "NUM_EXPERTS", 4)
     return library
 
@@ -76,6 +80,47 @@ class TestOnAFakeGpu:
         with pytest.raises(KeyboardInterrupt):
             bench_kernels.main()
         assert len(json.loads(target.read_text())["products"]) == 2
+
+    def test_fragments(self, cublas, monkeypatch, tmp_path):
+        """Alone and in programs; outputs are compared, kernels are those that are meant."""
+        launcher = FakeLauncher()
+        monkeypatch.setattr(gpu_bench, "open_gpu", lambda program: launcher)
+        target = tmp_path / "fragments.json"
+        shapes = ["--shapes", "40x90", "--in_jax", "40x90", "--tokens", "1", "33"]
+        arguments = ["bench_fragments", "--json", str(target), *shapes, "--repeats", "1"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        bench_fragments.main()
+        results = json.loads(target.read_text())
+        keys = {(e, t) for e in (1, 4) for t in (1, 33)}
+        products = results["products"]
+        for way in ("fragments", "stored"):
+            own = [p for p in products if (p["way"] == "fragments") == (way == "fragments")]
+            assert {(p["experts"], p["tokens"]) for p in own} == keys
+        assert all(0 < p["error"] < 1e-2 and p["cublas_seconds"] > 0 for p in products)
+        assert {(e["implementation"], e["experts"], e["tokens"]) for e in results["in_jax"]} == {
+            (i, *key) for i in ("cuda", "cuda_fragments") for key in keys
+        }
+        names = {name for name, in_jit in launcher.calls if in_jit}
+        assert {name.rpartition("_")[0] for name in names if "fragments" in name} == {
+            "matmul_fragments"
+        }
+        assert any(name.startswith(("fused_lattice", "matmul_lattice")) for name in names)
+        assert results["bits"][0]["of_a_weight"] > 1
+        text = "\n".join(bench_fragments.summary(results))
+        assert "40x90" in text
+        assert "nan" not in text
+
+    def test_repeated_fragments_are_those_of_repeated_experts(self, cublas, monkeypatch):
+        gpu = gpu_bench.Gpu(FakeLauncher())
+        monkeypatch.setattr(gpu_bench, "UNIQUE_EXPERTS", 2)
+        found = gpu_bench.make_fragment_codes(gpu, 150, 70).arrays
+        codes, levels = gpu_bench.random_codes("lattice", (2, 150, 70))
+        twice = {name: np.concatenate([array, array]) for name, array in levels.items()}
+        coded = encode(np.concatenate([codes, codes]), twice, "lattice")
+        expected = fragment_tensors.made(coded)
+        assert expected["extra_starts"][-1] > 0
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
 
     def test_tuner(self, cublas, monkeypatch, tmp_path):
         target = tmp_path / "kernel_launch.json"

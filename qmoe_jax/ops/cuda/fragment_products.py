@@ -22,7 +22,8 @@ from qmoe_jax.ops.cuda.fragments import (
     has_fragments,
     places_of,
 )
-from qmoe_jax.ops.cuda.kernels import TokenOrder, tile_tokens
+from qmoe_jax.ops.cuda.kernels import TokenOrder, settings_for, tile_tokens
+from qmoe_jax.ops.cuda.launch_settings import LaunchSettings
 from qmoe_jax.ops.cuda.launcher import KernelCall, Launcher, Operand, StructArgument, run_kernel
 from qmoe_jax.ops.experts import CodedExperts
 
@@ -65,9 +66,9 @@ FRAGMENT_PRODUCT = ArgumentStruct(
         ("y_is_float32", "int"),
     ),
 )
-_ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
-_WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
-_ENOUGH_BLOCKS = 1024
+ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
+"""Of `Fragments`, what a launch takes first."""
+_MOST_WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
 _MAX_ELEMENTS = 1 << 31
 _MAX_GRID_Y = 65_535
 
@@ -141,9 +142,8 @@ def fragment_product(
       Outputs in the order of x; zeros for tokens without an expert.
     """
     spec, num_tokens, derived = experts.spec, x.shape[0], experts.derived
-    parts = 1 if expected_tokens >= ONE_PART_FROM else 2
-    wanted = parts * min(2 * expected_tokens, num_tokens)
-    columns = min([size for size in COLUMNS if size >= wanted], default=COLUMNS[-1])
+    parts = parts_of_tokens(expected_tokens)
+    columns = tile_columns(parts * min(2 * expected_tokens, num_tokens))
     tiles = tile_tokens(tokens, spec.num_experts, columns // parts)
     result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
     placed = place_tokens(
@@ -159,10 +159,33 @@ def fragment_product(
         columns=columns,
         parts=parts,
         is_float32=result.dtype == jnp.float32,
+        settings=settings_for(launcher, experts),
     )
-    arrays: list[Operand] = [derived[name] for name in _ARRAYS]
+    arrays: list[Operand] = [derived[name] for name in ARRAYS]
     inputs = [*arrays, placed, tokens.order, tokens.starts, *tiles]
     return run_kernel(launcher, call, inputs, result)
+
+
+def parts_of_tokens(expected_tokens: int | float) -> int:
+    """Return into how many numbers a feature times a step is rounded, by tokens of an expert."""
+    return 1 if expected_tokens >= ONE_PART_FROM else 2
+
+
+def tile_columns(wanted: int | float) -> int:
+    """Return the columns of a tile that has room for so many, if there are such."""
+    return min([size for size in COLUMNS if size >= wanted], default=COLUMNS[-1])
+
+
+def shared_row_parts(columns: int, places: int, warps: int) -> list[int]:
+    """Numbers of warps that can share 32 rows, least first.
+
+    Args:
+      columns: of a tile.
+      places: of an expert, at most.
+      warps: of a block, at most.
+    """
+    most = min(warps, _MOST_WARPS[columns], places // CHUNK_PLACES)
+    return [share for share in (1, 2, 4, 8) if share <= most]
 
 
 def place_tokens(
@@ -209,6 +232,7 @@ def fragment_call(
     columns: int,
     parts: int,
     is_float32: bool,
+    settings: LaunchSettings | None = None,
     row_parts: int | None = None,
 ) -> KernelCall:
     """Return a launch. Inputs: `Fragments` but for places, placed tokens, order, starts, tiles; y.
@@ -223,13 +247,17 @@ def fragment_call(
       columns: of a tile, one of `COLUMNS`.
       parts: of a token, 1 or 2.
       is_float32: whether y is float32, not bfloat16.
-      row_parts: warps that share 32 rows; None: as many as make enough blocks.
+      settings: launch settings; None: the defaults.
+      row_parts: one of `shared_row_parts`; None: as many as make enough blocks.
     """
-    warps, strips = _WARPS[columns], -(-spec.rows // CHUNK_ROWS)
-    shared = [share for share in (1, 2, 4, 8) if share <= min(warps, places // CHUNK_PLACES)]
+    settings = settings or LaunchSettings()
+    warps = min(settings.fragment_warps, _MOST_WARPS[columns])
+    strips = -(-spec.rows // CHUNK_ROWS)
     if row_parts is None:
+        shared = shared_row_parts(columns, places, warps)
         blocks = {share: -(-strips * share // warps) * num_tiles for share in shared}
-        row_parts = min([s for s in shared if blocks[s] >= _ENOUGH_BLOCKS], default=shared[-1])
+        enough = [share for share in shared if blocks[share] >= settings.fragment_blocks]
+        row_parts = min(enough, default=shared[-1])
     numbers = {
         "num_chunks": num_chunks - READ_BEHIND,
         "num_extras": num_extras,
@@ -250,6 +278,6 @@ def fragment_call(
         shared_bytes=128 * columns * warps if row_parts > 1 else 0,
         arguments=(
             StructArgument.of(FRAGMENTS, numbers),
-            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(_ARRAYS)),
+            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(ARRAYS)),
         ),
     )
