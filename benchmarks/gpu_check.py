@@ -48,12 +48,15 @@ ALL_IN_GRAPHS = {"XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1"}
 # The sanitizer slows kernels down a hundredfold, JAX's too: only tests that CuPy alone runs.
 # racecheck has crashed on more than a few tests in one process: each of these has its own.
 SANITIZED = (
-    "test_damaged",
+    "test_damaged_codes",
+    "test_damaged_fragments",
     "test_encoder",
     "test_kernels and 33",
     "test_kernels and 769",
     "test_tensor_cores and 1040",
     "test_tensor_cores and 768",
+    "test_fragment_kernels and 31",
+    "test_fragment_kernels and 1500",
 )
 # CuPy and XLA probe for what a driver may lack: such calls are no fault of a kernel.
 SANITIZER = ["--error-exitcode", "9", "--target-processes", "all", "--report-api-errors", "no"]

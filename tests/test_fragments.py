@@ -263,7 +263,7 @@ class TestProducts:
         codes = get_coding("lattice").decode_numpy_reference(coded)
         weights = reference.dequantize(coded, codes)
         parts = 1 if tokens / 3 >= fragment_products.ONE_PART_FROM else 2
-        assert_rounded_products(np.asarray(inside), weights, np.asarray(x), index, parts)
+        assert_rounded_products(*map(np.asarray, (inside, weights, x, index)), parts)
 
     def test_float32_tokens_go_another_way(self, launcher):
         experts = experts_with_fragments(launcher, (2, 40, 30))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -81,12 +82,16 @@ def placed_tokens(
     parts: int,
 ) -> np.ndarray:
     """What the kernel takes for tokens, bfloat16 [blocks, rows, 32]."""
-    order = kernels.sort_tokens(jnp.asarray(experts), coded.spec.num_experts)
+    num_experts = coded.spec.num_experts
+    order, token_experts, starts = launches.sort_tokens(experts, num_experts)
+    token_experts = np.where(token_experts < 0, num_experts, token_experts)
+    tokens = kernels.TokenOrder(*map(jnp.asarray, (order, token_experts, starts)))
     places, origins = arrays["fragment_places"], coded.arrays["origins"]
-    rows = fragment_products.place_tokens(
-        jnp.asarray(x), order, jnp.asarray(places), jnp.asarray(origins), parts=parts
-    )
-    return np.asarray(rows)
+    given = (jnp.asarray(x), tokens, jnp.asarray(places), jnp.asarray(origins))
+    return np.asarray(_place(*given, parts=parts))
+
+
+_place = jax.jit(fragment_products.place_tokens, static_argnames="parts")
 
 
 def check_kernel(
@@ -125,18 +130,17 @@ def check_kernel(
     order = np.argsort(np.where(experts < 0, spec.num_experts, experts), kind="stable")
     rows = placed.astype(np.float64).transpose(1, 0, 2).reshape(placed.shape[1], -1)
     rows = rows[: tokens * parts].reshape(tokens, parts, -1)
-    weights = 2.0 * (read_back(coded, arrays)[1] if places is None else places)
+    weights = read_back(coded, arrays)[1] if places is None else places
     terms = 2 * arrays["fragment_places"].shape[1]
     rounding = 2.0**-8 if y.dtype == BF16 else 0.0
-    for row, token in enumerate(order):
-        if experts[token] < 0:
-            np.testing.assert_array_equal(y[token], 0)
-            continue
-        own = weights[experts[token]]
-        expected = own @ rows[row].sum(axis=0)
-        sizes = np.abs(own) @ np.abs(rows[row]).sum(axis=0)
+    outputs = y[order].astype(np.float64)
+    np.testing.assert_array_equal(outputs[experts[order] < 0], 0)
+    for expert in set(experts[experts >= 0]):
+        own, chosen = 2.0 * weights[expert], experts[order] == expert
+        expected = rows[chosen].sum(axis=1) @ own.T
+        sizes = np.abs(rows[chosen]).sum(axis=1) @ np.abs(own.T)
         bound = terms * 2.0**-24 * sizes + rounding * np.abs(expected) + 1e-37
-        assert (np.abs(y[token].astype(np.float64) - expected) <= bound).all()
+        assert (np.abs(outputs[chosen] - expected) <= bound).all()
     return y
 
 
@@ -152,12 +156,11 @@ def assert_rounded_products(
       experts: of each token; below 0 there is none, and y is 0.
       parts: of a token.
     """
-    for token, expert in enumerate(experts):
-        if expert < 0:
-            np.testing.assert_array_equal(y[token], 0)
-            continue
-        own, column = weights[expert].astype(np.float64), x[token].astype(np.float64)
-        expected, sizes = own @ column, np.abs(own) @ np.abs(column)
+    assert not np.any(y[experts < 0])
+    for expert in set(experts[experts >= 0]):
+        own, chosen = weights[expert].T.astype(np.float64), experts == expert
+        tokens = x[chosen].astype(np.float64)
+        expected, sizes = tokens @ own, np.abs(tokens) @ np.abs(own)
         # A weight is at most three times as much in its digits; and the result is rounded.
         bound = 3 * 2.0 ** (-8 * parts) * sizes + 2.0**-8 * np.abs(expected)
-        assert (np.abs(y[token].astype(np.float64) - expected) <= bound).all()
+        assert (np.abs(y[chosen].astype(np.float64) - expected) <= bound).all()
