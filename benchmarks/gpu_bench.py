@@ -362,6 +362,28 @@ def place_tokens(gpu: Gpu, codes: FragmentCodes, tokens: Sequence[Tokens], parts
 _place = jax.jit(fragment_products.place_tokens, static_argnames="parts")
 
 
+def fragment_call(
+    codes: FragmentCodes,
+    tokens: Sequence[Tokens],
+    columns: int,
+    parts: int,
+    settings: LaunchSettings,
+) -> KernelCall:
+    """The launch of each of `tokens`."""
+    return fragment_products.fragment_call(
+        codes.spec,
+        num_chunks=len(codes.arrays["fragments"]),
+        num_extras=len(codes.arrays["extra_fragments"]),
+        places=codes.arrays["fragment_places"].shape[1],
+        num_tokens=len(tokens[0].x),
+        num_tiles=len(tokens[0].tiles[columns // parts][0]),
+        columns=columns,
+        parts=parts,
+        is_float32=False,
+        settings=settings,
+    )
+
+
 def fragment_launches(
     gpu: Gpu,
     codes: FragmentCodes,
@@ -370,27 +392,14 @@ def fragment_launches(
     columns: int,
     parts: int,
     settings: LaunchSettings,
-    row_parts: int | None = None,
 ) -> list[Callable[[], None]]:
     """The product of each of `tokens`, `placed`, with each copy of the fragments, in turn."""
-    size = columns // parts
-    call = fragment_products.fragment_call(
-        codes.spec,
-        num_chunks=len(codes.arrays["fragments"]),
-        num_extras=len(codes.arrays["extra_fragments"]),
-        places=codes.arrays["fragment_places"].shape[1],
-        num_tokens=len(tokens[0].x),
-        num_tiles=len(tokens[0].tiles[size][0]),
-        columns=columns,
-        parts=parts,
-        is_float32=False,
-        settings=settings,
-        row_parts=row_parts,
-    )
+    call = fragment_call(codes, tokens, columns, parts, settings)
     launches = []
     for copy in codes.copies:
         for own, rows in zip(tokens, placed, strict=True):
-            arrays = (*copy, rows, own.order, own.starts, *own.tiles[size], own.y)
+            tiles = own.tiles[columns // parts]
+            arrays = (*copy, rows, own.order, own.starts, *tiles, own.y)
             launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
     return launches
 
