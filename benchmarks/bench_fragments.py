@@ -1,4 +1,4 @@
-"""Codes of the lattice as fragments: products beside stored codes and cuBLAS, alone and in JAX.
+"""Codes as fragments: products beside stored codes and cuBLAS, alone and in JAX.
 
     python benchmarks/bench_fragments.py --json benchmarks/results/fragments.json
 
@@ -25,17 +25,21 @@ import numpy as np
 from gpu_bench import NUM_EXPERTS, Cublas, FragmentCodes, Gpu, Timing, Tokens
 
 from qmoe_jax.atomic_file import write_json
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.formatting import format_table
 from qmoe_jax.ops.cuda import kernels
-from qmoe_jax.ops.cuda.fragment_products import parts_of_tokens, tile_columns
+from qmoe_jax.ops.cuda.fragment_products import tile_size
 from qmoe_jax.ops.cuda.launch_settings import LaunchSettings, launch_settings
 from qmoe_jax.ops.cuda.launcher import use_launcher
 from qmoe_jax.ops.experts import CodedExperts
 from qmoe_jax.ops.products import compressed_product
 
 PROGRAM = "bench_fragments"
+CODINGS = tuple(
+    name for name in gpu_bench.CODINGS if get_coding(name).grid in gpu_bench.FRAGMENT_GRIDS
+)
 TOKENS = (1, 4, 16, 64)
 IN_JAX = ("768x3072", "6144x2080")
 IMPLEMENTATIONS = ("cuda", "cuda_fragments")
@@ -48,6 +52,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write figures there")
+    parser.add_argument("--coding", default="lattice", choices=CODINGS)
     parser.add_argument("--shapes", nargs="+", default=[f"{o}x{i}" for o, i in gpu_bench.SHAPES])
     parser.add_argument("--in_jax", nargs="*", default=IN_JAX, help="default %(default)s")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
@@ -65,6 +70,7 @@ def main() -> None:
     gpu = Gpu(gpu_bench.open_gpu(PROGRAM))
     results: dict[str, Any] = {
         **gpu.facts(),
+        "coding": options.coding,
         "copy_bytes_per_second": gpu.copy_bandwidth(),
         "products": [],
         "in_jax": [],
@@ -77,7 +83,7 @@ def main() -> None:
 
     # What a user has comes first for each shape: it is what matters.
     for shape in shapes:
-        codes = gpu_bench.make_fragment_codes(gpu, *shape)
+        codes = gpu_bench.make_fragment_codes(gpu, options.coding, *shape)
         results.setdefault("bits", []).append(
             {
                 "shape": list(shape),
@@ -100,9 +106,9 @@ def bench_kernels_alone(
 ) -> None:
     """Kernels of stored codes and of fragments, and cuBLAS, on the same tokens."""
     shape = (fragments.spec.rows, fragments.spec.width)
-    codes = gpu_bench.make_codes(gpu, "lattice", *shape)
+    codes = gpu_bench.make_codes(gpu, fragments.spec.coding, *shape)
     device = gpu.launcher.device
-    settings = launch_settings(device.name, device.compute_capability, "lattice")
+    settings = launch_settings(device.name, device.compute_capability, fragments.spec.coding)
     dense, _ = bench_kernels.expand_all(gpu, codes, settings)
     cublas = Cublas(gpu, dense)
     for tokens in numbers:
@@ -131,16 +137,15 @@ def time_fragments(
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel alone; its outputs stay in `own`."""
     spec, count = codes.spec, experts * tokens
-    parts = parts_of_tokens(tokens)
-    columns = tile_columns(parts * tokens)
-    placed = gpu_bench.place_tokens(gpu, codes, own, parts)
-    launches = gpu_bench.fragment_launches(gpu, codes, own, placed, columns, parts, settings)
+    placed = gpu_bench.place_tokens(gpu, codes, own)
+    tile = tile_size(float(tokens), count)
+    launches = gpu_bench.fragment_launches(gpu, codes, own, placed, tile, settings)
     for tokens_of_a_launch in own:  # what others have left there must not pass for a product
         tokens_of_a_launch.y.fill(0x7FFF)
     timing = gpu.time(launches)
     places = codes.arrays["fragment_places"].shape[1]
     moved = codes.read_bytes * experts / NUM_EXPERTS
-    moved += 2 * count * (parts * places + spec.rows)
+    moved += 2 * count * (places + spec.rows)
     return {
         "shape": [spec.rows, spec.width],
         "coding": spec.coding,
@@ -165,7 +170,9 @@ def bench_in_jax(
     spec, stored, derived = stored_codes(gpu, codes)
     stored_bytes = sum(array.nbytes for array in stored.values())
     num_copies = min(MOST_COPIES, -(-gpu.cold_bytes // stored_bytes))
-    laid_out = {name: array for name, array in codes.arrays.items() if name != "origins"}
+    laid_out = {
+        name: array for name, array in codes.arrays.items() if name not in ("origins", "levels")
+    }
     copied = {"cuda": {**stored, **derived}, "cuda_fragments": {**stored, **laid_out}}
     outputs: dict[tuple[int, int], np.ndarray] = {}
     for implementation in IMPLEMENTATIONS:
@@ -204,7 +211,7 @@ def stored_codes(
 ) -> tuple[TensorSpec, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The stored arrays of the same codes, and what kernels derive of them."""
     shape = (gpu_bench.UNIQUE_EXPERTS, codes.spec.rows, codes.spec.width)
-    coded = encode(*gpu_bench.random_codes("lattice", shape), "lattice")
+    coded = encode(*gpu_bench.random_codes(codes.spec.coding, shape), codes.spec.coding)
     spec, arrays = gpu_bench.repeat_experts(coded, NUM_EXPERTS)
     derived = kernels.derive(gpu.launcher, spec, arrays)
     return spec, arrays, {name: np.asarray(array) for name, array in derived.items()}
@@ -273,7 +280,10 @@ def summary(results: dict[str, Any]) -> list[str]:
         rows.append(
             [*words(key), *(us(found.get(i)) for i in IMPLEMENTATIONS), us(cublas.get(key))]
         )
-    lines = ["microseconds of products with codes of the lattice", *format_table(rows).split("\n")]
+    lines = [
+        f"microseconds of products with codes of {results['coding']!r}",
+        *format_table(rows).split("\n"),
+    ]
     ratios: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for key, found in by_key(results["products"], "way").items():
         if "fragments" not in found or len(found) < 2:

@@ -47,6 +47,7 @@ NUM_EXPERTS = 64
 UNIQUE_EXPERTS = 4
 """Experts that are encoded; the others are copies of them elsewhere in memory."""
 MIN_COLD_BYTES = 64 << 20
+FRAGMENT_GRIDS = ("lattice", "ternary")
 CODINGS = tuple(name for name in coding_names() if get_coding(name).cuda)
 
 
@@ -235,37 +236,41 @@ def repeat_fragments(found: Mapping[str, Any], times: int) -> dict[str, np.ndarr
     for name, kept in (("fragments", READ_BEHIND), ("extra_fragments", 1), ("extra_places", 1)):
         own, behind = arrays[name][:-kept], arrays[name][-kept:]
         arrays[name] = np.concatenate([own] * times + [behind])
+    num_experts = len(arrays["fragment_starts"]) - 1
     for name in ("fragment_starts", "extra_starts"):
         sizes = np.tile(np.diff(arrays[name]), times)
         arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    arrays["fragment_places"] = np.concatenate([arrays["fragment_places"]] * times)
+    if len(arrays["fragment_places"]) == num_experts:  # places of ternary codes are columns
+        arrays["fragment_places"] = np.concatenate([arrays["fragment_places"]] * times)
     return arrays
 
 
 class FragmentCodes(NamedTuple):
-    """The tensor of `make_codes`, coding "lattice", as fragments."""
+    """The tensor of `make_codes` as fragments."""
 
     spec: TensorSpec
     arrays: dict[str, np.ndarray]
-    """Of `fragments.Fragments`, and the origins."""
+    """Of `fragments.Fragments`, and origins or levels."""
     copies: list[list[Any]]
     """What a launch takes of them, on the device, once a copy."""
     read_bytes: int
     """Of all experts: what a product of all of them must read."""
 
 
-def make_fragment_codes(gpu: Gpu, out: int, width: int) -> FragmentCodes:
+def make_fragment_codes(gpu: Gpu, coding: str, out: int, width: int) -> FragmentCodes:
     """The codes of `make_codes`, laid out by the GPU as at loading."""
-    coded = encode(*random_codes("lattice", (UNIQUE_EXPERTS, out, width)), "lattice")
+    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
     stored = device_arrays(coded)
     derived = kernels.derive(gpu.launcher, coded.spec, stored)
     times = NUM_EXPERTS // UNIQUE_EXPERTS
     arrays = repeat_fragments(derive_fragments(gpu.launcher, coded.spec, stored, derived), times)
-    arrays["origins"] = np.tile(coded.arrays["origins"], times)
-    read_bytes = sum(arrays[name].nbytes for name in fragment_products.ARRAYS)
+    kept = "levels" if "levels" in coded.arrays else "origins"
+    arrays[kept] = np.concatenate([coded.arrays[kept]] * times)
+    taken = [arrays[name] for name in fragment_products.ARRAYS]
+    taken.append(arrays.get("levels", np.zeros(1, np.uint32)))
+    read_bytes = sum(array.nbytes for array in taken)
     copies = [
-        [gpu.upload(arrays[name]) for name in fragment_products.ARRAYS]
-        for _ in range(-(-gpu.cold_bytes // read_bytes))
+        [gpu.upload(array) for array in taken] for _ in range(-(-gpu.cold_bytes // read_bytes))
     ]
     spec = dataclasses.replace(coded.spec, num_experts=NUM_EXPERTS)
     return FragmentCodes(spec, arrays, copies, read_bytes)
@@ -295,8 +300,8 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     tiles = {}
     matmul = kernels.cuda_interface(spec.coding).matmul
     sizes = set(matmul.tiles if matmul else ())
-    if spec.coding == "lattice":
-        sizes |= {size // parts for size in fragment_products.COLUMNS for parts in (1, 2)}
+    if get_coding(spec.coding).grid in FRAGMENT_GRIDS:
+        sizes |= set(fragment_products.TILES)
     for size in sorted(sizes):
         firsts = np.arange(0, each, size, dtype=np.int32)
         found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
@@ -346,27 +351,32 @@ def matmul_launches(
     return launches
 
 
-def place_tokens(gpu: Gpu, codes: FragmentCodes, tokens: Sequence[Tokens], parts: int) -> list[Any]:
-    """What products with fragments take for each of `tokens`, on the device: XLA makes it."""
-    places, origins = (jnp.asarray(codes.arrays[n]) for n in ("fragment_places", "origins"))
+def place_tokens(gpu: Gpu, codes: FragmentCodes, tokens: Sequence[Tokens]) -> list[list[Any]]:
+    """Rows and scales for each of `tokens`, on the device: XLA makes them."""
+    places = jnp.asarray(codes.arrays["fragment_places"])
+    origins = codes.arrays.get("origins")
     placed = []
     for own in tokens:
         order = kernels.TokenOrder(
             *(jnp.asarray(gpu.cupy.asnumpy(a)) for a in (own.order, own.experts, own.starts))
         )
         x = jnp.asarray(gpu.cupy.asnumpy(own.x).view(ml_dtypes.bfloat16))
-        placed.append(gpu.upload(np.asarray(_place(x, order, places, origins, parts=parts))))
+        if origins is None:
+            found = _place_features(x, order, places.shape[1])
+        else:
+            found = _place(x, order, places, jnp.asarray(origins))
+        placed.append([gpu.upload(np.asarray(array)) for array in found])
     return placed
 
 
-_place = jax.jit(fragment_products.place_tokens, static_argnames="parts")
+_place = jax.jit(fragment_products.place_tokens)
+_place_features = jax.jit(fragment_products.place_features, static_argnums=2)
 
 
 def fragment_call(
     codes: FragmentCodes,
     tokens: Sequence[Tokens],
-    columns: int,
-    parts: int,
+    tile: int,
     settings: LaunchSettings,
 ) -> KernelCall:
     """The launch of each of `tokens`."""
@@ -376,9 +386,8 @@ def fragment_call(
         num_extras=len(codes.arrays["extra_fragments"]),
         places=codes.arrays["fragment_places"].shape[1],
         num_tokens=len(tokens[0].x),
-        num_tiles=len(tokens[0].tiles[columns // parts][0]),
-        columns=columns,
-        parts=parts,
+        num_tiles=len(tokens[0].tiles[tile][0]),
+        tile=tile,
         is_float32=False,
         settings=settings,
     )
@@ -388,18 +397,16 @@ def fragment_launches(
     gpu: Gpu,
     codes: FragmentCodes,
     tokens: Sequence[Tokens],
-    placed: Sequence[Any],
-    columns: int,
-    parts: int,
+    placed: Sequence[Sequence[Any]],
+    tile: int,
     settings: LaunchSettings,
 ) -> list[Callable[[], None]]:
     """The product of each of `tokens`, `placed`, with each copy of the fragments, in turn."""
-    call = fragment_call(codes, tokens, columns, parts, settings)
+    call = fragment_call(codes, tokens, tile, settings)
     launches = []
     for copy in codes.copies:
         for own, rows in zip(tokens, placed, strict=True):
-            tiles = own.tiles[columns // parts]
-            arrays = (*copy, rows, own.order, own.starts, *tiles, own.y)
+            arrays = (*copy, *rows, own.order, own.starts, *own.tiles[tile], own.y)
             launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
     return launches
 

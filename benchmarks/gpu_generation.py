@@ -5,7 +5,7 @@
 A synthetic model of random weights with the sparse layers of the public base-128 (768 x 3072,
 128 experts, every other layer), `--layers` of each stack. Greedy, no row ends early. All run in
 bfloat16 through the same module: experts dense in XLA's loop over those that tokens reach, or codes
-by the CUDA kernels: `codes` as they are stored ("cuda"), and with `--coding lattice` `fragments` as
+by the CUDA kernels: `codes` as they are stored ("cuda"), and, of codings that can, `fragments` as
 they may be laid out at loading ("cuda_fragments"). The rate is the median of `--repeats` runs,
 without compilation, encoder included. What random weights generate means nothing; how long it takes
 does.
@@ -25,6 +25,7 @@ import numpy as np
 
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.checkpoints import names
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.tensor import TensorSpec
@@ -67,7 +68,7 @@ def main() -> None:
     dense_variables = {"params": random_params(dense)}
     models = {"dense": (dense, dense_variables)}
     for way, implementation in WAYS.items():
-        if way == "codes" or options.coding == "lattice":
+        if way == "codes" or get_coding(options.coding).grid in gpu_bench.FRAGMENT_GRIDS:
             models[way] = coded_model(
                 gpu, config, dense_variables["params"], options.coding, implementation
             )

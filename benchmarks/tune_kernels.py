@@ -6,9 +6,9 @@ Needs a CUDA device, CuPy and JAX; a bare checkout will do; some minutes. For ea
 of the launches are those with the least time, as a geometric mean over the shapes of the QMoE
 paper: `few` for one token at one expert, `many` for one and for eight tokens at each of 64 experts,
 `expand` for all 64. Then the numbers of tokens of an expert are sought from which tensor cores beat
-the kernels without them, and up to which either beats expansion and cuBLAS. For "lattice" also how
-warps share rows in products with fragments: each number of warps a block and of those that share is
-timed, for some numbers of tokens at one and at 64 experts.
+the kernels without them, and up to which either beats expansion and cuBLAS. Of "lattice" and
+ternary codes also how warps share rows in products with fragments: each number of warps a block and
+of those that share is timed, for some numbers of tokens at one and at 64 experts.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 from bench_kernels import token_sets
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu
 
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.ops.cuda import fragment_products, kernels, launch_settings
 from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings
 from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
@@ -52,8 +53,8 @@ def main() -> None:
     found = {}
     for coding in options.codings:
         found[coding] = tune(gpu, coding, shapes)
-        if coding == "lattice" and fragment_products.multiplies_fragments(gpu.launcher):
-            found[coding] = tune_fragments(gpu, found[coding], shapes)
+        if get_coding(coding).grid in gpu_bench.FRAGMENT_GRIDS:
+            found[coding] = tune_fragments(gpu, coding, found[coding], shapes)
         print(f"{coding}: {found[coding]}", flush=True)
     launch_settings.write_settings(gpu.launcher.device.name, found)
     print(f"written to {launch_settings.settings_path()} as {gpu.launcher.device.name!r}")
@@ -118,7 +119,7 @@ def tune(gpu: Gpu, coding: str, shapes: Sequence[tuple[int, int]]) -> LaunchSett
 
 
 def tune_fragments(
-    gpu: Gpu, settings: LaunchSettings, shapes: Sequence[tuple[int, int]]
+    gpu: Gpu, coding: str, settings: LaunchSettings, shapes: Sequence[tuple[int, int]]
 ) -> LaunchSettings:
     """The settings with the best of `fragment_warps` and `fragment_blocks`."""
     candidates = [
@@ -129,16 +130,15 @@ def tune_fragments(
     candidates.sort(key=lambda c: (c.fragment_warps, c.fragment_blocks) != _DEFAULT_SHARING)
     logs = dict.fromkeys(candidates, 0.0)
     for shape in shapes:
-        codes = gpu_bench.make_fragment_codes(gpu, *shape)
+        codes = gpu_bench.make_fragment_codes(gpu, coding, *shape)
         for experts, tokens in itertools.product((1, NUM_EXPERTS), FRAGMENT_TOKENS):
             of_experts = [[e] for e in range(NUM_EXPERTS)] if experts == 1 else [range(NUM_EXPERTS)]
             own = [gpu_bench.make_tokens(gpu, codes.spec, e, tokens) for e in of_experts]
-            parts = fragment_products.parts_of_tokens(tokens)
-            columns = fragment_products.tile_columns(parts * tokens)
-            placed = gpu_bench.place_tokens(gpu, codes, own, parts)
+            tile = fragment_products.tile_size(float(tokens), experts * tokens)
+            placed = gpu_bench.place_tokens(gpu, codes, own)
             seconds: dict[KernelCall, float] = {}
             for candidate in candidates:
-                given = (columns, parts, candidate)
+                given = (tile, candidate)
                 call = gpu_bench.fragment_call(codes, own, *given)
                 if call not in seconds:
                     launches = gpu_bench.fragment_launches(gpu, codes, own, placed, *given)
@@ -147,7 +147,10 @@ def tune_fragments(
             sharing = {(call.threads // 32, _row_parts(call)): t for call, t in seconds.items()}
             times = ", ".join(f"{w}/{r} {t * 1e6:.1f}" for (w, r), t in sorted(sharing.items()))
             what = f"{shape[0]}x{shape[1]}, {experts} experts, {tokens} tokens each"
-            print(f"fragments, {what}, microseconds by warps/sharing rows: {times}", flush=True)
+            print(
+                f"{coding} as fragments, {what}, microseconds by warps/sharing rows: {times}",
+                flush=True,
+            )
     return min(logs, key=logs.__getitem__)
 
 

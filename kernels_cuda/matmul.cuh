@@ -139,24 +139,23 @@ QMOE_DEVICE void matmul(Coding coding, const MatmulArguments& product) {
       const u32 lowers[4] = {lower.x, lower.y, lower.z, lower.w};
       // Behind the last column there are zeros to multiply with.
       const int column = begin + block + 16 * q < shape.in_features ? begin + block + 16 * q : 0;
-      Quad32 low[OWN_TILES], high[OWN_TILES];
 #pragma unroll
-      for (int tile = 0; tile < OWN_TILES; ++tile) {
-        const auto* const source = reinterpret_cast<const Quad32*>(own[tile] + column);
-        low[tile] = source[0];
-        high[tile] = source[1];
-      }
+      for (int half = 0; half < 2; ++half) {
+        Quad32 eight[OWN_TILES];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const u32 a0 = Coding::weights(upper_factor, uppers[k]);
-        const u32 a1 = Coding::weights(lower_factor, lowers[k]);
-        const u32 a2 = Coding::weights(upper_factor, uppers[k] >> 16);
-        const u32 a3 = Coding::weights(lower_factor, lowers[k] >> 16);
+        for (int tile = 0; tile < OWN_TILES; ++tile)
+          eight[tile] = reinterpret_cast<const Quad32*>(own[tile] + column)[half];
 #pragma unroll
-        for (int tile = 0; tile < OWN_TILES; ++tile) {
-          const Quad32& four = k < 2 ? low[tile] : high[tile];
-          multiply_16x8x16(sums[tile], a0, a1, a2, a3, k % 2 ? four.z : four.x,
-                           k % 2 ? four.w : four.y);
+        for (int k = 0; k < 2; ++k) {
+          const u32 above = uppers[2 * half + k], below = lowers[2 * half + k];
+          const u32 a0 = Coding::weights(upper_factor, above);
+          const u32 a1 = Coding::weights(lower_factor, below);
+          const u32 a2 = Coding::weights(upper_factor, above >> 16);
+          const u32 a3 = Coding::weights(lower_factor, below >> 16);
+#pragma unroll
+          for (int tile = 0; tile < OWN_TILES; ++tile)
+            multiply_16x8x16(sums[tile], a0, a1, a2, a3, k ? eight[tile].z : eight[tile].x,
+                             k ? eight[tile].w : eight[tile].y);
         }
       }
     }

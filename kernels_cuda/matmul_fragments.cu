@@ -1,6 +1,7 @@
-// Products with codes that lie as tensor cores take them, compute capability 8.0: "fragments", made once
-// after loading (qmoe_jax/ops/cuda/fragments.py), two bits a weight. y[t, row] = sum over places k of
-// m_e[row, k] x[t, k], m of -1, 0 and 1, x a token's features times steps, at the places of its expert.
+// Products with codes that lie as tensor cores take them: "fragments", made once after loading
+// (qmoe_jax/ops/cuda/fragments.py), two bits a weight. Of the lattice y[t, row] = scale[t] * sum over
+// places k of m_e[row, k] x[t, k], m of -2, 0 and 2, x a token's features times steps, float16, at the
+// places of its expert. Of ternary codes y[t, row] = sum over columns k of W_e[row, k] x[t, k], bfloat16.
 //
 // A chunk is 32 rows of 64 places, 512 bytes: each lane loads 16 bytes, which are its part of eight
 // products of 16x8x16. A warp takes 32 rows, and of their chunks every so many-th (`row_parts`). Behind
@@ -8,11 +9,13 @@
 // stored. Sums are float32, in one order for a number of `row_parts`. A weight 0 is multiplied: an
 // infinity or a NaN in x reaches all rows.
 //
-// Fragments: word 2 h + s of lane 4 g + q has, in bits 2 i and 2 i + 1 of its lower half, the weight
-// of row 16 h + g (i even) or 16 h + g + 8 and place 32 s + 8 q + 4 (i / 4) + 2 (i / 2 % 2), and in its upper half that
-// of the next place: the first bit says that it is not zero, the second that it is negative.
+// Fragments: word 2 h + s of lane 4 g + q has eight pairs i of weights: row 16 h + g (i even) or
+// 16 h + g + 8, place 32 s + 8 q + 4 (i / 4) + 2 (i / 2 % 2) and the next one. Of the lattice a pair's first
+// weight is bits 2 i and 2 i + 1, its second 16 bits further: the lower bit says that it is not zero, the other
+// that it is negative. Of ternary codes the first is bits 16 (i / 4) + 2 (i % 4) and the next, its second 8
+// bits further: 0, 1 for the high level or 2 for the low one.
 //
-// Shared memory, by bytes: warps * 1024 * (tile columns / 8), sums, if row_parts > 1; else none.
+// Shared memory, by bytes: warps * 128 * tokens of a tile, sums, if row_parts > 1; else none.
 #include "tensor_cores.cuh"
 
 using namespace qmoe;
@@ -20,9 +23,9 @@ using namespace qmoe;
 namespace qmoe {
 
 constexpr int CHUNK_ROWS = 32, CHUNK_PLACES = 64;
-// Places of a row of x that lie together: a warp's load of eight rows is 512 bytes in one piece.
-constexpr u32 ROW_PLACES = 32;
-// The bits that two weights of 1 or -1 have, as bfloat16: they are 2 and -2, and tokens are halved.
+// Places of a row of x that lie together: a lane's load, and eight rows' loads follow one another.
+constexpr u32 ROW_PLACES = 8;
+// The bits of two weights of 2 or -2, as float16.
 constexpr u32 BOTH_WEIGHTS = 0xc000c000u;
 
 // Codes of all experts as fragments.
@@ -33,15 +36,17 @@ struct FragmentArrays {
   const u32* extra_fragments;  // uint32 [num_extras, 32, 4]
   const u16* extra_places;     // uint16 [num_extras, 64]: in x
   const int* extra_starts;     // int32 [num_experts * ceil(out_features / 32) + 1]: first of each 32 rows
+  const u32* levels;           // bfloat16 [num_experts, out_features, 2], (low, high), of ternary codes, which
+                               // have no extras
   int num_chunks;              // at least 0
   int num_extras;              // at least 0
 };
 
 // What every product with fragments takes behind them.
 struct FragmentProductArguments {
-  const u16* x;               // bfloat16 [places / 32, num_rows, 32]: half of what weights multiply; rows
-                              // are tokens sorted by expert, those without one last, each `parts` rows,
-                              // then 64 that are read for nothing
+  const u16* x;               // float16 or bfloat16 [places / 8, num_tokens + 64, 8]: tokens sorted by
+                              // expert, those without one last, then 64 that are read for nothing
+  const float* scales;        // float32 [num_tokens]: of the sums of each; of the lattice only
   const int* token_order;     // int32 [num_tokens]: row in y of each
   const int* expert_starts;   // int32 [num_experts + 1]: first sorted token of each expert
   const int* tile_experts;    // int32 [num_tiles]: the expert of each tile; num_experts: tokens without
@@ -52,8 +57,6 @@ struct FragmentProductArguments {
   int out_features;           // at least 1
   int places;                 // of a token: a multiple of 64, at most 65,536
   int num_tokens;             // at least 1
-  int num_rows;               // num_tokens * parts + 64
-  int parts;                  // 1 or 2: numbers that a token's feature is the sum of
   int row_parts;              // 1, 2, 4, 8 or 16, dividing warps: that share 32 rows
   int y_is_float32;           // 0 or 1
 };
@@ -77,10 +80,46 @@ QMOE_DEVICE int start_at(const int* starts, u64 index, int most) {
   return start < 0 ? 0 : min_of(start, most);
 }
 
-// Sums of a warp's 32 rows, and how codes add to them. TILES: eight columns each, of x.
-template <int TILES>
+// Two weights of a word as the tensor cores take them: pair i.
+struct LatticePairs {
+  static constexpr bool HAS_EXTRAS = true;
+
+  QMOE_DEVICE_MEMBER void open(const FragmentArrays&, int, int, int) {}
+
+  QMOE_DEVICE_MEMBER u32 get(u32 word, int, int i) const { return word << (14 - 2 * i) & BOTH_WEIGHTS; }
+
+  QMOE_DEVICE_MEMBER void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) const {
+    multiply_16x8x16_f16(c, a[0], a[1], a[2], a[3], b0, b1);
+  }
+};
+
+struct TernaryPairs {
+  static constexpr bool HAS_EXTRAS = false;
+  u32 levels[2][2];  // of rows 16 h + g, + 8: low, high
+
+  QMOE_DEVICE_MEMBER void open(const FragmentArrays& arrays, int expert, int rows, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      levels[i / 2][i % 2] =
+          arrays.levels[static_cast<u64>(expert) * rows + min_of(row + 8 * i, rows - 1)];
+  }
+
+  QMOE_DEVICE_MEMBER u32 get(u32 word, int half, int i) const {
+    // Bytes 4 and 5 are zeros, 3 and 2 the high level, 1 and 0 the low one.
+    const u32 pair = word >> (16 * (i / 4) + 2 * (i % 4)) & 0x0303u;
+    return select_bytes(levels[half][i % 2], 0, 0x5454u - 0x22u * pair);
+  }
+
+  QMOE_DEVICE_MEMBER void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) const {
+    multiply_16x8x16(c, a[0], a[1], a[2], a[3], b0, b1);
+  }
+};
+
+// Sums of a warp's 32 rows, and how codes add to them. TILES: eight tokens each.
+template <int TILES, class Pairs>
 struct FragmentSums {
-  float sums[2][TILES][4] = {};  // rows 16 h + g, + 8; columns 8 tile + 2 q, + 1
+  Pairs pairs;
+  float sums[2][TILES][4] = {};  // rows 16 h + g, + 8; tokens 8 tile + 2 q, + 1
 
   // Words of 32 places, those of rows 0 to 15 and of 16 to 31; `tokens`: eight places of each of the tiles
   // FIRST to FIRST + COUNT - 1.
@@ -93,39 +132,40 @@ struct FragmentSums {
       for (int half = 0; half < 2; ++half) {
         u32 a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[i] = words[half] << (14 - 2 * (4 * step + i)) & BOTH_WEIGHTS;
+        for (int i = 0; i < 4; ++i) a[i] = pairs.get(words[half], half, 4 * step + i);
 #pragma unroll
         for (int tile = 0; tile < COUNT; ++tile) {
           const Quad32& own = tokens[tile];
-          multiply_16x8x16(sums[half][FIRST + tile], a[0], a[1], a[2], a[3], step ? own.z : own.x,
-                           step ? own.w : own.y);
+          pairs.multiply(sums[half][FIRST + tile], a, step ? own.z : own.x, step ? own.w : own.y);
         }
       }
   }
 
-  // An extra chunk's words for one tile after another. `row`: x of the lane's column of the first tile;
+  // An extra chunk's words for one tile after another. `row`: x of the lane's token of the first tile;
   // `offsets`: of eight places from it.
   template <int TILE>
   QMOE_DEVICE_MEMBER void add_extra(u32 upper, u32 lower, const u16* row, const u32 (&offsets)[8]) {
     const u16* const own = row + 8 * ROW_PLACES * TILE;
-    u32 pairs[4];
+    u32 both[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = own[offsets[2 * i]] | own[offsets[2 * i + 1]] << 16;
-    const Quad32 tokens[1] = {{pairs[0], pairs[1], pairs[2], pairs[3]}};
+    for (int i = 0; i < 4; ++i) both[i] = own[offsets[2 * i]] | own[offsets[2 * i + 1]] << 16;
+    const Quad32 tokens[1] = {{both[0], both[1], both[2], both[3]}};
     add<TILE, 1>(upper, lower, tokens);
     if constexpr (TILE + 1 < TILES) add_extra<TILE + 1>(upper, lower, row, offsets);
   }
 };
 
 // Block (rows, tile of tokens).
-template <int TILES, int CHUNKS_AHEAD>
+template <int TILES, int CHUNKS_AHEAD, class Pairs>
 QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
                                   const FragmentProductArguments& product) {
 #if !defined(QMOE_EMULATION) && __CUDA_ARCH__ < 800
-  asm volatile("trap;");  // no bfloat16 in these tensor cores: never launched
-#else
-  const int parts = product.parts, row_parts = product.row_parts;
+  if constexpr (!Pairs::HAS_EXTRAS) {
+    asm volatile("trap;");  // no bfloat16 in these tensor cores: never launched
+    return;
+  }
+#endif
+  const int row_parts = product.row_parts;
   const int strips = (product.out_features + CHUNK_ROWS - 1) / CHUNK_ROWS;
   const int strip = blockIdx.x * (warps_of_block() / row_parts) + warp_of_block() / row_parts;
   const int row_part = warp_of_block() % row_parts;
@@ -134,25 +174,27 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
   const int stop = expert < product.num_experts
                        ? min_of(product.expert_starts[expert + 1], product.num_tokens)
                        : product.num_tokens;
-  const int count = min_of(8 * TILES / parts, stop - first);
+  const int count = min_of(8 * TILES, stop - first);
   if (count <= 0) return;
 
   const int g = lane_of_warp() / 4, q = lane_of_warp() % 4;
-  FragmentSums<TILES> own;
+  FragmentSums<TILES, Pairs> own;
   if (expert < product.num_experts && strip < strips) {
+    own.pairs.open(arrays, expert, product.out_features, CHUNK_ROWS * strip + g);
     const int begin = start_at(arrays.fragment_starts, expert, arrays.num_chunks);
     const int end = start_at(arrays.fragment_starts, expert + 1, arrays.num_chunks);
     const int chunks =
         end > begin ? min_of((end - begin) / strips, product.places / CHUNK_PLACES) : 0;
-    const u32 pitch = ROW_PLACES * product.num_rows;  // of 32 places to the next
-    // Columns that no token has stand for others: of the last token, or, where there are several tiles, of
-    // the next ones and what is behind. No sum of theirs is stored.
-    const int column = TILES == 1 ? min_of(g, count * parts - 1) : g;
-    const u16* const row = product.x + static_cast<u64>(ROW_PLACES) * (first * parts + column);
+    const u32 num_rows = product.num_tokens + 64;
+    // Where a tile has no token another stands for it: its last one, or, where a block has several
+    // tiles, the next ones and what is behind. No sum of theirs is stored.
+    const int token = TILES == 1 ? min_of(g, count - 1) : g;
+    const u16* const row = product.x + static_cast<u64>(ROW_PLACES) * (first + token);
     const auto* fragment = reinterpret_cast<const Quad32*>(arrays.fragments) +
                            32 * (static_cast<u64>(begin) + static_cast<u64>(strip) * chunks + row_part) +
                            lane_of_warp();
-    const auto* tokens = reinterpret_cast<const Quad32*>(row + static_cast<u64>(2 * row_part) * pitch) + q;
+    const auto* tokens =
+        reinterpret_cast<const Quad32*>(row) + static_cast<u64>(8 * row_part + q) * num_rows;
     Quad32 ahead[CHUNKS_AHEAD];
 #pragma unroll
     for (int i = 0; i < CHUNKS_AHEAD; ++i) ahead[i] = load_fragments(fragment + 32 * i * row_parts);
@@ -162,10 +204,10 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
       for (int side = 0; side < 2; ++side) {
         Quad32 eight[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) eight[tile] = tokens[ROW_PLACES * tile + side * (pitch / 8)];
+        for (int tile = 0; tile < TILES; ++tile) eight[tile] = tokens[8 * tile + 4 * side * num_rows];
         own.template add<0, TILES>(side ? codes.y : codes.x, side ? codes.w : codes.z, eight);
       }
-      tokens += static_cast<u64>(row_parts) * (pitch / 4);
+      tokens += static_cast<u64>(8 * row_parts) * num_rows;
     };
     int left = chunks > row_part ? (chunks - row_part - 1) / row_parts + 1 : 0;
     for (; left >= CHUNKS_AHEAD; left -= CHUNKS_AHEAD)
@@ -180,25 +222,27 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
     for (int i = 0; i < CHUNKS_AHEAD - 1; ++i)
       if (i < left) add_next(ahead[i]);
 
-    const u64 strip_index = static_cast<u64>(expert) * strips + strip;
-    const int extra_end = start_at(arrays.extra_starts, strip_index + 1, arrays.num_extras);
-    for (int extra = start_at(arrays.extra_starts, strip_index, arrays.num_extras) + row_part;
-         extra < extra_end; extra += row_parts) {
-      const Quad32 codes = load_fragments(reinterpret_cast<const Quad32*>(arrays.extra_fragments) +
-                                          32 * static_cast<u64>(extra) + lane_of_warp());
+    if constexpr (Pairs::HAS_EXTRAS) {
+      const u64 strip_index = static_cast<u64>(expert) * strips + strip;
+      const int extra_end = start_at(arrays.extra_starts, strip_index + 1, arrays.num_extras);
+      for (int extra = start_at(arrays.extra_starts, strip_index, arrays.num_extras) + row_part;
+           extra < extra_end; extra += row_parts) {
+        const Quad32 codes = load_fragments(reinterpret_cast<const Quad32*>(arrays.extra_fragments) +
+                                            32 * static_cast<u64>(extra) + lane_of_warp());
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const Quad32 eight = *reinterpret_cast<const Quad32*>(
-            arrays.extra_places + static_cast<u64>(CHUNK_PLACES) * extra + 32 * side + 8 * q);
-        const u32 words[4] = {eight.x, eight.y, eight.z, eight.w}, most = product.places - 1;
-        u32 offsets[8];
+        for (int side = 0; side < 2; ++side) {
+          const Quad32 eight = *reinterpret_cast<const Quad32*>(
+              arrays.extra_places + static_cast<u64>(CHUNK_PLACES) * extra + 32 * side + 8 * q);
+          const u32 words[4] = {eight.x, eight.y, eight.z, eight.w}, most = product.places - 1;
+          u32 offsets[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const u32 place = min_of(words[i / 2] >> 16 * (i % 2) & 0xffff, most);
-          offsets[i] = place / ROW_PLACES * pitch + place % ROW_PLACES;
-        }
-        own.template add_extra<0>(side ? codes.y : codes.x, side ? codes.w : codes.z, row, offsets);
-      }
+          for (int i = 0; i < 8; ++i) {
+            const u32 place = min_of(words[i / 2] >> 16 * (i % 2) & 0xffff, most);
+            offsets[i] = place / ROW_PLACES * (ROW_PLACES * num_rows) + place % ROW_PLACES;
+          }
+          own.template add_extra<0>(side ? codes.y : codes.x, side ? codes.w : codes.z, row, offsets);
+          }
+    }
     }
   }
 
@@ -228,34 +272,37 @@ QMOE_DEVICE void matmul_fragments(const FragmentArrays& arrays,
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const int token = parts == 2 ? 4 * tile + q : 8 * tile + 2 * q + odd;
-      if (token >= count || odd == parts - 1 && parts == 2) continue;
+      const int token = 8 * tile + 2 * q + odd;
+      if (token >= count) continue;
       const int place = product.token_order[first + token];
       if (static_cast<u32>(place) >= static_cast<u32>(product.num_tokens)) continue;
+      const float scale = Pairs::HAS_EXTRAS ? product.scales[first + token] : 1.0f;
       const int row = CHUNK_ROWS * strip + g;
       const u64 index = static_cast<u64>(place) * product.out_features + row;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (row + 8 * i >= product.out_features) continue;
-        const float* const pair = &own.sums[i / 2][tile][2 * (i % 2)];
-        const float sum = parts == 2 ? pair[0] + pair[1] : pair[odd];
+        const float sum = scale * own.sums[i / 2][tile][2 * (i % 2) + odd];
         if (product.y_is_float32) static_cast<float*>(product.y)[index + 8 * i] = sum;
         else static_cast<u16*>(product.y)[index + 8 * i] = static_cast<u16>(to_bf16(sum));
       }
     }
-#endif
 }
 
 }  // namespace qmoe
 
 // AHEAD: loads of codes that a warp has under way.
-#define FRAGMENT_KERNEL(name, tiles, ahead, threads, blocks)                                      \
+#define FRAGMENT_KERNEL(name, pairs, tiles, ahead, threads, blocks)                               \
   extern "C" __global__ void __launch_bounds__(threads, blocks)                                   \
       name(const FragmentArrays arrays, const FragmentProductArguments product) {                 \
-    matmul_fragments<tiles, ahead>(arrays, product);                                              \
+    matmul_fragments<tiles, ahead, pairs>(arrays, product);                                       \
   }
 
-FRAGMENT_KERNEL(matmul_fragments_c8, 1, 4, 256, 4)
-FRAGMENT_KERNEL(matmul_fragments_c16, 2, 4, 256, 3)
-FRAGMENT_KERNEL(matmul_fragments_c32, 4, 4, 256, 2)
-FRAGMENT_KERNEL(matmul_fragments_c64, 8, 2, 128, 3)
+FRAGMENT_KERNEL(matmul_fragments_lattice_t8, LatticePairs, 1, 4, 256, 4)
+FRAGMENT_KERNEL(matmul_fragments_lattice_t16, LatticePairs, 2, 4, 256, 3)
+FRAGMENT_KERNEL(matmul_fragments_lattice_t32, LatticePairs, 4, 4, 256, 2)
+FRAGMENT_KERNEL(matmul_fragments_lattice_t64, LatticePairs, 8, 2, 128, 3)
+FRAGMENT_KERNEL(matmul_fragments_ternary_t8, TernaryPairs, 1, 4, 256, 4)
+FRAGMENT_KERNEL(matmul_fragments_ternary_t16, TernaryPairs, 2, 4, 256, 3)
+FRAGMENT_KERNEL(matmul_fragments_ternary_t32, TernaryPairs, 4, 4, 256, 2)
+FRAGMENT_KERNEL(matmul_fragments_ternary_t64, TernaryPairs, 8, 2, 128, 3)

@@ -114,6 +114,7 @@ def test_a_target_is_met(base, tmp_path, target):
     assert not any("bits a weight instead of" in warning for warning in report.warnings())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bytes(base, tmp_path, monkeypatch):
     settings = QUICK | {
         "grid": "lattice",

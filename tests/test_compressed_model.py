@@ -147,20 +147,22 @@ def lattice(golden_checkpoint, tmp_path_factory):
 class TestFragments:
     """Codes of the lattice that are laid out for tensor cores when they are loaded."""
 
-    def test_bfloat16_logits(self, launcher, lattice, inputs):
-        found = {}
+    @pytest.mark.parametrize("grid", ["lattice", "ternary"])
+    def test_bfloat16_logits(self, launcher, lattice, compressed, inputs, grid):
+        found, path = {}, lattice if grid == "lattice" else compressed
         for implementation, dtype in (
             ("cuda_fragments", "bfloat16"),
             ("xla", "bfloat16"),
             ("xla", "float32"),
         ):
-            module, variables = load_layers(lattice, dtype, implementation=implementation)
+            module, variables = load_layers(path, dtype, implementation=implementation)
             launcher.calls.clear()
             apply = jax.jit(functools.partial(module.apply, enable_dropout=False))
             found[implementation, dtype] = np.asarray(apply(variables, *inputs))
             config = module.config
             layers = len(config.encoder_sparse_layers + config.decoder_sparse_layers)
-            names = ["matmul_fragments"] * 2 * layers if implementation != "xla" else []
+            name = f"matmul_fragments_{grid}"
+            names = [name] * 2 * layers if implementation != "xla" else []
             assert [name.rpartition("_")[0] for name, _ in launcher.calls] == names
         logits, expected, exact = found.values()
         rounding = np.abs(expected - exact).mean()
@@ -184,6 +186,21 @@ class TestFragments:
         assert implementation_of("float32", free=2 * needed) == "cuda"
         assert implementation_of("float32", "cuda_fragments") == "cuda_fragments"
 
-    def test_other_codes_are_refused(self, launcher, compressed):
-        with pytest.raises(CudaError, match="codes of 'tunstall'.*requires 'lattice'"):
+    def test_other_codes_are_refused(self, launcher, compressed, monkeypatch):
+        config = qmoe_jax.load_switch(compressed, implementation="xla")[0].config
+        spec = TensorSpec("packed2", config.num_experts, 256, config.embed_dim)
+        coded = (("encoder/layers_1/mlp/expert/wi", spec),)
+        assert load._choose_implementation("auto", config, coded) == "cuda"
+        with pytest.raises(CudaError, match="codes of 'packed2'.*requires those of the lattice"):
+            load._choose_implementation("cuda_fragments", config, coded)
+
+    def test_older_devices_have_none_of_ternary_codes(
+        self, launcher, compressed, lattice, monkeypatch
+    ):
+        older = dataclasses.replace(launcher.device, compute_capability="7.5")
+        monkeypatch.setattr(launcher, "device", older)
+        monkeypatch.setattr(load, "_free_bytes", lambda: 10**12)
+        assert qmoe_jax.load_switch(compressed, "bfloat16")[0].implementation == "cuda"
+        assert qmoe_jax.load_switch(lattice, "bfloat16")[0].implementation == "cuda_fragments"
+        with pytest.raises(CudaError, match=r"capability 7\.5.*requires 8\.0 for ternary codes"):
             qmoe_jax.load_switch(compressed, implementation="cuda_fragments")

@@ -69,7 +69,7 @@ class TestStruct:
             assert comment, name
             if is_pointer(kind):
                 assert re.match(
-                    r"(u?int\d+|b?float\d+)( or (u?int\d+|float32))? \[[^]]+\]", comment
+                    r"(u?int\d+|b?float\d+)( or (u?int\d+|b?float\d+))? \[[^]]+\]", comment
                 ), name
 
     def test_layout_is_that_of_c(self, struct):

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
+from cuda_emulation.lattice_fragments import made, placed_tokens
 from cuda_emulation.tensors import (
     assert_products,
     lattice_codes,
@@ -583,6 +584,13 @@ class TestEveryBarrierIsNeeded:
             x, experts = np.ones((9, 300), BF16), np.array([0] * 8 + [-1], np.int32)
             launches.matmul(get, random_tensor("lattice", (1, 70, 300)), x, experts, tile=8)
             launches.matmul(get, random_tensor("lattice", (1, 9, 300), 1.0), x, experts, tile=8)
+            return
+        if name == "matmul_fragments.cu":
+            coded, experts = random_tensor("lattice", (1, 40, 300)), np.zeros(1, np.int32)
+            arrays = made(coded)
+            placed = placed_tokens(coded, arrays, np.ones((1, 300), BF16), experts)
+            options = {"tile": 8, "row_parts": 4}
+            launches.fragment_product(get, coded.spec, arrays, placed, experts, **options)
             return
         if name == "matmul.cuh":
             x, experts = np.ones((3, 1104), BF16), np.array([0, 0, -1], np.int32)

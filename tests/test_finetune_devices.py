@@ -111,6 +111,7 @@ def compare(checkpoint, folder, settings=(), *, stop=True, validate=True, **opti
     return one
 
 
+@pytest.mark.slow
 def test_four_devices_do_what_one_does(native, tmp_path):
     """Corrections of dense kernels and of experts, levels and norms, with dropout."""
     checkpoint = compress(native, tmp_path / "2bit", "2bit")

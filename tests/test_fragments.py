@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
-from cuda_emulation.fragment_tensors import (
+from cuda_emulation.lattice_fragments import (
     assert_rounded_products,
     check_kernel,
     decoded,
@@ -25,7 +25,7 @@ from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_values import STEP_TABLE
-from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import fragment_products, fragments, kernels
 from qmoe_jax.ops.experts import CodedExperts
@@ -116,16 +116,20 @@ class TestLayout:
 
 
 class TestPlacedTokens:
-    @pytest.mark.parametrize("parts", [1, 2])
-    def test_are_features_times_half_steps(self, parts):
+    @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+    def test_are_features_times_half_steps(self, size):
+        """To 11 bits, whatever their size."""
         coded = random_tensor((3, 60, 70), seed=1)
         arrays = made(coded)
         rng = np.random.default_rng(2)
-        x, experts = rng.normal(size=(6, 70)).astype(BF16), np.array([2, -1, 0, 2, 1, 1])
-        rows = placed_tokens(coded, arrays, x, experts, parts).astype(np.float64)
-        assert rows.shape == (arrays["fragment_places"].shape[1] // 32, 6 * parts + 64, 32)
-        np.testing.assert_array_equal(rows[:, 6 * parts :], 0)
-        sums = rows[:, : 6 * parts].transpose(1, 0, 2).reshape(6, parts, -1).sum(axis=1)
+        x = (size * rng.normal(size=(6, 70))).astype(BF16)
+        experts = np.array([2, -1, 0, 2, 1, 1])
+        rows, scales = placed_tokens(coded, arrays, x, experts)
+        assert rows.dtype == np.float16
+        assert rows.shape == (arrays["fragment_places"].shape[1] // 8, 6 + 64, 8)
+        np.testing.assert_array_equal(rows[:, 6:], 0)
+        np.testing.assert_array_equal(np.frexp(scales)[0], 0.5)
+        sums = rows[:, :6].transpose(1, 0, 2).reshape(6, -1) * scales[:, None].astype(np.float64)
         order = np.argsort(np.where(experts < 0, 3, experts), kind="stable")
         columns, halves = fragments.places_of(jnp.asarray(arrays["fragment_places"]))
         for row, token in enumerate(order[:-1]):
@@ -133,14 +137,21 @@ class TestPlacedTokens:
             features = x[token].astype(np.float64)[columns[expert]]
             exact = np.asarray(halves[expert], np.float64) * features
             exact *= coded.arrays["origins"][expert]
-            np.testing.assert_allclose(sums[row], exact, rtol=2.0 ** (-8 * parts))
+            # The smallest float16 is a 2^38th of the largest value.
+            least = 2.0**-38 * np.abs(exact).max()
+            np.testing.assert_allclose(sums[row], exact, rtol=1.001 * 2.0**-11, atol=least)
 
-    def test_an_infinity_is_not_put_where_there_is_no_place(self):
+    def test_what_is_not_finite_is_kept_in_its_place(self):
         coded = tensor_of(np.ones((1, 2, 3), np.int64))
-        x = np.full((1, 3), np.inf, BF16)
-        rows = placed_tokens(coded, made(coded), x, np.zeros(1, int), 2)
-        np.testing.assert_array_equal(np.isinf(rows[0, 0].astype(np.float32)), np.arange(32) < 3)
-        np.testing.assert_array_equal(rows[0, 1], 0)
+        arrays = made(coded)
+        for value in (np.inf, np.nan):
+            x = np.array([[1, value, 2], [1, 1, 2], [0, 0, 0]], BF16)
+            rows, scales = placed_tokens(coded, arrays, x, np.zeros(3, int))
+            assert np.isfinite(scales).all()
+            np.testing.assert_array_equal(np.isfinite(rows[0, 0]), np.arange(8) != 1)
+            np.testing.assert_array_equal(rows[0, 1, :3] / rows[0, 1, 0], [1, 1, 2])
+            assert 2**14 <= rows[0, 1, 2] < 2**15
+            np.testing.assert_array_equal(rows[1:], 0)
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +168,24 @@ class TestKernel:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_shapes(self, get, shape):
         coded = random_tensor(shape, seed=shape[2])
-        check_kernel(get, coded, made(coded), tokens=5, columns=8, parts=2)
+        check_kernel(get, coded, made(coded), tokens=5, tile=8)
 
-    @pytest.mark.parametrize("parts", [1, 2])
-    @pytest.mark.parametrize("columns", fragment_products.COLUMNS)
-    def test_columns_and_parts(self, get, columns, parts):
+    @pytest.mark.parametrize("tile", fragment_products.TILES)
+    def test_tiles(self, get, tile):
         """Tiles that are full, and not; extra places."""
-        coded = random_tensor((2, 100, 200), seed=columns)
+        coded = random_tensor((2, 70, 130), seed=tile)
         arrays = made(coded)
         assert arrays["extra_starts"][-1] > 0
-        for tokens in (1, 3 * columns // parts) if columns < 64 else (150 // parts,):
-            check_kernel(get, coded, arrays, tokens, columns, parts)
-        check_kernel(get, coded, arrays, 7, columns, parts, float32=False)
+        for tokens in (1, 3 * tile) if tile < 32 else (2 * tile,):
+            check_kernel(get, coded, arrays, tokens, tile)
+        check_kernel(get, coded, arrays, 3, tile, float32=False)
 
     @pytest.mark.parametrize("row_parts", [1, 2, 4, 8])
     def test_warps_that_share_rows(self, get, row_parts):
         """As many chunks as warps, fewer and more; loads ahead of the last."""
-        for width, share in ((64, 0.0), (700, 0.2), (1500, 0.5)):
-            coded = random_tensor((1, 70, width), share, seed=width)
-            options = {"columns": 8, "parts": 2, "row_parts": row_parts}
-            check_kernel(get, coded, made(coded), tokens=2, **options)
+        for width, share in ((64, 0.0), (700, 0.2), (900, 0.5)):
+            coded = random_tensor((1, 40, width), share, seed=width)
+            check_kernel(get, coded, made(coded), tokens=2, tile=8, row_parts=row_parts)
 
     def test_an_infinity_stays_with_its_token(self, get):
         coded = random_tensor((1, 60, 50), 0.5, seed=2)
@@ -184,9 +193,8 @@ class TestKernel:
         x = np.ones((3, 50), BF16)
         x[1] = np.inf
         experts = np.zeros(3, np.int32)
-        placed = placed_tokens(coded, arrays, x, experts, 2)
-        options = {"columns": 8, "parts": 2}
-        y = launches.fragment_product(get, coded.spec, arrays, placed, experts, **options)
+        placed = placed_tokens(coded, arrays, x, experts)
+        y = launches.fragment_product(get, coded.spec, arrays, placed, experts, tile=8)
         assert not np.isfinite(y[1]).any()
         np.testing.assert_array_equal(y[0], y[2])
         assert np.isfinite(y[0]).all()
@@ -196,22 +204,21 @@ class TestKernel:
     )
     def test_damaged_arrays_stay_in_bounds(self, get, name):
         """The sanitizers watch, and every output is some number."""
-        coded = random_tensor((2, 70, 200), seed=6)
+        coded = random_tensor((2, 70, 90), seed=6)
         arrays = made(coded)
+        assert arrays["extra_starts"][-1] > 0
         experts = np.array([0, 1, 1, -1], np.int32)
-        placed = placed_tokens(coded, arrays, np.ones((4, 200), BF16), experts, 2)
+        placed = placed_tokens(coded, arrays, np.ones((4, 90), BF16), experts)
         rng = np.random.default_rng(7)
-        for share in (0.05, 0.5, 1.0):
+        for share in (0.05, 1.0):
             damaged = {**arrays, name: arrays[name].copy()}
             raw = damaged[name].reshape(-1).view(np.uint8)
             some = rng.random(raw.size) < share
             raw[some] = rng.integers(0, 256, int(some.sum()))
             if name in ("fragment_starts", "extra_starts"):
                 damaged[name][rng.integers(0, len(damaged[name]))] = rng.choice([-1, 2**31 - 1])
-            for columns in (8, 32):
-                options = {"columns": columns, "parts": 2}
-                y = launches.fragment_product(get, coded.spec, damaged, placed, experts, **options)
-                assert np.isfinite(y).all()
+            y = launches.fragment_product(get, coded.spec, damaged, placed, experts, tile=8)
+            assert np.isfinite(y).all()
 
 
 def experts_with_fragments(launcher, shape, seed=0) -> CodedExperts:
@@ -262,8 +269,7 @@ class TestProducts:
         coded = CodedTensor(experts.spec, {n: np.asarray(a) for n, a in experts.arrays.items()})
         codes = get_coding("lattice").decode_numpy_reference(coded)
         weights = reference.dequantize(coded, codes)
-        parts = 1 if tokens / 3 >= fragment_products.ONE_PART_FROM else 2
-        assert_rounded_products(*map(np.asarray, (inside, weights, x, index)), parts)
+        assert_rounded_products(*map(np.asarray, (inside, weights, x, index)))
 
     def test_float32_tokens_go_another_way(self, launcher):
         experts = experts_with_fragments(launcher, (2, 40, 30))
@@ -289,16 +295,98 @@ class TestProducts:
         product(experts, "cuda_fragments")(x, index)
         assert [name for name, _ in launcher.calls] == ["fused_lattice_t16"]
 
-    def test_an_older_device_multiplies_stored_codes(self, launcher, monkeypatch):
-        experts = experts_with_fragments(launcher, (2, 40, 30))
-        older = dataclasses.replace(launcher.device, compute_capability="7.5")
-        monkeypatch.setattr(launcher, "device", older)
-        assert not fragment_products.takes_fragments(launcher, experts, 3, 2)
-        with pytest.raises(CudaError, match=r"capability 7\.5.*requires 8\.0"):
-            fragment_products.check_fragments(launcher, [experts.spec])
-
     def test_sizes_are_estimated(self, launcher):
         experts = experts_with_fragments(launcher, (3, 200, 500))
         estimate = fragments.fragment_bytes(experts.spec)
         assert 0.5 * experts.derived["fragments"].nbytes < estimate
         assert estimate == 512 * (3 * 7 * 8 + 64)
+
+
+class TestTernary:
+    """Codes of the ternary grid: their columns lie as they are, their levels stay apart."""
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_all_codes_come_back(self, shape):
+        codes = np.random.default_rng(1).choice(3, shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+        spec = TensorSpec("tunstall", *shape)
+        arrays = fragments.make_ternary_fragments(spec, lambda expert: jnp.asarray(codes[expert]))
+        strips, chunks = -(-shape[1] // 32), -(-shape[2] // 64)
+        np.testing.assert_array_equal(
+            arrays.fragment_starts, strips * chunks * np.arange(shape[0] + 1)
+        )
+        words = np.asarray(arrays.fragments)
+        assert not words[-fragments.READ_BEHIND :].any()
+        words = words[: -fragments.READ_BEHIND].reshape(shape[0], strips, chunks, -1)
+        for place in np.ndindex(words.shape[:3]):
+            expert, strip, chunk = place
+            rows, columns = slice(32 * strip, 32 * strip + 32), slice(64 * chunk, 64 * chunk + 64)
+            expected = np.array([0, -1, 1])[codes[expert, rows, columns]]
+            found = chunk_symbols(words[place], is_ternary=True)
+            height, width = expected.shape
+            np.testing.assert_array_equal(found[:height, :width], expected)
+            assert not found[height:].any()
+            assert not found[:, width:].any()
+
+    def test_too_many_columns_are_refused(self):
+        spec = TensorSpec("tunstall", 1, 2, 1 << 17)
+        with pytest.raises(CudaError, match="131072 columns.*implementation='cuda'"):
+            fragments.make_ternary_fragments(spec, lambda _: jnp.zeros((2, 1 << 17), jnp.uint8))
+
+    @pytest.mark.parametrize("tile", fragment_products.TILES)
+    def test_kernel(self, get, tile):
+        """Beside float64; levels of either sign, alike, and 0."""
+        shape = (2, 40, 200)
+        rng = np.random.default_rng(tile)
+        codes = rng.choice(3, shape, p=[0.7, 0.2, 0.1]).astype(np.uint8)
+        levels = rng.normal(size=(*shape[:2], 2)).astype(BF16)
+        levels[0, 3], levels[1, 5] = 0, levels[1, 5, 0]
+        spec = TensorSpec("tunstall", *shape)
+        made = fragments.make_ternary_fragments(spec, lambda expert: jnp.asarray(codes[expert]))
+        arrays = {name: np.asarray(array) for name, array in made._asdict().items()}
+        arrays["levels"] = levels
+        weights = np.where(codes == 1, levels[..., :1], np.where(codes == 2, levels[..., 1:], 0))
+        weights = weights.astype(np.float64)
+        tokens = 2 * tile if tile > 8 else 5
+        experts = rng.integers(-1, 2, tokens).astype(np.int32)
+        x = rng.normal(size=(tokens, 200)).astype(BF16)
+        order = kernels.sort_tokens(jnp.asarray(experts), 2)
+        placed = fragment_products.place_features(jnp.asarray(x), order, 256)
+        rows = [np.asarray(array) for array in placed]
+        for row_parts in (1, 4) if tile == 8 else (1,):
+            y = launches.fragment_product(
+                get, spec, arrays, rows, experts, tile=tile, row_parts=row_parts
+            )
+            for token, expert in enumerate(experts):
+                own = weights[expert] if expert >= 0 else np.zeros(shape[1:])
+                column = x[token].astype(np.float64)
+                error = np.abs(y[token] - own @ column)
+                assert (error <= 256 * 2.0**-24 * (np.abs(own) @ np.abs(column))).all()
+
+    @needs_compiler
+    @pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
+    def test_products(self, launcher, coding):
+        """From stored codes, in jit and out; also where levels do not tell codes apart."""
+        shape = (3, 70, 90)
+        rng = np.random.default_rng(0)
+        codes = rng.choice(3, shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+        levels = rng.normal(size=(*shape[:2], 2)).astype(BF16)
+        levels[0, 3], levels[1, 5] = 0, levels[1, 5, 0]
+        coded = encode(codes, levels, coding)
+        arrays = device_arrays(coded)
+        derived = kernels.derive(launcher, coded.spec, arrays)
+        found = fragments.derive_fragments(launcher, coded.spec, arrays, derived)
+        expected = fragments.make_ternary_fragments(
+            coded.spec, lambda expert: jnp.asarray(codes[expert])
+        )
+        for name, array in expected._asdict().items():
+            np.testing.assert_array_equal(found[name], array)
+        experts = CodedExperts(coded.spec, arrays, 90, {**derived, **found})
+        x = jnp.asarray(rng.normal(size=(40, 90)), jnp.bfloat16)
+        index = jnp.asarray(rng.integers(-1, 3, 40), jnp.int32)
+        launcher.calls.clear()
+        outside = product(experts, "cuda_fragments")(x, index)
+        inside = jax.jit(product(experts, "cuda_fragments"))(x, index)
+        assert launcher.calls == [("matmul_fragments_ternary_t32", jit) for jit in (False, True)]
+        np.testing.assert_array_equal(outside, inside)
+        stored = product(experts, "cuda")(x, index).astype(jnp.float32)
+        np.testing.assert_allclose(inside.astype(jnp.float32), stored, rtol=2**-7, atol=1e-5)

@@ -13,10 +13,11 @@ from pathlib import Path
 import fake_cupy
 import numpy as np
 import pytest
-from cuda_emulation import fragment_tensors
+from cuda_emulation import lattice_fragments
 from cuda_emulation.launcher import EmulatedLauncher
 from markers import slow
 
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.ops.cuda import launch_settings
 from qmoe_jax.ops.cuda.launcher import use_launcher
@@ -82,14 +83,15 @@ class TestOnAFakeGpu:
             bench_kernels.main()
         assert len(json.loads(target.read_text())["products"]) == 2
 
-    def test_fragments(self, cublas, monkeypatch, tmp_path):
+    @pytest.mark.parametrize("coding", ["lattice", *slow("tunstall")])
+    def test_fragments(self, cublas, monkeypatch, tmp_path, coding):
         """Alone and in programs; outputs are compared, kernels are those that are meant."""
         launcher = FakeLauncher()
         monkeypatch.setattr(gpu_bench, "open_gpu", lambda program: launcher)
         target = tmp_path / "fragments.json"
         shapes = ["--shapes", "40x90", "--in_jax", "40x90", "--tokens", "1", "33"]
         arguments = ["bench_fragments", "--json", str(target), *shapes, "--repeats", "1"]
-        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(sys, "argv", [*arguments, "--coding", coding])
         bench_fragments.main()
         results = json.loads(target.read_text())
         keys = {(e, t) for e in (1, 4) for t in (1, 33)}
@@ -97,15 +99,17 @@ class TestOnAFakeGpu:
         for way in ("fragments", "stored"):
             own = [p for p in products if (p["way"] == "fragments") == (way == "fragments")]
             assert {(p["experts"], p["tokens"]) for p in own} == keys
-        assert all(0 < p["error"] < 1e-2 and p["cublas_seconds"] > 0 for p in products)
+        assert all(p["error"] < 1e-2 and p["cublas_seconds"] > 0 for p in products)
         assert {(e["implementation"], e["experts"], e["tokens"]) for e in results["in_jax"]} == {
             (i, *key) for i in ("cuda", "cuda_fragments") for key in keys
         }
         names = {name for name, in_jit in launcher.calls if in_jit}
+        grid = get_coding(coding).grid
         assert {name.rpartition("_")[0] for name in names if "fragments" in name} == {
-            "matmul_fragments"
+            f"matmul_fragments_{grid}"
         }
-        assert any(name.startswith(("fused_lattice", "matmul_lattice")) for name in names)
+        stored = (f"fused_{coding}", f"matmul_{coding}", f"expand_{coding}")
+        assert any(name.startswith(stored) for name in names)
         assert results["bits"][0]["of_a_weight"] > 1
         text = "\n".join(bench_fragments.summary(results))
         assert "40x90" in text
@@ -114,11 +118,11 @@ class TestOnAFakeGpu:
     def test_repeated_fragments_are_those_of_repeated_experts(self, cublas, monkeypatch):
         gpu = gpu_bench.Gpu(FakeLauncher())
         monkeypatch.setattr(gpu_bench, "UNIQUE_EXPERTS", 2)
-        found = gpu_bench.make_fragment_codes(gpu, 150, 70).arrays
+        found = gpu_bench.make_fragment_codes(gpu, "lattice", 150, 70).arrays
         codes, levels = gpu_bench.random_codes("lattice", (2, 150, 70))
         twice = {name: np.concatenate([array, array]) for name, array in levels.items()}
         coded = encode(np.concatenate([codes, codes]), twice, "lattice")
-        expected = fragment_tensors.made(coded)
+        expected = lattice_fragments.made(coded)
         assert expected["extra_starts"][-1] > 0
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array)
@@ -146,8 +150,8 @@ class TestOnAFakeGpu:
         gpu = gpu_bench.Gpu(FakeLauncher())
         tried = []
 
-        def launches(gpu, codes, own, placed, columns, parts, settings):
-            call = gpu_bench.fragment_call(codes, own, columns, parts, settings)
+        def launches(gpu, codes, own, placed, tile, settings):
+            call = gpu_bench.fragment_call(codes, own, tile, settings)
             return [call.threads, tune_kernels._row_parts(call)]
 
         def seconds(given):
@@ -158,16 +162,16 @@ class TestOnAFakeGpu:
         monkeypatch.setattr(gpu, "time", seconds)
         monkeypatch.setattr(tune_kernels, "FRAGMENT_TOKENS", (2,))
         settings = launch_settings.LaunchSettings(few_tokens=7)
-        found = tune_kernels.tune_fragments(gpu, settings, [(40, 200)])
+        found = tune_kernels.tune_fragments(gpu, "lattice", settings, [(40, 200)])
         assert found.few_tokens == 7
         assert found.fragment_warps == 2
         assert set(tried) == {(32 * w, s) for w in (2, 4, 8) for s in (1, 2)}  # three chunks
         assert "2/2 1.0" in capsys.readouterr().out
         # All alike: the default.
         monkeypatch.setattr(gpu, "time", lambda given: gpu_bench.Timing(1e-6, 0.0))
-        assert tune_kernels.tune_fragments(gpu, settings, [(40, 200)]) == settings
+        assert tune_kernels.tune_fragments(gpu, "lattice", settings, [(40, 200)]) == settings
 
-    @pytest.mark.parametrize("coding", ["lattice", *slow("tunstall")])
+    @pytest.mark.parametrize("coding", ["lattice", *slow("tunstall", "packed2")])
     def test_generation(self, cublas, monkeypatch, tmp_path, coding):
         """Dense, from codes and from fragments; the model is small."""
         full = gpu_generation.SwitchConfig
@@ -181,13 +185,14 @@ class TestOnAFakeGpu:
         with use_launcher(launcher):
             gpu_generation.main()
         results = json.loads(target.read_text())
-        ways = ["dense", "codes", *["fragments"] * (coding == "lattice")]
+        has_fragments = coding != "packed2"
+        ways = ["dense", "codes", *["fragments"] * has_fragments]
         assert list(results["bytes"]) == ways
         assert results["bytes"]["codes"] < results["bytes"]["dense"]
         assert [r["batch"] for r in results["rates"]] == [2]
         assert all(results["rates"][0][way] > 0 for way in ways)
         names = {name for name, _ in launcher.calls}
-        assert any(name.startswith("matmul_fragments") for name in names) == (coding == "lattice")
+        assert any(name.startswith("matmul_fragments") for name in names) == has_fragments
         assert any(name.startswith(f"fused_{coding}") for name in names)
         assert len(gpu_generation.summary(results)) == 2
 
@@ -301,6 +306,7 @@ class TestChecks:
         in_jax = [f for f in own if "x".join(map(str, f["shape"])) in bench_fragments.IN_JAX]
         figures = {
             "fragments.json": {
+                "coding": "lattice",
                 "products": [{**entry, "way": way} for entry in own for way in ways],
                 "in_jax": [
                     {**entry, "implementation": name}

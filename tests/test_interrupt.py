@@ -32,6 +32,7 @@ ARGUMENTS = (
 )
 
 
+@pytest.mark.slow
 def test_an_interrupted_compression_goes_on(tmp_path):
     process = start_and_wait(
         *("qmoe_jax.pipeline.expert_layer", "quantize_batch", 1),

@@ -48,8 +48,12 @@ def test_the_largest_expert_batch_is_the_largest_that_fits(device, host_gb):
         changed = dataclasses.replace(settings, expert_batch=batch)
         return memory.fits_memory(model, tokens, changed, there)
 
-    by_trying = [batch for batch in range(1, model.config.num_experts + 1) if fits(batch)]
-    assert largest == max(by_trying, default=0)
+    # Memory only grows, as above: around the answer, and some others.
+    tried = {*range(largest - 2, largest + 3), *range(1, model.config.num_experts + 1, 16)}
+    tried &= set(range(1, model.config.num_experts + 1))
+    assert [batch for batch in sorted(tried) if fits(batch)] == sorted(
+        batch for batch in tried if batch <= largest
+    )
 
 
 @pytest.mark.parametrize(

@@ -504,7 +504,6 @@ DEFAULT_ON_ONE_DEVICE = {
         "export of any batch",
         "no rank promotion",
         "no dtype promotion",
-        "checking_leaks",
         "transfer_guard",
         "nn.vmap",
     ),

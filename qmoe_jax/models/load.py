@@ -77,8 +77,8 @@ def load_switch(
       min_expert_capacity: minimum capacity of an expert in a token group.
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
         host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
-        "cuda_fragments", the same, but codes of the lattice are laid out once more for tensor
-        cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
+        "cuda_fragments", the same, but codes of the lattice or the ternary grid are laid out once
+        more for tensor cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
         "cuda_fragments" where that can be and takes at most half of the device's free memory,
         "cuda" on other GPUs, "cpu" on a CPU if all codes are of codings that it multiplies, and
         "xla" elsewhere.

@@ -1,6 +1,6 @@
 """Calls of the kernels on NumPy arrays: the structs of `kernels_cuda/`, sizes by its README.md."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -176,18 +176,17 @@ def fragment_product(
     get: GetFunction,
     spec: TensorSpec,
     arrays: Mapping[str, np.ndarray],
-    placed: np.ndarray,
+    placed: Sequence[np.ndarray],
     experts: np.ndarray,
     *,
-    columns: int,
-    parts: int,
+    tile: int,
     row_parts: int | None = None,
     float32: bool = True,
     **options: Any,
 ) -> np.ndarray:
-    """Runs a product with fragments: y [tokens, out] of `place_tokens`' rows."""
+    """Runs a product with fragments: y [tokens, out] of `PlacedTokens`."""
     order, _, starts = sort_tokens(experts, spec.num_experts)
-    tiles = tile_tokens(order, experts, spec.num_experts, columns // parts)
+    tiles = tile_tokens(order, experts, spec.num_experts, tile)
     shape = (len(experts), spec.rows)
     y = np.full(shape, np.nan, np.float32) if float32 else np.full(shape, POISON, np.uint16)
     call = fragment_products.fragment_call(
@@ -197,13 +196,13 @@ def fragment_product(
         places=arrays["fragment_places"].shape[1],
         num_tokens=len(experts),
         num_tiles=len(tiles[0]),
-        columns=columns,
-        parts=parts,
+        tile=tile,
         is_float32=float32,
         row_parts=row_parts,
     )
     names = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
-    inputs = [*(arrays[name] for name in names), placed, order, starts, *tiles, y]
+    levels = arrays.get("levels", np.zeros(1, np.uint32))
+    inputs = [*(arrays[name] for name in names), levels, *placed, order, starts, *tiles, y]
     arguments = []
     for argument in call.arguments:
         assert isinstance(argument, StructArgument)

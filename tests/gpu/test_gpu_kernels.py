@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
-from cuda_emulation import fragment_tensors, launches  # noqa: E402
+from cuda_emulation import lattice_fragments, launches  # noqa: E402
 from cuda_emulation.tensors import (  # noqa: E402
     assert_products,
     lattice_codes,
@@ -88,11 +88,13 @@ class GpuKernels:
 
     def __call__(self, name):
         part, *rest = name.split("_")
-        while (rest[-1][:1] in "tc" and rest[-1][1:].isdigit()) or rest[-1].startswith("rows"):
+        while (rest[-1][:1] == "t" and rest[-1][1:].isdigit()) or rest[-1].startswith("rows"):
             rest.pop()
         source = {"expand": "expand.cu", "encode": "encode.cu", "find": "encode.cu"}.get(
             part, "_".join([part, *rest]) + ".cu"
         )
+        if name.startswith("matmul_fragments"):
+            source = fragment_products.SOURCE
 
         def launch(grid, block, args, *, shared_mem=0):
             arrays = []
@@ -229,58 +231,46 @@ def test_damaged_codes_stay_in_bounds(get, rng, coding):
         assert np.isfinite(launches.matmul(get, type(coded)(coded.spec, arrays), x, index)).all()
 
 
-def multiplies_fragments():
-    return LAUNCHER is not None and fragment_products.multiplies_fragments(LAUNCHER)
-
-
-needs_tensor_cores = pytest.mark.skipif(
-    not multiplies_fragments(), reason="needs compute capability 8.0"
-)
-
-
 def lattice_tensor(rng, shape, zero_share):
     return encode(*lattice_codes(rng, shape, zero_share), "lattice")
 
 
-@needs_tensor_cores
 @pytest.mark.parametrize(
     ("experts", "out", "width"),
     [(1, 1, 1), (2, 33, 31), (3, 100, 1500), (2, 200, 768), (1, 768, 3072), (1, 3072, 768)],
 )
 def test_fragment_kernels(get, rng, experts, out, width):
-    """Every tile, both ways to round, all numbers of warps that share rows; extra places."""
+    """Every tile, and all numbers of warps that share rows; extra places."""
     coded = lattice_tensor(rng, (experts, out, width), rng.choice([0.3, 0.8, 0.885, 0.97]))
-    arrays = fragment_tensors.made(coded)
-    values, places = fragment_tensors.read_back(coded, arrays)
-    np.testing.assert_array_equal(values, fragment_tensors.decoded(coded))
+    arrays = lattice_fragments.made(coded)
+    values, places = lattice_fragments.read_back(coded, arrays)
+    np.testing.assert_array_equal(values, lattice_fragments.decoded(coded))
     if out >= 100:
         assert arrays["extra_starts"][-1] > 0
-    for columns in fragment_products.COLUMNS:
-        for parts in (1, 2):
-            for row_parts in (1, 2, 4, 8) if columns < 64 else (1, 2, 4):
-                fragment_tensors.check_kernel(
-                    get, coded, arrays, int(rng.integers(1, 3 * columns // parts)), columns, parts,
+    for tile in fragment_products.TILES:
+        for row_parts in (1, 2, 4, 8) if tile < 64 else (1, 2, 4):
+            for is_float32 in (True, False):
+                lattice_fragments.check_kernel(
+                    get, coded, arrays, tokens=5 if tile == 8 else 2 * tile, tile=tile,
                     places=places, seed=int(rng.integers(1 << 30)), row_parts=row_parts,
-                    float32=bool(rng.integers(2)),
+                    float32=is_float32,
                 )  # fmt: skip
 
 
-@needs_tensor_cores
 def test_damaged_fragments_stay_in_bounds(get, rng):
     """For the memory checker too: any bytes, and every output element is a number."""
     coded = lattice_tensor(rng, (3, 100, 200), 0.5)
-    arrays = fragment_tensors.made(coded)
+    arrays = lattice_fragments.made(coded)
     experts = np.array([0, 1, 1, 2, -1], np.int32)
-    placed = fragment_tensors.placed_tokens(coded, arrays, np.ones((5, 200), BF16), experts, 2)
+    placed = lattice_fragments.placed_tokens(coded, arrays, np.ones((5, 200), BF16), experts)
     for name in fragment_products.ARRAYS:
         for share in (0.1, 1.0):
             damaged = {**arrays, name: arrays[name].copy()}
             raw = damaged[name].reshape(-1).view(np.uint8)
             some = rng.random(raw.size) < share
             raw[some] = rng.integers(0, 256, int(some.sum()))
-            for columns in fragment_products.COLUMNS:
-                options = {"columns": columns, "parts": 2}
-                y = launches.fragment_product(get, coded.spec, damaged, placed, experts, **options)
+            for tile in fragment_products.TILES:
+                y = launches.fragment_product(get, coded.spec, damaged, placed, experts, tile=tile)
                 assert np.isfinite(y).all()
 
 
@@ -331,7 +321,7 @@ def test_products_through_jax(rng, coding, dtype, tokens):
         assert (np.abs(np.asarray(inside, np.float64) - expected) <= bound).all()
 
 
-def lattice_experts(coded: CodedTensor) -> CodedExperts:
+def experts_with_fragments(coded: CodedTensor) -> CodedExperts:
     """With fragments that the GPU's expansion gave."""
     arrays = device_arrays(coded)
     derived = kernels.derive(LAUNCHER, coded.spec, arrays)
@@ -339,15 +329,14 @@ def lattice_experts(coded: CodedTensor) -> CodedExperts:
     return CodedExperts(coded.spec, arrays, coded.spec.width, {**derived, **found})
 
 
-@needs_tensor_cores
 @pytest.mark.parametrize(
     ("experts", "out", "width"), [(3, 96, 200), (2, 768, 3072), (2, 3072, 768), (1, 2080, 6144)]
 )
 def test_fragments_through_jax(rng, experts, out, width):
     """Laid out by the GPU as from the reference decoder's codes; products in jit and out of it."""
     coded = lattice_tensor(rng, (experts, out, width), rng.choice([0.8, 0.885, 0.97]))
-    with_fragments = lattice_experts(coded)
-    for name, array in fragment_tensors.made(coded).items():
+    with_fragments = experts_with_fragments(coded)
+    for name, array in lattice_fragments.made(coded).items():
         np.testing.assert_array_equal(with_fragments.derived[name], array)
     codes = get_coding("lattice").decode_numpy_reference(coded)
     weights = reference.dequantize(coded, codes)
@@ -365,9 +354,52 @@ def test_fragments_through_jax(rng, experts, out, width):
             index = jnp.asarray(rng.integers(-1, experts, tokens), jnp.int32)
             inside, outside = jitted(x, index), run(x, index)
             np.testing.assert_array_equal(inside, outside)
-        parts = fragment_products.parts_of_tokens(tokens / experts)
         x, index, inside = (np.asarray(array) for array in (x, index, inside))
-        fragment_tensors.assert_rounded_products(inside, weights, x, index, parts)
+        lattice_fragments.assert_rounded_products(inside, weights, x, index)
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    LAUNCHER is None or float(LAUNCHER.device.compute_capability) < 8,
+    reason="needs compute capability 8.0, as ternary fragments do",
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("coding", ["tunstall", "qmoe"])
+@pytest.mark.parametrize(
+    ("experts", "out", "width"), [(3, 97, 200), (2, 768, 3072), (1, 2080, 6144)]
+)
+def test_ternary_fragments_through_jax(rng, coding, experts, out, width):
+    """Weights and features as they are: float32 sums, rounded once; in jit and out of it."""
+    coded = random_tensor(rng, coding, (experts, out, width), 0.885)
+    codes = get_coding(coding).decode_numpy_reference(coded)
+    expected_arrays = fragments.make_ternary_fragments(
+        coded.spec, lambda expert: jnp.asarray(codes[expert])
+    )
+    with_fragments = experts_with_fragments(coded)
+    for name, array in expected_arrays._asdict().items():
+        np.testing.assert_array_equal(with_fragments.derived[name], array)
+    weights = np.concatenate([product_weights(coded), np.zeros((1, out, width), BF16)])
+    weights = weights.astype(np.float64)
+    run = functools.partial(
+        compressed_product,
+        experts=with_fragments,
+        num_experts=experts,
+        out_features=out,
+        implementation="cuda_fragments",
+    )
+    jitted = jax.jit(run)
+    for tokens in (1, 7, 20 * experts, 60 * experts):  # tiles of all sizes
+        x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16)
+        index = jnp.asarray(rng.integers(-1, experts, tokens), jnp.int32)
+        inside, outside = jitted(x, index), run(x, index)
+        np.testing.assert_array_equal(inside, outside)
+        exact = np.asarray(x, np.float64)
+        for expert in range(-1, experts):
+            chosen, own = np.asarray(index) == expert, weights[expert].T
+            expected, sizes = exact[chosen] @ own, np.abs(exact[chosen]) @ np.abs(own)
+            bound = 2.0**-8 * np.abs(expected) + 2 * (width + 64) * 2.0**-24 * sizes
+            assert (np.abs(np.asarray(inside, np.float64)[chosen] - expected) <= bound).all()
 
 
 @pytest.mark.skipif(
@@ -379,7 +411,8 @@ def test_fragments_through_jax(rng, experts, out, width):
     [
         ("tunstall", "cuda"),
         ("lattice", "cuda"),
-        pytest.param("lattice", "cuda_fragments", marks=needs_tensor_cores),
+        ("lattice", "cuda_fragments"),
+        pytest.param("tunstall", "cuda_fragments", marks=needs_bfloat16),
     ],
 )
 def test_launches_are_replayed_in_a_graph(rng, monkeypatch, coding, implementation):
@@ -387,7 +420,7 @@ def test_launches_are_replayed_in_a_graph(rng, monkeypatch, coding, implementati
     coded = random_tensor(rng, coding, (2, 64, 72), 0.85)
     experts = CodedExperts(coded.spec, device_arrays(coded), 72)
     if implementation == "cuda_fragments":
-        experts = lattice_experts(coded)
+        experts = experts_with_fragments(coded)
     weights = product_weights(coded)
     launcher, launched = current_launcher(), []
     launch = launcher.launch
@@ -452,10 +485,11 @@ def mlp_in_a_loop(x, index, wi, wo, implementation):
     return np.asarray(run(x), np.float32)
 
 
-@needs_tensor_cores
 @pytest.mark.parametrize("tokens", [3, 300])
 def test_fragments_mlp_in_a_loop_equals_xla(rng, tokens):
-    wi, wo = (lattice_experts(lattice_tensor(rng, s, 0.85)) for s in ((5, 96, 64), (5, 64, 96)))
+    wi, wo = (
+        experts_with_fragments(lattice_tensor(rng, s, 0.85)) for s in ((5, 96, 64), (5, 64, 96))
+    )
     index = jnp.asarray(rng.integers(0, 5, tokens), jnp.int32)
     x = jnp.asarray(rng.normal(size=(tokens, 64)), jnp.bfloat16)
     actual, expected = (mlp_in_a_loop(x, index, wi, wo, i) for i in ("cuda_fragments", "xla"))
@@ -504,7 +538,6 @@ def test_model_logits_and_greedy_tokens(compressed):
     np.testing.assert_array_equal(tokens["cuda"], tokens["xla"])
 
 
-@needs_tensor_cores
 def test_fragments_give_the_models_logits(compressed, monkeypatch):
     """bfloat16, as near to float32 logits as XLA's; laid out at loading; greedy generation runs."""
     import golden_data

@@ -1,10 +1,11 @@
-"""Codes of the lattice as fragments: two bits a weight, as tensor cores take them.
+"""Codes as fragments: two bits a weight, as tensor cores take them.
 
-Made once after loading, from stored codes; `kernels_cuda/matmul_fragments.cu` says how they lie. A
-column of an expert has as many *places* as its multiples need balanced ternary digits, none if it
-is zero throughout. So that a few large multiples do not give all rows of their column another
-place, up to a fiftieth of its rows may have something left over, as a sum of magnitudes: it goes to
-extra places, which only the 32 rows around have. All multiples are kept exactly.
+Made once after loading, from stored codes; `kernels_cuda/matmul_fragments.cu` says how they lie.
+Codes of the ternary grid lie column by column. Of the lattice a column of an expert has as many
+*places* as its multiples need balanced ternary digits, none if it is zero throughout. So that a few
+large multiples do not give all rows of their column another place, up to a fiftieth of its rows may
+have something left over, as a sum of magnitudes: it goes to extra places, which only the 32 rows
+around have. All codes are kept exactly.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float32, Int, Int8, Int16, Int32, UInt8, UInt16, UInt32
 
+from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.lattice_choices import CLASS_STEPS
 from qmoe_jax.codec.lattice_values import STEP_TABLE
 from qmoe_jax.codec.tensor import TensorSpec
@@ -44,7 +46,8 @@ class Fragments(NamedTuple):
       fragments: the chunks of an expert's first 32 rows, of the next, and so on; behind all of them
         `READ_BEHIND` that hold nothing.
       fragment_starts: first chunk of each expert, and the end.
-      fragment_places: what each place of an expert multiplies, see `places_of`.
+      fragment_places: what each place of an expert multiplies, see `places_of`; of ternary codes
+        one row of zeros, since places are columns.
       extra_fragments: extra chunks, one at least.
       extra_places: places of their columns.
       extra_starts: first extra chunk of every 32 rows, expert by expert, and the end.
@@ -77,13 +80,15 @@ def derive_fragments(
 
     Args:
       launcher: of `current_launcher`.
-      spec: of codes of the coding "lattice", whole rows.
+      spec: of codes of the lattice or the ternary grid, whole rows.
       arrays: the stored ones.
       derived: of `kernels.derive`.
 
     Raises:
       CudaError: experts with too many places.
     """
+    if get_coding(spec.coding).grid == "ternary":
+        return _derive_ternary(launcher, spec, arrays, derived)
     # With an origin of 1 a step is at most 1 and at least 2^-16, and rounding to bfloat16 takes a
     # 256th of 127 multiples at most: dividing by the step gives the multiple back.
     stored = {**arrays, "origins": jnp.ones_like(jnp.asarray(arrays["origins"]))}
@@ -99,6 +104,62 @@ def derive_fragments(
         return divide(weights, steps[expert])
 
     return make_fragments(spec, arrays, multiples)._asdict()
+
+
+def _derive_ternary(
+    launcher: Launcher, spec: TensorSpec, arrays: Mapping[str, Any], derived: Mapping[str, Any]
+) -> dict[str, Array]:
+    # With these levels a weight says which code it has; the stored ones may be alike, or 0.
+    levels = jnp.asarray([-1.0, 1.0], jnp.bfloat16)
+    stored = {**arrays, "levels": jnp.broadcast_to(levels, jnp.asarray(arrays["levels"]).shape)}
+    experts = CodedExperts(spec, stored, spec.width, derived)
+    to_codes = jax.jit(lambda weights: jnp.where(weights < 0, 1, 2 * (weights > 0)).astype("uint8"))
+
+    def codes(expert: int) -> UInt8[Array, "out in"]:
+        weights = expand_experts(launcher, experts, jnp.array([expert], jnp.int32))
+        return to_codes(weights)[0]
+
+    return make_ternary_fragments(spec, codes)._asdict()
+
+
+def make_ternary_fragments(
+    spec: TensorSpec, codes: Callable[[int], UInt8[Array, "out in"]]
+) -> Fragments:
+    """Lay out ternary codes of all experts, one at a time.
+
+    Args:
+      spec: of the codes, whole rows.
+      codes: those of an expert: 0, 1 for the low level, 2 for the high one.
+
+    Raises:
+      CudaError: more than `MAX_PLACES` columns.
+    """
+    width = max(CHUNK_PLACES, -(-spec.width // CHUNK_PLACES) * CHUNK_PLACES)
+    if width > MAX_PLACES:
+        raise _too_wide(spec.width)
+    packed = [
+        np.asarray(_pack_ternary(codes(expert))).reshape(-1, CHUNK_WORDS)
+        for expert in range(spec.num_experts)
+    ]
+    starts = np.cumsum([0, *map(len, packed)]).astype(np.int32)
+    strips = -(-spec.rows // CHUNK_ROWS)
+    nothing = np.zeros((READ_BEHIND, CHUNK_WORDS), np.uint32)
+    return Fragments(
+        jnp.asarray(np.concatenate([*packed, nothing])),
+        jnp.asarray(starts),
+        jnp.zeros((1, width), jnp.uint32),
+        jnp.zeros((1, CHUNK_WORDS), jnp.uint32),
+        jnp.zeros((1, CHUNK_PLACES), jnp.uint16),
+        jnp.zeros(spec.num_experts * strips + 1, jnp.int32),
+    )
+
+
+@jax.jit
+def _pack_ternary(codes: UInt8[Array, "out in"]) -> UInt32[Array, "strips chunks 128"]:
+    bits = jnp.where(codes == 0, 0, 3 - codes.astype(jnp.uint32))  # 1 for the high level
+    bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % CHUNK_PLACES)))
+    step, pair, lower, odd = np.ix_(*[np.arange(2)] * 4)
+    return _words(bits, 16 * step + 2 * (2 * pair + lower) + 8 * odd)
 
 
 def step_indices(arrays: Mapping[str, Any]) -> UInt8[np.ndarray, "experts in"]:
@@ -219,16 +280,26 @@ def _pack(
     # Of a balanced ternary digit: 0 is -1, and so on.
     symbol = jnp.where(digit > 0, clipped // power % 3, 1)
     bits = jnp.where(symbol == 1, 0, jnp.where(symbol == 2, 1, 3)).astype(jnp.uint32)
-    rows, places = bits.shape
-    bits = jnp.pad(bits, ((0, -rows % CHUNK_ROWS), (0, 0)))
+    step, pair, lower, odd = np.ix_(*[np.arange(2)] * 4)
+    return _words(bits, 2 * (4 * step + 2 * pair + lower) + 16 * odd), num_left
+
+
+def _words(
+    bits: UInt32[Array, "out places"], shifts: Int[np.ndarray, "2 2 2 2"]
+) -> UInt32[Array, "strips chunks 128"]:
+    """Put weights together.
+
+    Args:
+      bits: two of each weight.
+      shifts: where they lie in a word, by t, p, l and e below.
+    """
+    bits = jnp.pad(bits, ((0, -bits.shape[0] % CHUNK_ROWS), (0, 0)))
     # Row 16 h + 8 l + g, place 32 s + 8 q + 4 t + 2 p + e of a chunk.
-    shape = (-1, 2, 2, 8, places // CHUNK_PLACES, 2, 4, 2, 2, 2)
+    shape = (-1, 2, 2, 8, bits.shape[1] // CHUNK_PLACES, 2, 4, 2, 2, 2)
     strips, h, lower, g, chunks, s, q, t, p, e = range(len(shape))
-    order = (strips, chunks, g, q, h, s, t, p, lower, e)
-    weights = bits.reshape(shape).transpose(order)
-    shifts = 2 * np.arange(8).reshape(2, 2, 2, 1) + 16 * np.arange(2)
+    weights = bits.reshape(shape).transpose((strips, chunks, g, q, h, s, t, p, lower, e))
     words = (weights << shifts.astype(np.uint32)).sum(axis=(6, 7, 8, 9), dtype=jnp.uint32)
-    return words.reshape(words.shape[0], words.shape[1], CHUNK_WORDS), num_left
+    return words.reshape(words.shape[0], words.shape[1], CHUNK_WORDS)
 
 
 def _find_left(

@@ -64,7 +64,7 @@ class LaunchSettings:
       matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
       fragment_blocks: products with fragments have as few warps share rows as make that many
-        blocks. An estimate.
+        blocks; with tiles of 32 tokens half as many, with 64 a quarter. An estimate.
       fragment_warps: warps of a block of these products at most: 1, 2, 4 or 8. An estimate.
     """
 

@@ -1,4 +1,4 @@
-"""Fragments of codes, read back and multiplied plainly, for tests here and on a GPU."""
+"""Fragments of codes of the lattice, and tokens for them, as NumPy arrays; checks of products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +30,22 @@ def made(coded: CodedTensor) -> dict[str, np.ndarray]:
         coded.spec, coded.arrays, lambda expert: jnp.asarray(values[expert][None], jnp.int8)
     )
     return {name: np.asarray(array) for name, array in found._asdict().items()}
+
+
+def placed_tokens(
+    coded: CodedTensor, arrays: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray
+) -> list[np.ndarray]:
+    """What kernels take of tokens: rows and scales."""
+    num_experts = coded.spec.num_experts
+    order, token_experts, starts = launches.sort_tokens(experts, num_experts)
+    token_experts = np.where(token_experts < 0, num_experts, token_experts)
+    tokens = kernels.TokenOrder(*map(jnp.asarray, (order, token_experts, starts)))
+    places, origins = arrays["fragment_places"], coded.arrays["origins"]
+    placed = _place(jnp.asarray(x), tokens, jnp.asarray(places), jnp.asarray(origins))
+    return [np.asarray(array) for array in placed]
+
+
+_place = jax.jit(fragment_products.place_tokens)
 
 
 def chunk_symbols(words: np.ndarray) -> np.ndarray:
@@ -74,47 +90,25 @@ def read_back(coded: CodedTensor, arrays: dict[str, np.ndarray]) -> tuple[np.nda
     return values[:, : spec.rows], places[:, : spec.rows]
 
 
-def placed_tokens(
-    coded: CodedTensor,
-    arrays: dict[str, np.ndarray],
-    x: np.ndarray,
-    experts: np.ndarray,
-    parts: int,
-) -> np.ndarray:
-    """What the kernel takes for tokens, bfloat16 [blocks, rows, 32]."""
-    num_experts = coded.spec.num_experts
-    order, token_experts, starts = launches.sort_tokens(experts, num_experts)
-    token_experts = np.where(token_experts < 0, num_experts, token_experts)
-    tokens = kernels.TokenOrder(*map(jnp.asarray, (order, token_experts, starts)))
-    places, origins = arrays["fragment_places"], coded.arrays["origins"]
-    given = (jnp.asarray(x), tokens, jnp.asarray(places), jnp.asarray(origins))
-    return np.asarray(_place(*given, parts=parts))
-
-
-_place = jax.jit(fragment_products.place_tokens, static_argnames="parts")
-
-
 def check_kernel(
     get: Callable[[str], Any],
     coded: CodedTensor,
     arrays: dict[str, np.ndarray],
     tokens: int,
-    columns: int,
-    parts: int,
+    tile: int,
     *,
     places: np.ndarray | None = None,
     seed: int = 0,
     **options: Any,
-) -> np.ndarray:
-    """The kernel's sums beside float64 ones of the very same rows; y.
+) -> None:
+    """Compare the kernel's sums with float64 ones of the very same rows.
 
     Args:
       get: the kernels by name.
       coded: codes of the lattice.
       arrays: their fragments.
       tokens: how many, of random experts or none.
-      columns: of a tile.
-      parts: of a token.
+      tile: tokens of one.
       places: of `read_back`, if it is at hand.
       seed: of tokens.
       options: of `launches.fragment_product`.
@@ -123,29 +117,25 @@ def check_kernel(
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, spec.width)).astype(BF16)
     experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
-    placed = placed_tokens(coded, arrays, x, experts, parts)
-    y = launches.fragment_product(
-        get, spec, arrays, placed, experts, columns=columns, parts=parts, **options
-    )
+    placed = placed_tokens(coded, arrays, x, experts)
+    y = launches.fragment_product(get, spec, arrays, placed, experts, tile=tile, **options)
     order = np.argsort(np.where(experts < 0, spec.num_experts, experts), kind="stable")
-    rows = placed.astype(np.float64).transpose(1, 0, 2).reshape(placed.shape[1], -1)
-    rows = rows[: tokens * parts].reshape(tokens, parts, -1)
+    rows, scales = (array.astype(np.float64) for array in placed)
+    rows = rows.transpose(1, 0, 2)[:tokens].reshape(tokens, -1) * scales[:, None]
     weights = read_back(coded, arrays)[1] if places is None else places
     terms = 2 * arrays["fragment_places"].shape[1]
     rounding = 2.0**-8 if y.dtype == BF16 else 0.0
     outputs = y[order].astype(np.float64)
     np.testing.assert_array_equal(outputs[experts[order] < 0], 0)
     for expert in set(experts[experts >= 0]):
-        own, chosen = 2.0 * weights[expert], experts[order] == expert
-        expected = rows[chosen].sum(axis=1) @ own.T
-        sizes = np.abs(rows[chosen]).sum(axis=1) @ np.abs(own.T)
+        own, chosen = 2.0 * weights[expert].T, experts[order] == expert
+        expected, sizes = rows[chosen] @ own, np.abs(rows[chosen]) @ np.abs(own)
         bound = terms * 2.0**-24 * sizes + rounding * np.abs(expected) + 1e-37
         assert (np.abs(outputs[chosen] - expected) <= bound).all()
-    return y
 
 
 def assert_rounded_products(
-    y: np.ndarray, weights: np.ndarray, x: np.ndarray, experts: np.ndarray, parts: int
+    y: np.ndarray, weights: np.ndarray, x: np.ndarray, experts: np.ndarray
 ) -> None:
     """Bfloat16 y against float64 products, within the rounding of features times steps.
 
@@ -154,7 +144,6 @@ def assert_rounded_products(
       weights: [experts, out, in].
       x: tokens.
       experts: of each token; below 0 there is none, and y is 0.
-      parts: of a token.
     """
     assert not np.any(y[experts < 0])
     for expert in set(experts[experts >= 0]):
@@ -162,5 +151,5 @@ def assert_rounded_products(
         tokens = x[chosen].astype(np.float64)
         expected, sizes = tokens @ own, np.abs(tokens) @ np.abs(own)
         # A weight is at most three times as much in its digits; and the result is rounded.
-        bound = 3 * 2.0 ** (-8 * parts) * sizes + 2.0**-8 * np.abs(expected)
+        bound = 3 * 2.0**-11 * sizes + 2.0**-8 * np.abs(expected)
         assert (np.abs(y[chosen].astype(np.float64) - expected) <= bound).all()

@@ -1,0 +1,237 @@
+"""Predicts times of products with fragments on a GPU. Needs no GPU; not measured on one.
+
+Codes are laid out as they are at loading, so that chunks, extra chunks and bytes are counted; the
+instructions of a chunk come from the machine code of `matmul_fragments.cu`. Of five times the
+greatest counts: of issuing, of tensor cores, of loads (wavefronts of the first-level cache), of
+memory and of the second-level cache. To it comes what does not overlap: the launches, placing the
+tokens, and a warp's first and last loads.
+
+    python benchmarks/fragment_times.py [--tokens 1 4] [--made] [--json FILE]
+
+Assumed of the GPU, an H200: 132 multiprocessors at 1.755 GHz with four schedulers, which issue in
+62 % of the cycles (measured of `tunstall`); 8 cycles of a scheduler for a product of 16x8x16; loads
+of 512 bytes take four cycles, those of tokens, whose lines begin anywhere, six; memory at the rate
+of a copy in results/kernels.json; 5.5 TB/s from the second-level cache; 3 us for a launch and the
+end of a kernel, 1.5 us for the kernel before it that places tokens, whose bytes are written and
+read once; 0.8 us for a load from memory. Codes are random ones of `gpu_bench.random_codes`, or
+those of made layers that GPTQ quantizes (--made).
+
+Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_bench
+import jax.numpy as jnp
+import kernel_sass
+import numpy as np
+
+from qmoe_jax.atomic_file import write_json
+from qmoe_jax.codec.encode import encode
+from qmoe_jax.codec.lattice_values import multiples
+from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.formatting import format_row
+from qmoe_jax.ops.cuda import fragment_products, fragments
+from qmoe_jax.ops.cuda.launcher import StructArgument
+
+RESULTS = Path(__file__).parent / "results" / "kernels.json"
+PROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
+ISSUE_SHARE, PRODUCT_CYCLES = 0.62, 8
+CACHE_BYTES_PER_SECOND = 5.5e12
+LAUNCH, PLACING, LATENCY = 3e-6, 1.5e-6, 0.8e-6
+_HEADER = ("shape", "experts", "tokens", "kernel", "bits", "issue", "tensor", "loads", "memory")
+_SIZES = (10, 7, 6, 6, 5, 6, 6, 6, 6, 6, 6, 7)
+
+
+class Chunk(NamedTuple):
+    """Instructions of a warp, by kernel."""
+
+    main: float
+    """For a chunk."""
+    extra: float
+    """For an extra chunk."""
+    once: float
+    """Before and after: half of what is there, since stores are there in several ways."""
+
+
+class Layout(NamedTuple):
+    """What an expert has."""
+
+    chunks: float
+    extras: float
+    places: int
+    bits: float
+    """Of all arrays, a weight."""
+
+
+def chunk_instructions(tile: int, architecture: int, disassembler: str) -> Chunk:
+    """Find the loops of a kernel that multiply, the one with extra chunks by its loads."""
+    source = (kernel_sass.KERNEL_FOLDER / fragment_products.SOURCE).read_text()
+    # Alone, so that its cubin has one kernel.
+    kept = [
+        line
+        for line in source.splitlines()
+        if not line.startswith("FRAGMENT_KERNEL(") or f"_lattice_t{tile}," in line
+    ]
+    sass = kernel_sass.parse(kernel_sass.disassemble("\n".join(kept), architecture, disassembler))
+    loops = [span for span in sass.loops if sass.count(span, "HMMA")]
+    extra = next(span for span in loops if sass.count(span, "LDG.E.U16"))
+    main = next(span for span in loops if span != extra)
+    # A product for each of four steps, two halves and eight tokens.
+    times = sass.count(main, "HMMA") / tile
+    each = (main[1] - main[0]) / times
+    # Behind the main loop the last chunks, one fewer than it has.
+    rest = len(sass.code) - sum(span[1] - span[0] for span in (main, extra)) - (times - 1) * each
+    return Chunk(each, extra[1] - extra[0], rest / 2)
+
+
+def lay_out(coded: CodedTensor, codes: np.ndarray) -> Layout:
+    """Make an expert's fragments and count."""
+    values = multiples(jnp.asarray(codes)).astype(jnp.int8)
+    made = fragments.make_fragments(coded.spec, coded.arrays, lambda expert: values[expert][None])
+    behind = fragments.READ_BEHIND * fragments.CHUNK_WORDS * 4
+    num_bytes = sum(array.nbytes for array in made) - behind
+    experts = coded.spec.num_experts
+    return Layout(
+        int(made.fragment_starts[-1]) / experts,
+        int(made.extra_starts[-1]) / experts,
+        made.fragment_places.shape[1],
+        8 * num_bytes / coded.spec.num_weights,
+    )
+
+
+def seconds(
+    layout: Layout,
+    code: Chunk,
+    rows: int,
+    experts: int,
+    tokens: int,
+    copy_bytes_per_second: float,
+) -> tuple[dict[str, float], float, int]:
+    """Times of what overlaps, all together, and tokens of a tile."""
+    tile = fragment_products.tile_size(tokens, tokens * experts)
+    tiles = -(-tokens // tile)
+    spec = fragment_products.TensorSpec("lattice", experts, rows, 1)
+    call = fragment_products.fragment_call(
+        spec,
+        num_chunks=0,
+        num_extras=0,
+        places=layout.places,
+        num_tokens=tokens * experts,
+        num_tiles=experts * tiles,
+        tile=tile,
+        is_float32=False,
+    )
+    product = call.arguments[1]
+    assert isinstance(product, StructArgument)
+    names = [name for name, _ in product.struct.fields]
+    row_parts = product.values[names.index("row_parts")]
+    strips = -(-rows // fragments.CHUNK_ROWS)
+    warps = experts * tiles * strips * row_parts
+    chunks, extras = (experts * tiles * n for n in (layout.chunks, layout.extras))
+    own_rows = min(tile, tokens) if tile == 8 else tile
+    lines = 4 if own_rows < 8 else 6 * tile / 8
+    issue = chunks * code.main + extras * code.extra + warps * code.once
+    loads = chunks * (4 + 2 * lines) + extras * (4 + 16 * lines)
+    blocks = call.grid[0] * experts * tiles
+    token_bytes = experts * tokens * layout.places * 2
+    memory = 512 * (layout.chunks + layout.extras) * experts + 128 * layout.extras * experts
+    cache = 512 * (chunks + extras) + blocks * own_rows * layout.places * 2
+    shared = PROCESSORS * CLOCK
+    times = {
+        "issue": issue / (SCHEDULERS * ISSUE_SHARE) / shared,
+        "tensor": (chunks + extras) * tile * PRODUCT_CYCLES / SCHEDULERS / shared,
+        "loads": loads / shared,
+        "memory": memory / copy_bytes_per_second,
+        "cache": cache / CACHE_BYTES_PER_SECOND,
+    }
+    placing = PLACING + 2 * token_bytes / copy_bytes_per_second
+    total = max(times.values()) + LAUNCH + placing + 2 * LATENCY
+    return times, total, tile
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--architecture", type=int, default=90)
+    parser.add_argument("--made", action="store_true", help="codes of made layers, by GPTQ")
+    parser.add_argument("--disassembler", help="path of nvdisasm; default: wheel, then PATH")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args()
+    disassembler = options.disassembler or kernel_sass.find_disassembler()
+    if kernel_sass.nvrtc.find_library() is None or disassembler is None:
+        parser.error("pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
+    measured = json.loads(RESULTS.read_text())
+    code = {
+        tile: chunk_instructions(tile, options.architecture, disassembler)
+        for tile in fragment_products.TILES
+    }
+    print("Products with fragments, predicted; not run on a GPU. Warp instructions:")
+    for tile, own in code.items():
+        print(
+            f"  {tile} tokens: a chunk of 2,048 weights {own.main:.1f}, an extra one "
+            f"{own.extra:.0f}, others {own.once:.0f} a warp"
+        )
+    print("\nMicroseconds:")
+    print(format_row((*_HEADER, "cache", "all", "cuBLAS"), _SIZES))
+    results = []
+    for coded, codes in _experts(options.made):
+        layout, rows = lay_out(coded, codes), coded.spec.rows
+        shape = [rows, coded.spec.width]
+        for experts, tokens in ((1, 1), *((64, tokens) for tokens in options.tokens)):
+            times, total, tile = predict(layout, code, rows, experts, tokens, measured)
+            dense = [
+                p["cublas_seconds"]
+                for p in measured["products"]
+                if (p["shape"], p["experts"], p["tokens"]) == (shape, experts, tokens)
+            ]
+            row = (f"{shape[0]}x{shape[1]}", str(experts), str(tokens), f"t{tile}")
+            row = (*row, f"{layout.bits:.2f}", *(f"{1e6 * t:.1f}" for t in times.values()))
+            row = (*row, f"{1e6 * total:.1f}", f"{dense[0] / total:.2f}x" if dense else "-")
+            print(format_row(row, _SIZES))
+            results.append(
+                {"shape": shape, "experts": experts, "tokens": tokens, "tile": tile}
+                | {"bits": layout.bits, "seconds": total, **times}
+                | ({"cublas_seconds": dense[0]} if dense else {})
+            )
+    if options.json:
+        write_json(options.json, results)
+
+
+def predict(
+    layout: Layout,
+    code: dict[int, Chunk],
+    rows: int,
+    experts: int,
+    tokens: int,
+    measured: dict[str, Any],
+) -> tuple[dict[str, float], float, int]:
+    """`seconds`, with the instructions of the kernel that is taken."""
+    rate = measured["copy_bytes_per_second"]
+    tile = fragment_products.tile_size(tokens, tokens * experts)
+    return seconds(layout, code[tile], rows, experts, tokens, rate)
+
+
+def _experts(made: bool) -> Iterator[tuple[CodedTensor, np.ndarray]]:
+    """An expert of each shape, rows x width."""
+    if made:
+        from real_codes import made_kernels
+
+        for kernel in made_kernels(["lattice"], 1):
+            yield encode(kernel.codes, kernel.levels, "lattice"), kernel.codes
+        return
+    for shape in gpu_bench.SHAPES:
+        codes, levels = gpu_bench.random_codes("lattice", (1, *shape))
+        yield encode(codes, levels, "lattice"), codes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
