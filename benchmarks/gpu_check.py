@@ -59,6 +59,7 @@ SANITIZED = (
     "test_tensor_cores and 768",
     "test_fragment_kernels and 31",
     "test_fragment_kernels and 1500",
+    "test_ternary_fragment_kernels",
 )
 # CuPy and XLA probe for what a driver may lack: such calls are no fault of a kernel.
 SANITIZER = ["--error-exitcode", "9", "--target-processes", "all", "--report-api-errors", "no"]

@@ -231,6 +231,12 @@ def test_damaged_codes_stay_in_bounds(get, rng, coding):
         assert np.isfinite(launches.matmul(get, type(coded)(coded.spec, arrays), x, index)).all()
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    LAUNCHER is None or float(LAUNCHER.device.compute_capability) < 8,
+    reason="needs compute capability 8.0, as ternary fragments do",
+)
+
+
 def lattice_tensor(rng, shape, zero_share):
     return encode(*lattice_codes(rng, shape, zero_share), "lattice")
 
@@ -255,6 +261,35 @@ def test_fragment_kernels(get, rng, experts, out, width):
                     places=places, seed=int(rng.integers(1 << 30)), row_parts=row_parts,
                     float32=is_float32,
                 )  # fmt: skip
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("experts", "out", "width"), [(2, 33, 31), (3, 100, 1500)])
+def test_ternary_fragment_kernels(get, rng, experts, out, width):
+    """Every tile, and all numbers of warps that share rows."""
+    coded = random_tensor(rng, "tunstall", (experts, out, width), 0.885)
+    codes = get_coding("tunstall").decode_numpy_reference(coded)
+    found = fragments.make_ternary_fragments(coded.spec, lambda e: jnp.asarray(codes[e]))
+    arrays = {name: np.asarray(array) for name, array in found._asdict().items()}
+    arrays["levels"] = coded.arrays["levels"]
+    weights = product_weights(coded)
+    for tile in fragment_products.TILES:
+        count = 2 * tile
+        x = rng.normal(size=(count, width)).astype(BF16)
+        index = rng.integers(-1, experts, count).astype(np.int32)
+        order = kernels.sort_tokens(jnp.asarray(index), experts)
+        places = arrays["fragment_places"].shape[1]
+        placed = fragment_products.place_features(jnp.asarray(x), order, places)
+        placed = [np.asarray(array) for array in placed]
+        for row_parts in (1, 2, 4, 8) if tile < 64 else (1, 2, 4):
+            y = launches.fragment_product(
+                get, coded.spec, arrays, placed, index, tile=tile, row_parts=row_parts
+            )
+            for token, expert in enumerate(index):
+                own, exact = weights[expert].astype(np.float64), x[token].astype(np.float64)
+                own = own * (expert >= 0)
+                bound = 2 * (width + 64) * 2.0**-24 * (np.abs(own) @ np.abs(exact))
+                assert (np.abs(y[token] - own @ exact) <= bound).all()
 
 
 def test_damaged_fragments_stay_in_bounds(get, rng):
@@ -356,12 +391,6 @@ def test_fragments_through_jax(rng, experts, out, width):
             np.testing.assert_array_equal(inside, outside)
         x, index, inside = (np.asarray(array) for array in (x, index, inside))
         lattice_fragments.assert_rounded_products(inside, weights, x, index)
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    LAUNCHER is None or float(LAUNCHER.device.compute_capability) < 8,
-    reason="needs compute capability 8.0, as ternary fragments do",
-)
 
 
 @needs_bfloat16
