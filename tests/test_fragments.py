@@ -12,6 +12,7 @@ from cuda_emulation import emulator, launches
 from cuda_emulation.lattice_fragments import (
     assert_rounded_products,
     check_kernel,
+    chunk_symbols,
     decoded,
     made,
     placed_tokens,
