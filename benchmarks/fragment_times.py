@@ -34,7 +34,7 @@ import numpy as np
 from qmoe_jax.atomic_file import write_json
 from qmoe_jax.codec.encode import encode
 from qmoe_jax.codec.lattice_values import multiples
-from qmoe_jax.codec.tensor import CodedTensor
+from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.formatting import format_row
 from qmoe_jax.ops.cuda import fragment_products, fragments
 from qmoe_jax.ops.cuda.launcher import StructArgument
@@ -44,6 +44,7 @@ PROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
 ISSUE_SHARE, PRODUCT_CYCLES = 0.62, 8
 CACHE_BYTES_PER_SECOND = 5.5e12
 LAUNCH, PLACING, LATENCY = 3e-6, 1.5e-6, 0.8e-6
+# Of a kernel the grid's letter and its tile.
 _HEADER = ("shape", "experts", "tokens", "kernel", "bits", "issue", "tensor", "loads", "memory")
 _SIZES = (10, 7, 6, 6, 5, 6, 6, 6, 6, 6, 6, 7)
 
@@ -69,25 +70,33 @@ class Layout(NamedTuple):
     """Of all arrays, a weight."""
 
 
-def chunk_instructions(tile: int, architecture: int, disassembler: str) -> Chunk:
+def chunk_instructions(grid: str, tile: int, architecture: int, disassembler: str) -> Chunk:
     """Find the loops of a kernel that multiply, the one with extra chunks by its loads."""
     source = (kernel_sass.KERNEL_FOLDER / fragment_products.SOURCE).read_text()
     # Alone, so that its cubin has one kernel.
     kept = [
         line
         for line in source.splitlines()
-        if not line.startswith("FRAGMENT_KERNEL(") or f"_lattice_t{tile}," in line
+        if not line.startswith("FRAGMENT_KERNEL(") or f"_{grid}_t{tile}," in line
     ]
     sass = kernel_sass.parse(kernel_sass.disassemble("\n".join(kept), architecture, disassembler))
     loops = [span for span in sass.loops if sass.count(span, "HMMA")]
-    extra = next(span for span in loops if sass.count(span, "LDG.E.U16"))
-    main = next(span for span in loops if span != extra)
+    extras = [span for span in loops if sass.count(span, "LDG.E.U16")]
+    (main,) = (span for span in loops if span not in extras)
     # A product for each of four steps, two halves and eight tokens.
     times = sass.count(main, "HMMA") / tile
     each = (main[1] - main[0]) / times
     # Behind the main loop the last chunks, one fewer than it has.
-    rest = len(sass.code) - sum(span[1] - span[0] for span in (main, extra)) - (times - 1) * each
-    return Chunk(each, extra[1] - extra[0], rest / 2)
+    extra = sum(span[1] - span[0] for span in extras)
+    rest = len(sass.code) - (main[1] - main[0]) - extra - (times - 1) * each
+    return Chunk(each, extra, rest / 2)
+
+
+def ternary_layout(rows: int, width: int) -> Layout:
+    """Count the fragments of ternary codes, which are those of any."""
+    chunks = -(-rows // fragments.CHUNK_ROWS) * -(-width // fragments.CHUNK_PLACES)
+    places = -(-width // fragments.CHUNK_PLACES) * fragments.CHUNK_PLACES
+    return Layout(chunks, 0, places, 8 * 512 * chunks / (rows * width))
 
 
 def lay_out(coded: CodedTensor, codes: np.ndarray) -> Layout:
@@ -116,7 +125,7 @@ def seconds(
     """Times of what overlaps, all together, and tokens of a tile."""
     tile = fragment_products.tile_size(tokens, tokens * experts)
     tiles = -(-tokens // tile)
-    spec = fragment_products.TensorSpec("lattice", experts, rows, 1)
+    spec = TensorSpec("lattice", experts, rows, 1)
     call = fragment_products.fragment_call(
         spec,
         num_chunks=0,
@@ -171,34 +180,35 @@ def main() -> None:
         parser.error("pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
     measured = json.loads(RESULTS.read_text())
     code = {
-        tile: chunk_instructions(tile, options.architecture, disassembler)
+        (grid, tile): chunk_instructions(grid, tile, options.architecture, disassembler)
+        for grid in ("lattice", "ternary")
         for tile in fragment_products.TILES
     }
     print("Products with fragments, predicted; not run on a GPU. Warp instructions:")
-    for tile, own in code.items():
+    for (grid, tile), own in code.items():
         print(
-            f"  {tile} tokens: a chunk of 2,048 weights {own.main:.1f}, an extra one "
+            f"  {grid}, {tile} tokens: a chunk of 2,048 weights {own.main:.1f}, an extra one "
             f"{own.extra:.0f}, others {own.once:.0f} a warp"
         )
     print("\nMicroseconds:")
     print(format_row((*_HEADER, "cache", "all", "cuBLAS"), _SIZES))
     results = []
-    for coded, codes in _experts(options.made):
-        layout, rows = lay_out(coded, codes), coded.spec.rows
-        shape = [rows, coded.spec.width]
+    for grid, layout, shape in _layouts(options.made):
+        rows = shape[0]
         for experts, tokens in ((1, 1), *((64, tokens) for tokens in options.tokens)):
-            times, total, tile = predict(layout, code, rows, experts, tokens, measured)
+            own = {tile: code[grid, tile] for tile in fragment_products.TILES}
+            times, total, tile = predict(layout, own, rows, experts, tokens, measured)
             dense = [
                 p["cublas_seconds"]
                 for p in measured["products"]
                 if (p["shape"], p["experts"], p["tokens"]) == (shape, experts, tokens)
             ]
-            row = (f"{shape[0]}x{shape[1]}", str(experts), str(tokens), f"t{tile}")
+            row = (f"{shape[0]}x{shape[1]}", str(experts), str(tokens), f"{grid[0]}{tile}")
             row = (*row, f"{layout.bits:.2f}", *(f"{1e6 * t:.1f}" for t in times.values()))
             row = (*row, f"{1e6 * total:.1f}", f"{dense[0] / total:.2f}x" if dense else "-")
             print(format_row(row, _SIZES))
             results.append(
-                {"shape": shape, "experts": experts, "tokens": tokens, "tile": tile}
+                {"grid": grid, "shape": shape, "experts": experts, "tokens": tokens, "tile": tile}
                 | {"bits": layout.bits, "seconds": total, **times}
                 | ({"cublas_seconds": dense[0]} if dense else {})
             )
@@ -220,17 +230,20 @@ def predict(
     return seconds(layout, code[tile], rows, experts, tokens, rate)
 
 
-def _experts(made: bool) -> Iterator[tuple[CodedTensor, np.ndarray]]:
-    """An expert of each shape, rows x width."""
+def _layouts(made: bool) -> Iterator[tuple[str, Layout, list[int]]]:
+    """Grid, layout, and rows and width, of each shape."""
     if made:
         from real_codes import made_kernels
 
         for kernel in made_kernels(["lattice"], 1):
-            yield encode(kernel.codes, kernel.levels, "lattice"), kernel.codes
+            coded = encode(kernel.codes, kernel.levels, "lattice")
+            yield "lattice", lay_out(coded, kernel.codes), list(kernel.codes.shape[1:])
         return
     for shape in gpu_bench.SHAPES:
         codes, levels = gpu_bench.random_codes("lattice", (1, *shape))
-        yield encode(codes, levels, "lattice"), codes
+        yield "lattice", lay_out(encode(codes, levels, "lattice"), codes), list(shape)
+    for shape in gpu_bench.SHAPES:
+        yield "ternary", ternary_layout(*shape), list(shape)
 
 
 if __name__ == "__main__":

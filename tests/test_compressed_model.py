@@ -186,6 +186,17 @@ class TestFragments:
         assert implementation_of("float32", free=2 * needed) == "cuda"
         assert implementation_of("float32", "cuda_fragments") == "cuda_fragments"
 
+    def test_ternary_codes_have_them_where_they_are_asked_for(
+        self, launcher, compressed, monkeypatch
+    ):
+        monkeypatch.setattr(load, "_free_bytes", lambda: 10**12)
+        assert qmoe_jax.load_switch(compressed, "bfloat16")[0].implementation == "cuda"
+        module, variables = qmoe_jax.load_switch(
+            compressed, "bfloat16", implementation="cuda_fragments"
+        )
+        assert module.implementation == "cuda_fragments"
+        assert "fragments" in variables[DERIVED]["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
+
     def test_other_codes_are_refused(self, launcher, compressed, monkeypatch):
         config = qmoe_jax.load_switch(compressed, implementation="xla")[0].config
         spec = TensorSpec("packed2", config.num_experts, 256, config.embed_dim)
@@ -200,7 +211,6 @@ class TestFragments:
         older = dataclasses.replace(launcher.device, compute_capability="7.5")
         monkeypatch.setattr(launcher, "device", older)
         monkeypatch.setattr(load, "_free_bytes", lambda: 10**12)
-        assert qmoe_jax.load_switch(compressed, "bfloat16")[0].implementation == "cuda"
         assert qmoe_jax.load_switch(lattice, "bfloat16")[0].implementation == "cuda_fragments"
         with pytest.raises(CudaError, match=r"capability 7\.5.*requires 8\.0 for ternary codes"):
             qmoe_jax.load_switch(compressed, implementation="cuda_fragments")

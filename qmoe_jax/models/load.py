@@ -31,7 +31,7 @@ from qmoe_jax.models.layers import ADAPTERS
 from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
-from qmoe_jax.ops.cuda.fragment_products import can_have_fragments, check_fragments
+from qmoe_jax.ops.cuda.fragment_products import check_fragments
 from qmoe_jax.ops.cuda.fragments import derive_fragments, fragment_bytes
 from qmoe_jax.ops.cuda.kernels import check_coded, derive
 from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
@@ -78,10 +78,10 @@ def load_switch(
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
         host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
         "cuda_fragments", the same, but codes of the lattice or the ternary grid are laid out once
-        more for tensor cores, two bits a weight, which bfloat16 activations multiply by; or "auto":
-        "cuda_fragments" where that can be and takes at most half of the device's free memory,
-        "cuda" on other GPUs, "cpu" on a CPU if all codes are of codings that it multiplies, and
-        "xla" elsewhere.
+        more for tensor cores, two bits a weight, which bfloat16 activations multiply by. "auto" is
+        "cuda_fragments" on a GPU for codes of the lattice if that takes at most half of the
+        device's free memory, "cuda" for others, "cpu" on a CPU if all codes are of codings that it
+        multiplies, and "xla" elsewhere.
       adapters: an adapter file (`qmoe-jax finetune`), low-rank corrections of kernels;
         `models.adapters.merge_adapters` adds them to kernels that are no codes.
 
@@ -219,15 +219,15 @@ def _derive(
 ) -> tuple[str, dict[str, Any]]:
     """Return what CUDA kernels need besides, by path: once, for it takes a pass over all codes.
 
-    Also the implementation: with "auto", fragments where they can be and take half of the free
-    memory at most.
+    Also the implementation: with "auto", fragments of the lattice where they take half of the free
+    memory at most. (The other way of ternary codes has been measured on a GPU, this one not.)
     """
     launcher = current_launcher()
     specs = [spec for _, spec in coded]
     if asked == "auto" and dtype == jnp.bfloat16:
         free = _free_bytes()
         fits = free is not None and 2 * sum(map(fragment_bytes, specs)) <= free
-        if fits and can_have_fragments(launcher, specs):
+        if fits and all(spec.coding == "lattice" for spec in specs):
             implementation = "cuda_fragments"
     derived = {}
     for kernel, spec in coded:

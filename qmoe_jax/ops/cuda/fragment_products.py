@@ -111,15 +111,6 @@ def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
         )
 
 
-def can_have_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> bool:
-    """Whether `check_fragments` refuses nothing."""
-    try:
-        check_fragments(launcher, specs)
-    except CudaError:
-        return False
-    return True
-
-
 def fragment_product(
     launcher: Launcher,
     experts: CodedExperts,
@@ -208,11 +199,11 @@ def place_tokens(
       origins: of the experts.
     """
     expert = jnp.minimum(tokens.experts, places.shape[0] - 1)
-    columns, halves = places_of(places)
-    factors = (origins[:, None] * halves)[expert]
-    features = jnp.take_along_axis(x[tokens.order], columns[expert], axis=1).astype(jnp.float32)
+    # Of the tokens' experts alone: there may be thousands.
+    columns, halves = places_of(places[expert])
+    features = jnp.take_along_axis(x[tokens.order], columns, axis=1).astype(jnp.float32)
     # A place that is none has a factor of 0, and no feature either, which may be infinite.
-    values = jnp.where(halves[expert] == 0, 0.0, features * factors)
+    values = jnp.where(halves == 0, 0.0, features * (origins[expert][:, None] * halves))
     sizes = jnp.where(jnp.isfinite(values), jnp.abs(values), 0.0).max(axis=1)
     # So that the largest lies between 2^14 and 2^15; float16 ends at 65,504.
     exponent = lax.bitcast_convert_type(sizes, jnp.uint32) >> _FRACTION_BITS
