@@ -48,7 +48,7 @@ def placed_tokens(
 _place = jax.jit(fragment_products.place_tokens)
 
 
-def chunk_symbols(words: np.ndarray) -> np.ndarray:
+def chunk_symbols(words: np.ndarray, is_ternary: bool = False) -> np.ndarray:
     """-1, 0 and 1 of chunks, [..., 32, 64], weight by weight as the kernel's source says."""
     symbols = np.zeros((*words.shape[:-1], 32, 64), np.int64)
     g, q = np.divmod(np.arange(32), 4)
@@ -57,10 +57,13 @@ def chunk_symbols(words: np.ndarray) -> np.ndarray:
             of_lanes = words[..., 4 * np.arange(32) + 2 * half + side]
             for i in range(8):
                 for odd in range(2):
-                    bits = of_lanes >> np.uint32(2 * i + 16 * odd) & np.uint32(3)
+                    at = 16 * (i // 4) + 2 * (i % 4) + 8 * odd if is_ternary else 2 * i + 16 * odd
+                    bits = of_lanes >> np.uint32(at) & np.uint32(3)
                     rows = 16 * half + g + (8 if i % 2 else 0)
                     places = 32 * side + 8 * q + 4 * (i // 4) + 2 * (i // 2 % 2) + odd
-                    symbols[..., rows, places] = np.select([bits == 1, bits == 3], [1, -1], 0)
+                    symbols[..., rows, places] = np.select(
+                        [bits == 1, bits == (2 if is_ternary else 3)], [1, -1], 0
+                    )
     return symbols
 
 
