@@ -94,7 +94,7 @@ bench-settings: $(VENV)/.installed-dev ## KL with other settings of GPTQ, at equ
 	$(BIN)/python benchmarks/bench_settings.py --json benchmarks/results/settings.json
 
 # With the Python that has the GPU packages; nothing is installed. PEER=FILE: the paper's kernel too.
-gpu-check: ## on a GPU: correctness, sanitizers, and the benchmark of the kernels
+gpu-check: ## on a GPU: correctness, sanitizers, and benchmarks of kernels and generation
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PEER),--peer $(PEER))
 
 # The commit's files but for golden data that no GPU test reads. Unpack it there, and `make gpu-check`.

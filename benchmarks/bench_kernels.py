@@ -213,23 +213,28 @@ def check(gpu: Gpu, cublas: Cublas, own: list[Tokens], experts: int) -> float:
     return error
 
 
-def bench_expansion(
-    gpu: Gpu, codes: Codes, settings: LaunchSettings, results: dict[str, Any]
-) -> Any:
-    """Times the expansion of all experts; returns them."""
+def expand_all(gpu: Gpu, codes: Codes, settings: LaunchSettings) -> tuple[Any, gpu_bench.Timing]:
+    """All experts, dense, and how long their expansion takes."""
     spec = codes.spec
-    shape = (NUM_EXPERTS, spec.rows, spec.width)
-    dense = gpu.cupy.full(shape, 0x7FFF, np.uint16)
+    dense = gpu.cupy.full((NUM_EXPERTS, spec.rows, spec.width), 0x7FFF, np.uint16)
     ids = gpu.upload(np.arange(NUM_EXPERTS, dtype=np.int32))
     call = kernels.expand_call(spec, settings.expand, count=NUM_EXPERTS, codes=codes.argument)
     launches = [
         gpu.run(call, [array.data.ptr for array in (*copy, ids, dense)]) for copy in codes.copies
     ]
-    timing = gpu.time((launches * 4)[:4])
+    return dense, gpu.time((launches * 4)[:4])
+
+
+def bench_expansion(
+    gpu: Gpu, codes: Codes, settings: LaunchSettings, results: dict[str, Any]
+) -> Any:
+    """Times the expansion of all experts; returns them."""
+    spec = codes.spec
+    dense, timing = expand_all(gpu, codes, settings)
     written = dense.nbytes / timing.seconds
     results["expansions"].append(
         {
-            "shape": list(shape[1:]),
+            "shape": [spec.rows, spec.width],
             "coding": spec.coding,
             "seconds": timing.seconds,
             "spread": timing.spread,

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,13 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 
 from qmoe_jax.codec.codings import coding_names, get_coding  # noqa: E402
+from qmoe_jax.codec.decode import device_arrays  # noqa: E402
 from qmoe_jax.codec.encode import encode  # noqa: E402
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec  # noqa: E402
-from qmoe_jax.ops.cuda import kernels  # noqa: E402
-from qmoe_jax.ops.cuda.launch_settings import Launch  # noqa: E402
+from qmoe_jax.ops.cuda import fragment_products, kernels  # noqa: E402
+from qmoe_jax.ops.cuda.fragments import READ_BEHIND, derive_fragments  # noqa: E402
+from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings  # noqa: E402
 from qmoe_jax.ops.cuda.launcher import (  # noqa: E402
     CudaError,
     CupyLauncher,
@@ -43,6 +47,7 @@ NUM_EXPERTS = 64
 UNIQUE_EXPERTS = 4
 """Experts that are encoded; the others are copies of them elsewhere in memory."""
 MIN_COLD_BYTES = 64 << 20
+FRAGMENT_GRIDS = ("lattice", "ternary")
 CODINGS = tuple(name for name in coding_names() if get_coding(name).cuda)
 
 
@@ -225,6 +230,52 @@ def make_codes(gpu: Gpu, coding: str, out: int, width: int) -> Codes:
     return Codes(spec, kernels.coding_argument(spec, arrays), copies, stored_bytes)
 
 
+def repeat_fragments(found: Mapping[str, Any], times: int) -> dict[str, np.ndarray]:
+    """Fragments of a tensor whose experts are those of `found`, again and again."""
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    for name, kept in (("fragments", READ_BEHIND), ("extra_fragments", 1), ("extra_places", 1)):
+        own, behind = arrays[name][:-kept], arrays[name][-kept:]
+        arrays[name] = np.concatenate([own] * times + [behind])
+    num_experts = len(arrays["fragment_starts"]) - 1
+    for name in ("fragment_starts", "extra_starts"):
+        sizes = np.tile(np.diff(arrays[name]), times)
+        arrays[name] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    if len(arrays["fragment_places"]) == num_experts:  # places of ternary codes are columns
+        arrays["fragment_places"] = np.concatenate([arrays["fragment_places"]] * times)
+    return arrays
+
+
+class FragmentCodes(NamedTuple):
+    """The tensor of `make_codes` as fragments."""
+
+    spec: TensorSpec
+    arrays: dict[str, np.ndarray]
+    """Of `fragments.Fragments`, and origins or levels."""
+    copies: list[list[Any]]
+    """What a launch takes of them, on the device, once a copy."""
+    read_bytes: int
+    """Of all experts: what a product of all of them must read."""
+
+
+def make_fragment_codes(gpu: Gpu, coding: str, out: int, width: int) -> FragmentCodes:
+    """The codes of `make_codes`, laid out by the GPU as at loading."""
+    coded = encode(*random_codes(coding, (UNIQUE_EXPERTS, out, width)), coding)
+    stored = device_arrays(coded)
+    derived = kernels.derive(gpu.launcher, coded.spec, stored)
+    times = NUM_EXPERTS // UNIQUE_EXPERTS
+    arrays = repeat_fragments(derive_fragments(gpu.launcher, coded.spec, stored, derived), times)
+    kept = "levels" if "levels" in coded.arrays else "origins"
+    arrays[kept] = np.concatenate([coded.arrays[kept]] * times)
+    taken = [arrays[name] for name in fragment_products.ARRAYS]
+    taken.append(arrays.get("levels", np.zeros(1, np.uint32)))
+    read_bytes = sum(array.nbytes for array in taken)
+    copies = [
+        [gpu.upload(array) for array in taken] for _ in range(-(-gpu.cold_bytes // read_bytes))
+    ]
+    spec = dataclasses.replace(coded.spec, num_experts=NUM_EXPERTS)
+    return FragmentCodes(spec, arrays, copies, read_bytes)
+
+
 class Tokens(NamedTuple):
     """Tokens on the device, sorted by expert, with room for outputs."""
 
@@ -248,7 +299,10 @@ def make_tokens(gpu: Gpu, spec: TensorSpec, experts: Sequence[int], each: int) -
     order = np.arange(count, dtype=np.int32)
     tiles = {}
     matmul = kernels.cuda_interface(spec.coding).matmul
-    for size in matmul.tiles if matmul else ():
+    sizes = set(matmul.tiles if matmul else ())
+    if get_coding(spec.coding).grid in FRAGMENT_GRIDS:
+        sizes |= set(fragment_products.TILES)
+    for size in sorted(sizes):
         firsts = np.arange(0, each, size, dtype=np.int32)
         found = np.repeat(np.sort(experts), len(firsts)).astype(np.int32)
         tiles[size] = (gpu.upload(found), gpu.upload(starts[found] + np.tile(firsts, len(experts))))
@@ -293,6 +347,66 @@ def matmul_launches(
     for copy in codes.copies:
         for own in tokens:
             arrays = (*copy, own.x, own.order, own.starts, *own.tiles[size], own.y)
+            launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
+    return launches
+
+
+def place_tokens(gpu: Gpu, codes: FragmentCodes, tokens: Sequence[Tokens]) -> list[list[Any]]:
+    """Rows and scales for each of `tokens`, on the device: XLA makes them."""
+    places = jnp.asarray(codes.arrays["fragment_places"])
+    origins = codes.arrays.get("origins")
+    placed = []
+    for own in tokens:
+        order = kernels.TokenOrder(
+            *(jnp.asarray(gpu.cupy.asnumpy(a)) for a in (own.order, own.experts, own.starts))
+        )
+        x = jnp.asarray(gpu.cupy.asnumpy(own.x).view(ml_dtypes.bfloat16))
+        if origins is None:
+            found = _place_features(x, order, places.shape[1])
+        else:
+            found = _place(x, order, places, jnp.asarray(origins))
+        placed.append([gpu.upload(np.asarray(array)) for array in found])
+    return placed
+
+
+_place = jax.jit(fragment_products.place_tokens)
+_place_features = jax.jit(fragment_products.place_features, static_argnums=2)
+
+
+def fragment_call(
+    codes: FragmentCodes,
+    tokens: Sequence[Tokens],
+    tile: int,
+    settings: LaunchSettings,
+) -> KernelCall:
+    """The launch of each of `tokens`."""
+    return fragment_products.fragment_call(
+        codes.spec,
+        num_chunks=len(codes.arrays["fragments"]),
+        num_extras=len(codes.arrays["extra_fragments"]),
+        places=codes.arrays["fragment_places"].shape[1],
+        num_tokens=len(tokens[0].x),
+        num_tiles=len(tokens[0].tiles[tile][0]),
+        tile=tile,
+        is_float32=False,
+        settings=settings,
+    )
+
+
+def fragment_launches(
+    gpu: Gpu,
+    codes: FragmentCodes,
+    tokens: Sequence[Tokens],
+    placed: Sequence[Sequence[Any]],
+    tile: int,
+    settings: LaunchSettings,
+) -> list[Callable[[], None]]:
+    """The product of each of `tokens`, `placed`, with each copy of the fragments, in turn."""
+    call = fragment_call(codes, tokens, tile, settings)
+    launches = []
+    for copy in codes.copies:
+        for own, rows in zip(tokens, placed, strict=True):
+            arrays = (*copy, *rows, own.order, own.starts, *own.tiles[tile], own.y)
             launches.append(gpu.run(call, [array.data.ptr for array in arrays]))
     return launches
 

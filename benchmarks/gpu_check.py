@@ -8,6 +8,8 @@ Parts, in this order:
   through JAX once more with every launch in one of XLA's command buffers;
 - sanitizers: the kernels' tests under compute-sanitizer's memcheck and racecheck, where it is on
   the PATH;
+- fragments: bench_fragments.py, into fragments.json;
+- generation: gpu_generation.py, into gpu_generation.json;
 - kernels: bench_kernels.py, into kernels.json and kernels.md;
 - tune: tune_kernels.py, which writes configs/kernel_launch.json. Only where --only names it.
 
@@ -39,7 +41,7 @@ sys.path.insert(0, str(ROOT))  # a bare checkout will do
 from qmoe_jax.atomic_file import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS = ("correctness", "sanitizers", "kernels", "tune")
+PARTS = ("correctness", "sanitizers", "fragments", "generation", "kernels", "tune")
 # Without the repository's conftest.py, which needs beartype; another JAX's warnings are no errors.
 PYTEST = [sys.executable, "-m", "pytest", "--confcutdir", str(ROOT / "tests" / "gpu"), "-q", "-rs"]
 PYTEST += ["-W", "default", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
@@ -48,12 +50,16 @@ ALL_IN_GRAPHS = {"XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1"}
 # The sanitizer slows kernels down a hundredfold, JAX's too: only tests that CuPy alone runs.
 # racecheck has crashed on more than a few tests in one process: each of these has its own.
 SANITIZED = (
-    "test_damaged",
+    "test_damaged_codes",
+    "test_damaged_fragments",
     "test_encoder",
     "test_kernels and 33",
     "test_kernels and 769",
     "test_tensor_cores and 1040",
     "test_tensor_cores and 768",
+    "test_fragment_kernels and 31",
+    "test_fragment_kernels and 1500",
+    "test_ternary_fragment_kernels",
 )
 # CuPy and XLA probe for what a driver may lack: such calls are no fault of a kernel.
 SANITIZER = ["--error-exitcode", "9", "--target-processes", "all", "--report-api-errors", "no"]
@@ -96,10 +102,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS[:3], help="parts; default %(default)s"
+        "--only", nargs="+", choices=PARTS, default=PARTS[:-1], help="parts; default %(default)s"
     )
     parser.add_argument("--peer", type=Path, help="sub1_cuda_kernel.cu of QMoE, for the benchmark")
-    parser.add_argument("--quick", action="store_true", help="two shapes of the benchmark only")
+    parser.add_argument("--quick", action="store_true", help="two shapes of the benchmarks only")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder; default %(default)s")
     parser.add_argument(
         "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="tests at a time (with xdist)"
@@ -114,6 +120,8 @@ def main() -> int:
     parts = {
         "correctness": correctness(options.jobs),
         "sanitizers": sanitizers(shutil.which("compute-sanitizer")),
+        "fragments": [fragments(options.results, options.quick)],
+        "generation": [generation(options.results)],
         "kernels": [kernels(options.results, options.peer, options.quick)],
         "tune": [_script("tune", "tune_kernels.py", [], 450)],
     }
@@ -176,14 +184,28 @@ def _kernel_filter(program: str) -> list[str]:
     return []
 
 
+def fragments(results: Path, quick: bool) -> Check:
+    """The benchmark of fragments."""
+    arguments = ["--json", str(results / "fragments.json")]
+    return _script("fragments", "bench_fragments.py", [*arguments, *_shapes(quick)], 450)
+
+
+def generation(results: Path) -> Check:
+    """The benchmark of generation, codes of the lattice."""
+    arguments = ["--json", str(results / "gpu_generation.json")]
+    return _script("generation", "gpu_generation.py", arguments, 450)
+
+
+def _shapes(quick: bool) -> list[str]:
+    return ["--shapes", "768x3072", "6144x2080"] if quick else []
+
+
 def kernels(results: Path, peer: Path | None, quick: bool) -> Check:
     """The benchmark."""
     arguments = ["--json", str(results / "kernels.json")]
     if peer:
         arguments += ["--peer", str(peer)]
-    if quick:
-        arguments += ["--shapes", "768x3072", "6144x2080"]
-    return _script("kernels", "bench_kernels.py", arguments, 450)
+    return _script("kernels", "bench_kernels.py", [*arguments, *_shapes(quick)], 450)
 
 
 def _script(name: str, script: str, arguments: list[str], limit: int) -> Check:
@@ -250,12 +272,21 @@ def table(report: dict[str, Any], results: Path) -> str:
         if entry["passed"] is False:
             said = (results / f"{entry['check']}.log").read_text(errors="replace").splitlines()
             lines += [f"-- the end of {entry['check']}:", *(line[:160] for line in said[-12:])]
-    if any(entry["check"] == "kernels" for entry in report["checks"]):
-        import bench_kernels
+    import bench_fragments
+    import bench_kernels
+    import gpu_generation
 
-        figures = results / "kernels.json"
-        if figures.exists():  # of an ended run too: what it came to
-            lines += bench_kernels.summary(json.loads(figures.read_text()))
+    summaries = {
+        "fragments": ("fragments.json", bench_fragments.summary),
+        "generation": ("gpu_generation.json", gpu_generation.summary),
+        "kernels": ("kernels.json", bench_kernels.summary),
+    }
+    for part, (name, summary) in summaries.items():
+        if (results / name).exists() and any(e["check"] == part for e in report["checks"]):
+            # Of an ended run too: what it came to. But there may be those of an earlier one.
+            figures = json.loads((results / name).read_text())
+            if all(figures.get(fact) == report[fact] for fact in ("device", "commit")):
+                lines += summary(figures)
     if len(lines) > TABLE_LINES:
         lines = [*lines[: TABLE_LINES - 1], f"... the rest stands in {results}"]
     return "\n".join(lines)

@@ -6,10 +6,13 @@ Needs a CUDA device, CuPy and JAX; a bare checkout will do; some minutes. For ea
 of the launches are those with the least time, as a geometric mean over the shapes of the QMoE
 paper: `few` for one token at one expert, `many` for one and for eight tokens at each of 64 experts,
 `expand` for all 64. Then the numbers of tokens of an expert are sought from which tensor cores beat
-the kernels without them, and up to which either beats expansion and cuBLAS.
+the kernels without them, and up to which either beats expansion and cuBLAS. Of "lattice" and
+ternary codes also how warps share rows in products with fragments: each number of warps a block and
+of those that share is timed, for some numbers of tokens at one and at 64 experts.
 """
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -18,14 +21,19 @@ import numpy as np
 from bench_kernels import token_sets
 from gpu_bench import NUM_EXPERTS, Codes, Cublas, Gpu
 
-from qmoe_jax.ops.cuda import kernels, launch_settings
+from qmoe_jax.codec.codings import get_coding
+from qmoe_jax.ops.cuda import fragment_products, kernels, launch_settings
 from qmoe_jax.ops.cuda.launch_settings import Launch, LaunchSettings
+from qmoe_jax.ops.cuda.launcher import KernelCall, StructArgument
 
 PROGRAM = "tune_kernels"
 THREADS = (64, 128, 256)
 ROWS = (4, 8, 16, 32, 64, 128)
 CROSSOVER = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 MOST_FUSED = 64
+FRAGMENT_TOKENS = (1, 8, 64)
+FRAGMENT_WARPS = (2, 4, 8)
+FRAGMENT_BLOCKS = (1, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def main() -> None:
@@ -45,6 +53,8 @@ def main() -> None:
     found = {}
     for coding in options.codings:
         found[coding] = tune(gpu, coding, shapes)
+        if get_coding(coding).grid in gpu_bench.FRAGMENT_GRIDS:
+            found[coding] = tune_fragments(gpu, coding, found[coding], shapes)
         print(f"{coding}: {found[coding]}", flush=True)
     launch_settings.write_settings(gpu.launcher.device.name, found)
     print(f"written to {launch_settings.settings_path()} as {gpu.launcher.device.name!r}")
@@ -106,6 +116,52 @@ def tune(gpu: Gpu, coding: str, shapes: Sequence[tuple[int, int]]) -> LaunchSett
         matmul_tokens_per_expert=min(wins("matmul", "fused"), default=CROSSOVER[-1]),
         matmul_most_per_expert=max(wins("matmul", "expanded"), default=1),
     )
+
+
+def tune_fragments(
+    gpu: Gpu, coding: str, settings: LaunchSettings, shapes: Sequence[tuple[int, int]]
+) -> LaunchSettings:
+    """The settings with the best of `fragment_warps` and `fragment_blocks`."""
+    candidates = [
+        dataclasses.replace(settings, fragment_warps=warps, fragment_blocks=blocks)
+        for warps, blocks in itertools.product(FRAGMENT_WARPS, FRAGMENT_BLOCKS)
+    ]
+    # The default first: it stays where others are no better.
+    candidates.sort(key=lambda c: (c.fragment_warps, c.fragment_blocks) != _DEFAULT_SHARING)
+    logs = dict.fromkeys(candidates, 0.0)
+    for shape in shapes:
+        codes = gpu_bench.make_fragment_codes(gpu, coding, *shape)
+        for experts, tokens in itertools.product((1, NUM_EXPERTS), FRAGMENT_TOKENS):
+            of_experts = [[e] for e in range(NUM_EXPERTS)] if experts == 1 else [range(NUM_EXPERTS)]
+            own = [gpu_bench.make_tokens(gpu, codes.spec, e, tokens) for e in of_experts]
+            tile = fragment_products.tile_size(float(tokens), experts * tokens)
+            placed = gpu_bench.place_tokens(gpu, codes, own)
+            seconds: dict[KernelCall, float] = {}
+            for candidate in candidates:
+                given = (tile, candidate)
+                call = gpu_bench.fragment_call(codes, own, *given)
+                if call not in seconds:
+                    launches = gpu_bench.fragment_launches(gpu, codes, own, placed, *given)
+                    seconds[call] = gpu.time(launches).seconds
+                logs[candidate] += np.log(seconds[call])
+            sharing = {(call.threads // 32, _row_parts(call)): t for call, t in seconds.items()}
+            times = ", ".join(f"{w}/{r} {t * 1e6:.1f}" for (w, r), t in sorted(sharing.items()))
+            what = f"{shape[0]}x{shape[1]}, {experts} experts, {tokens} tokens each"
+            print(
+                f"{coding} as fragments, {what}, microseconds by warps/sharing rows: {times}",
+                flush=True,
+            )
+    return min(logs, key=logs.__getitem__)
+
+
+_DEFAULT_SHARING = (LaunchSettings().fragment_warps, LaunchSettings().fragment_blocks)
+
+
+def _row_parts(call: KernelCall) -> int:
+    given = call.arguments[1]
+    assert isinstance(given, StructArgument)
+    names = [name for name, _ in given.struct.fields]
+    return given.values[names.index("row_parts")]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

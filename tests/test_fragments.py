@@ -9,7 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulation import emulator, launches
-from cuda_emulation.lattice_fragments import decoded, made, placed_tokens
+from cuda_emulation.lattice_fragments import (
+    assert_rounded_products,
+    check_kernel,
+    chunk_symbols,
+    decoded,
+    made,
+    placed_tokens,
+    read_back,
+)
 from cuda_emulation.tensors import lattice_codes
 from markers import needs_compiler, slow
 
@@ -38,51 +46,6 @@ def tensor_of(values: np.ndarray, step: int = 1) -> CodedTensor:
     steps = np.full((values.shape[0], values.shape[2]), step, np.uint8)
     levels = {"step_index": steps, "origin": np.ones(len(values), np.float32)}
     return encode(codes.astype(np.uint8), levels, "lattice")
-
-
-def chunk_symbols(words: np.ndarray, is_ternary: bool = False) -> np.ndarray:
-    """-1, 0 and 1 of a chunk, [32, 64], weight by weight as the kernel's source says."""
-    symbols = np.zeros((32, 64), np.int64)
-    g, q = np.divmod(np.arange(32), 4)
-    for half in range(2):
-        for side in range(2):
-            of_lanes = words[4 * np.arange(32) + 2 * half + side]
-            for i in range(8):
-                for odd in range(2):
-                    at = 16 * (i // 4) + 2 * (i % 4) + 8 * odd if is_ternary else 2 * i + 16 * odd
-                    bits = of_lanes >> np.uint32(at) & np.uint32(3)
-                    rows = 16 * half + g + (8 if i % 2 else 0)
-                    places = 32 * side + 8 * q + 4 * (i // 4) + 2 * (i // 2 % 2) + odd
-                    symbols[rows, places] = np.select(
-                        [bits == 1, bits == (2 if is_ternary else 3)], [1, -1], 0
-                    )
-    return symbols
-
-
-def read_back(coded: CodedTensor, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Multiples [experts, out, in], and [experts, out, places] of all places, extra ones added."""
-    spec = coded.spec
-    strips = -(-spec.rows // 32)
-    starts, extra_starts = arrays["fragment_starts"], arrays["extra_starts"]
-    places = np.zeros((spec.num_experts, 32 * strips, arrays["fragment_places"].shape[1]), np.int64)
-    values = np.zeros((spec.num_experts, 32 * strips, spec.width), np.int64)
-    for expert in range(spec.num_experts):
-        chunks = (starts[expert + 1] - starts[expert]) // strips
-        for strip in range(strips):
-            rows = slice(32 * strip, 32 * strip + 32)
-            for chunk in range(chunks):
-                words = arrays["fragments"][starts[expert] + strip * chunks + chunk]
-                places[expert, rows, 64 * chunk : 64 * chunk + 64] += chunk_symbols(words)
-            at = expert * strips + strip
-            for extra in range(extra_starts[at], extra_starts[at + 1]):
-                symbols = chunk_symbols(arrays["extra_fragments"][extra])
-                for column, place in enumerate(arrays["extra_places"][extra]):
-                    places[expert, rows, place] += symbols[:, column]
-        for place, packed in enumerate(arrays["fragment_places"][expert]):
-            column, digit = packed & 0x7FFFF, int(packed >> 27)
-            if digit:
-                values[expert, :, column] += places[expert, :, place] * 3 ** (digit - 1)
-    return values[:, : spec.rows], places[:, : spec.rows]
 
 
 class TestLayout:
@@ -202,32 +165,6 @@ def get():
     module.close()
 
 
-def check_kernel(get, coded, arrays, tokens, tile, seed=0, **options):
-    """The kernel's sums beside float64 ones of the very same rows."""
-    spec = coded.spec
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(tokens, spec.width)).astype(BF16)
-    experts = rng.integers(-1, spec.num_experts, tokens).astype(np.int32)
-    placed = placed_tokens(coded, arrays, x, experts)
-    y = launches.fragment_product(get, spec, arrays, placed, experts, tile=tile, **options)
-    _, places = read_back(coded, arrays)
-    order = np.argsort(np.where(experts < 0, spec.num_experts, experts), kind="stable")
-    rows, scales = (array.astype(np.float64) for array in placed)
-    rows = rows.transpose(1, 0, 2)[:tokens].reshape(tokens, -1) * scales[:, None]
-    for row, token in enumerate(order):
-        if experts[token] < 0:
-            np.testing.assert_array_equal(y[token], 0)
-            continue
-        weights = 2.0 * places[experts[token]]
-        expected, sizes = weights @ rows[row], np.abs(weights) @ np.abs(rows[row])
-        if y.dtype == BF16:
-            np.testing.assert_allclose(y[token].astype(np.float64), expected, rtol=2**-8, atol=1e-5)
-        else:
-            terms = 2 * arrays["fragment_places"].shape[1]
-            assert (np.abs(y[token] - expected) <= terms * 2.0**-24 * sizes + 1e-37).all()
-    return y
-
-
 class TestKernel:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_shapes(self, get, shape):
@@ -332,14 +269,8 @@ class TestProducts:
         np.testing.assert_array_equal(outside, inside)
         coded = CodedTensor(experts.spec, {n: np.asarray(a) for n, a in experts.arrays.items()})
         codes = get_coding("lattice").decode_numpy_reference(coded)
-        weights = reference.dequantize(coded, codes).astype(np.float64)
-        weights = np.concatenate([weights, np.zeros((1, 70, 90))])[np.asarray(index)]
-        exact = np.asarray(x, np.float64)
-        expected = np.einsum("toi,ti->to", weights, exact)
-        sizes = np.einsum("toi,ti->to", np.abs(weights), np.abs(exact))
-        # A weight is at most three times as much in its digits; and the result is rounded.
-        tolerance = 3 * 2.0**-11 * sizes + 2.0**-8 * np.abs(expected)
-        assert (np.abs(np.asarray(inside, np.float64) - expected) <= tolerance).all()
+        weights = reference.dequantize(coded, codes)
+        assert_rounded_products(*map(np.asarray, (inside, weights, x, index)))
 
     def test_float32_tokens_go_another_way(self, launcher):
         experts = experts_with_fragments(launcher, (2, 40, 30))

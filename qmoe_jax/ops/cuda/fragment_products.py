@@ -28,6 +28,7 @@ from qmoe_jax.ops.cuda.fragments import (
     places_of,
 )
 from qmoe_jax.ops.cuda.kernels import TokenOrder, settings_for, tile_tokens
+from qmoe_jax.ops.cuda.launch_settings import LaunchSettings
 from qmoe_jax.ops.cuda.launcher import KernelCall, Launcher, Operand, StructArgument, run_kernel
 from qmoe_jax.ops.experts import CodedExperts
 
@@ -68,10 +69,11 @@ FRAGMENT_PRODUCT = ArgumentStruct(
         ("y_is_float32", "int"),
     ),
 )
-_ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
-_WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
-# More blocks end more evenly, and read tokens more often.
-_ENOUGH_BLOCKS = {8: 1024, 16: 1024, 32: 512, 64: 256}
+ARRAYS = ("fragments", "fragment_starts", "extra_fragments", "extra_places", "extra_starts")
+"""Of `Fragments`, what a launch takes first."""
+_MOST_WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
+# Of `fragment_blocks`: more blocks end more evenly, and read tokens more often.
+_BLOCKS_SHARE = {8: 1, 16: 1, 32: 2, 64: 4}
 _MAX_GRID_Y = 65_535
 _FRACTION_BITS, _BIAS = 23, 127
 
@@ -152,8 +154,9 @@ def fragment_product(
         num_tiles=tiles.experts.shape[0],
         tile=size,
         is_float32=result.dtype == jnp.float32,
+        settings=settings_for(launcher, experts),
     )
-    arrays: list[Operand] = [derived[name] for name in _ARRAYS]
+    arrays: list[Operand] = [derived[name] for name in ARRAYS]
     levels = experts.arrays["levels"] if grid == "ternary" else np.zeros(1, np.uint32)
     inputs = [*arrays, levels, *placed, tokens.order, tokens.starts, *tiles]
     return run_kernel(launcher, call, inputs, result)
@@ -237,6 +240,7 @@ def fragment_call(
     num_tiles: int,
     tile: int,
     is_float32: bool,
+    settings: LaunchSettings | None = None,
     row_parts: int | None = None,
 ) -> KernelCall:
     """Return a launch.
@@ -252,15 +256,16 @@ def fragment_call(
       num_tiles: tiles in all.
       tile: tokens of one at most, one of `TILES`.
       is_float32: whether y is float32, not bfloat16.
+      settings: launch settings; None: the defaults.
       row_parts: warps that share 32 rows; None: as many as make enough blocks.
     """
-    warps, strips = _WARPS[tile], -(-spec.rows // CHUNK_ROWS)
-    shared = [share for share in (1, 2, 4, 8) if share <= min(warps, places // CHUNK_PLACES)]
+    settings = settings or LaunchSettings()
+    warps, strips = min(settings.fragment_warps, _MOST_WARPS[tile]), -(-spec.rows // CHUNK_ROWS)
     if row_parts is None:
+        shared = [share for share in (1, 2, 4, 8) if share <= min(warps, places // CHUNK_PLACES)]
         blocks = {share: -(-strips * share // warps) * num_tiles for share in shared}
-        row_parts = min(
-            [s for s in shared if blocks[s] >= _ENOUGH_BLOCKS[tile]], default=shared[-1]
-        )
+        wanted = settings.fragment_blocks / _BLOCKS_SHARE[tile]
+        row_parts = min([share for share in shared if blocks[share] >= wanted], default=shared[-1])
     numbers = {
         "num_chunks": num_chunks - READ_BEHIND,
         "num_extras": num_extras,
@@ -279,6 +284,6 @@ def fragment_call(
         shared_bytes=128 * tile * warps if row_parts > 1 else 0,
         arguments=(
             StructArgument.of(FRAGMENTS, numbers),
-            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(_ARRAYS) + 1),
+            StructArgument.of(FRAGMENT_PRODUCT, numbers, len(ARRAYS) + 1),
         ),
     )

@@ -63,6 +63,9 @@ class LaunchSettings:
         the coding says how many (`default_settings`).
       matmul_most_per_expert: what `fused_tokens_per_expert` is there.
       fused_tokens: the same with more tokens in all, whose hidden layer is in memory at once.
+      fragment_blocks: products with fragments have as few warps share rows as make that many
+        blocks; with tiles of 32 tokens half as many, with 64 a quarter. An estimate.
+      fragment_warps: warps of a block of these products at most: 1, 2, 4 or 8. An estimate.
     """
 
     few: Launch = Launch(256, 8, 1)
@@ -73,6 +76,16 @@ class LaunchSettings:
     matmul_tokens_per_expert: int = 16
     matmul_most_per_expert: int = 64
     fused_tokens: int = 8192
+    fragment_blocks: int = 1024
+    fragment_warps: int = 8
+
+    def __post_init__(self) -> None:
+        if self.fragment_blocks < 1 or self.fragment_warps not in (1, 2, 4, 8):
+            raise ValueError(
+                f"fragment_blocks is {self.fragment_blocks} and fragment_warps "
+                f"{self.fragment_warps}; they must be at least 1, and 1, 2, 4 or 8. Run "
+                f"benchmarks/tune_kernels.py anew, or mend {settings_path()}."
+            )
 
 
 def settings_path() -> Path:
