@@ -78,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--implementation",
         default="auto",
         help="of products with codes: xla, cpu (straight from stored codes), cuda (the CUDA "
-        "kernels; needs an NVIDIA GPU and CuPy), or auto, the fastest there is (%(default)s)",
+        "kernels; needs an NVIDIA GPU and CuPy), cuda_fragments (the same, faster, with codes laid "
+        "out in two bits a weight besides), or auto, the fastest there is (%(default)s)",
     )
     return parser
