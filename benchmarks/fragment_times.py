@@ -12,8 +12,9 @@ Assumed of the GPU, an H200: 132 multiprocessors at 1.755 GHz with four schedule
 62 % of the cycles (measured of `tunstall`); 8 cycles of a scheduler for a product of 16x8x16; loads
 of 512 bytes take four cycles, those of tokens, whose lines begin anywhere, six; memory at the rate
 of a copy in results/kernels.json; 5.5 TB/s from the second-level cache; 3 us for a launch and the
-end of a kernel, 1.5 us for the kernel before it that places tokens, whose bytes are written and
-read once; 0.8 us for a load from memory. Codes are random ones of `gpu_bench.random_codes`, or
+end of a kernel, 1.5 us for each of the kernels before it that place tokens, two of the lattice (one
+finds the largest values) and one of ternary codes, whose bytes are written and read once; 0.8 us
+for a load from memory. Codes are random ones of `gpu_bench.random_codes`, or
 those of made layers that GPTQ quantizes (--made).
 
 Needs NVRTC and a disassembler: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
@@ -24,7 +25,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gpu_bench
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ RESULTS = Path(__file__).parent / "results" / "kernels.json"
 PROCESSORS, CLOCK, SCHEDULERS = 132, 1.755e9, 4
 ISSUE_SHARE, PRODUCT_CYCLES = 0.62, 8
 CACHE_BYTES_PER_SECOND = 5.5e12
-LAUNCH, PLACING, LATENCY = 3e-6, 1.5e-6, 0.8e-6
+LAUNCH, LATENCY = 3e-6, 0.8e-6
+PLACING = {"lattice": 3e-6, "ternary": 1.5e-6}
 # Of a kernel the grid's letter and its tile.
 _HEADER = ("shape", "experts", "tokens", "kernel", "bits", "issue", "tensor", "loads", "memory")
 _SIZES = (10, 7, 6, 6, 5, 6, 6, 6, 6, 6, 6, 7)
@@ -116,7 +118,8 @@ def lay_out(coded: CodedTensor, codes: np.ndarray) -> Layout:
 
 def seconds(
     layout: Layout,
-    code: Chunk,
+    code_of_tiles: dict[tuple[str, int], Chunk],
+    grid: str,
     rows: int,
     experts: int,
     tokens: int,
@@ -124,8 +127,9 @@ def seconds(
 ) -> tuple[dict[str, float], float, int]:
     """Times of what overlaps, all together, and tokens of a tile."""
     tile = fragment_products.tile_size(tokens, tokens * experts)
+    code = code_of_tiles[grid, tile]
     tiles = -(-tokens // tile)
-    spec = TensorSpec("lattice", experts, rows, 1)
+    spec = TensorSpec("lattice", experts, rows, 1)  # of its launch only rows count
     call = fragment_products.fragment_call(
         spec,
         num_chunks=0,
@@ -159,7 +163,7 @@ def seconds(
         "memory": memory / copy_bytes_per_second,
         "cache": cache / CACHE_BYTES_PER_SECOND,
     }
-    placing = PLACING + 2 * token_bytes / copy_bytes_per_second
+    placing = PLACING[grid] + 2 * token_bytes / copy_bytes_per_second
     total = max(times.values()) + LAUNCH + placing + 2 * LATENCY
     return times, total, tile
 
@@ -196,8 +200,8 @@ def main() -> None:
     for grid, layout, shape in _layouts(options.made):
         rows = shape[0]
         for experts, tokens in ((1, 1), *((64, tokens) for tokens in options.tokens)):
-            own = {tile: code[grid, tile] for tile in fragment_products.TILES}
-            times, total, tile = predict(layout, own, rows, experts, tokens, measured)
+            rate = measured["copy_bytes_per_second"]
+            times, total, tile = seconds(layout, code, grid, rows, experts, tokens, rate)
             dense = [
                 p["cublas_seconds"]
                 for p in measured["products"]
@@ -214,20 +218,6 @@ def main() -> None:
             )
     if options.json:
         write_json(options.json, results)
-
-
-def predict(
-    layout: Layout,
-    code: dict[int, Chunk],
-    rows: int,
-    experts: int,
-    tokens: int,
-    measured: dict[str, Any],
-) -> tuple[dict[str, float], float, int]:
-    """`seconds`, with the instructions of the kernel that is taken."""
-    rate = measured["copy_bytes_per_second"]
-    tile = fragment_products.tile_size(tokens, tokens * experts)
-    return seconds(layout, code[tile], rows, experts, tokens, rate)
 
 
 def _layouts(made: bool) -> Iterator[tuple[str, Layout, list[int]]]:
