@@ -34,6 +34,7 @@ MAX_DIGITS = 6
 """127, the largest multiple, needs six."""
 _CAPS = np.array([(3**digits - 1) // 2 for digits in range(MAX_DIGITS + 1)], np.int16)
 _ROWS_A_LEFT_OVER = 50
+_UNITS = 128  # a weight has fewer left over
 _MAX_WIDTH = 1 << 19
 # Of a place: its column in bits 0 to 18, the index of its step in 19 to 26, then its digit and 1,
 # or 0 for a place that is none.
@@ -342,8 +343,9 @@ def _extra_chunks(
     repeats = np.abs(left).astype(np.int64)
     row, place = np.repeat(rows, repeats).astype(np.int64), np.repeat(places, repeats)
     unit = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    keys = np.stack([row // CHUNK_ROWS, place.astype(np.int64), unit])
-    (strip, at, _), column = np.unique(keys, axis=1, return_inverse=True)
+    keys = (row // CHUNK_ROWS * MAX_PLACES + place) * _UNITS + unit
+    key, column = np.unique(keys, return_inverse=True)
+    strip, at = key // (MAX_PLACES * _UNITS), key // _UNITS % MAX_PLACES
     per_strip = np.bincount(strip, minlength=strips)
     counts = -(-per_strip // CHUNK_PLACES)
     first_column, first_chunk = (np.cumsum(own) - own for own in (per_strip, counts))
@@ -351,7 +353,7 @@ def _extra_chunks(
     found = np.zeros((counts.sum(), CHUNK_PLACES), np.uint16)
     found.reshape(-1)[slot] = at
     fragments = np.zeros((counts.sum(), CHUNK_WORDS), np.uint32)
-    own_slot = slot[column.reshape(-1)]
+    own_slot = slot[column]
     word, shift = _word_of(row % CHUNK_ROWS, own_slot % CHUNK_PLACES)
     bits = np.where(np.repeat(left, repeats) > 0, 1, 3).astype(np.uint32) << shift
     index = CHUNK_WORDS * (own_slot // CHUNK_PLACES) + word
