@@ -148,9 +148,10 @@ class TestFragments:
     """Codes of the lattice that are laid out for tensor cores when they are loaded."""
 
     @pytest.mark.parametrize("grid", ["lattice", "ternary"])
-    def test_bfloat16_logits(self, launcher, lattice, compressed, inputs, grid):
+    def test_logits(self, launcher, lattice, compressed, inputs, grid):
         found, path = {}, lattice if grid == "lattice" else compressed
         for implementation, dtype in (
+            ("cuda_fragments", "float32"),
             ("cuda_fragments", "bfloat16"),
             ("xla", "bfloat16"),
             ("xla", "float32"),
@@ -164,7 +165,8 @@ class TestFragments:
             name = f"matmul_fragments_{grid}"
             names = [name] * 2 * layers if implementation != "xla" else []
             assert [name.rpartition("_")[0] for name, _ in launcher.calls] == names
-        logits, expected, exact = found.values()
+        full, logits, expected, exact = found.values()
+        np.testing.assert_allclose(full, exact, atol=2e-5)
         rounding = np.abs(expected - exact).mean()
         assert np.abs(logits - exact).mean() <= 1.5 * rounding
 
@@ -183,8 +185,8 @@ class TestFragments:
         assert implementation_of() == "cuda"
         assert implementation_of(free=2 * needed - 1) == "cuda"
         assert implementation_of(free=2 * needed) == "cuda_fragments"
-        assert implementation_of("float32", free=2 * needed) == "cuda"
-        assert implementation_of("float32", "cuda_fragments") == "cuda_fragments"
+        assert implementation_of("float32", free=2 * needed) == "cuda_fragments"
+        assert implementation_of("float32", "cuda_fragments", free=0) == "cuda_fragments"
 
     def test_ternary_codes_have_them_where_they_are_asked_for(
         self, launcher, compressed, monkeypatch

@@ -29,13 +29,9 @@ from qmoe_jax.codec.tensor import CodedTensor
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import kernels, launch_settings
 from qmoe_jax.ops.cuda.launcher import CupyLauncher, cuda_is_available, use_launcher
+from qmoe_jax.ops.cuda.parts import split_float32
 from qmoe_jax.ops.experts import CodedExperts, DenseExperts, find_row_block_starts
-from qmoe_jax.ops.products import (
-    compressed_product,
-    expert_mlp,
-    kernel_fetch,
-    split_float32,
-)
+from qmoe_jax.ops.products import compressed_product, expert_mlp, kernel_fetch
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 WITH_KERNELS = [name for name in coding_names() if get_coding(name).cuda]

@@ -272,13 +272,28 @@ class TestProducts:
         weights = reference.dequantize(coded, codes)
         assert_rounded_products(*map(np.asarray, (inside, weights, x, index)))
 
-    def test_float32_tokens_go_another_way(self, launcher):
-        experts = experts_with_fragments(launcher, (2, 40, 30))
+    @pytest.mark.parametrize("size", [1.0, 1e-20])
+    def test_float32_tokens_are_two_parts(self, launcher, size):
+        experts = experts_with_fragments(launcher, (2, 40, 70))
+        rng = np.random.default_rng(3)
+        x = jnp.asarray(size * rng.normal(size=(5, 70)), jnp.float32)
+        index = jnp.array([0, 1, -1, 1, 0])
         launcher.calls.clear()
-        x, index = jnp.ones((3, 30)), jnp.array([0, 1, 1])
-        y = product(experts, "cuda_fragments")(x, index)
-        assert [name for name, _ in launcher.calls] == ["matmul_lattice_t16"]
-        np.testing.assert_array_equal(y, product(experts, "cuda")(x, index))
+        y = jax.jit(product(experts, "cuda_fragments"))(x, index)
+        assert launcher.calls == [("matmul_fragments_lattice_t16", True)]
+        assert y.dtype == jnp.float32
+        coded = CodedTensor(experts.spec, {n: np.asarray(a) for n, a in experts.arrays.items()})
+        codes = get_coding("lattice").decode_numpy_reference(coded)
+        weights = reference.dequantize(coded, codes).astype(np.float64)
+        for token, expert in enumerate(np.asarray(index)):
+            if expert < 0:
+                assert not y[token].any()
+                continue
+            exact = np.asarray(x[token], np.float64)
+            error = np.abs(np.asarray(y[token], np.float64) - weights[expert] @ exact)
+            # 22 bits, three times for many digits; and float32 sums.
+            bound = (3 * 2.0**-22 + 100 * 2.0**-24) * (np.abs(weights[expert]) @ np.abs(exact))
+            assert (error <= bound).all()
 
     def test_more_tokens_expand(self, launcher):
         experts = experts_with_fragments(launcher, (1, 40, 30))
@@ -391,3 +406,7 @@ class TestTernary:
         np.testing.assert_array_equal(outside, inside)
         stored = product(experts, "cuda")(x, index).astype(jnp.float32)
         np.testing.assert_allclose(inside.astype(jnp.float32), stored, rtol=2**-7, atol=1e-5)
+        # Of float32 three parts, as there.
+        x = jnp.asarray(rng.normal(size=(40, 90)), jnp.float32)
+        y = product(experts, "cuda_fragments")(x, index)
+        np.testing.assert_allclose(y, product(experts, "cuda")(x, index), rtol=1e-5, atol=1e-5)

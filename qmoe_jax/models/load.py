@@ -78,7 +78,7 @@ def load_switch(
       implementation: of products with codes: "xla"; "cpu", straight from stored codes on the
         host's cores; "cuda", the kernels in `kernels_cuda/`, on a GPU with CuPy installed;
         "cuda_fragments", the same, but codes of the lattice or the ternary grid are laid out once
-        more for tensor cores, two bits a weight, which bfloat16 activations multiply by. "auto" is
+        more for tensor cores, two bits a weight. "auto" is
         "cuda_fragments" on a GPU for codes of the lattice if that takes at most half of the
         device's free memory, "cuda" for others, "cpu" on a CPU if all codes are of codings that it
         multiplies, and "xla" elsewhere.
@@ -134,7 +134,7 @@ def load_switch(
         flat = _compressed_params(compressed, config, mesh)
         variables: dict[str, Any] = {"params": names.unflatten(flat), **added}
         if implementation in CUDA:
-            implementation, derived = _derive(implementation, asked, dtype, coded, flat)
+            implementation, derived = _derive(implementation, asked, coded, flat)
             if derived:
                 variables[DERIVED] = names.unflatten(derived)
         return SwitchTransformer(config, dtype, coded, implementation, mesh), variables
@@ -213,7 +213,6 @@ def _in_features(config: SwitchConfig, kernel: str) -> int:
 def _derive(
     implementation: str,
     asked: str,
-    dtype: np.dtype,
     coded: CodedKernels,
     flat: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
@@ -224,7 +223,7 @@ def _derive(
     """
     launcher = current_launcher()
     specs = [spec for _, spec in coded]
-    if asked == "auto" and dtype == jnp.bfloat16:
+    if asked == "auto":
         free = _free_bytes()
         fits = free is not None and 2 * sum(map(fragment_bytes, specs)) <= free
         if fits and all(spec.coding == "lattice" for spec in specs):

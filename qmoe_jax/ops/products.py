@@ -8,9 +8,9 @@ from shapes alone, so nothing waits for the host:
 - few tokens for each expert: one launch a kernel decodes and multiplies, for all experts at once;
 - many: an expert is expanded to bfloat16 by a kernel, and XLA multiplies, as with "xla".
 
-"cuda_fragments" is "cuda", but bfloat16 tokens are multiplied by codes that lie as tensor cores
-take them, where they were laid out at loading (`ops/cuda/fragments.py`): faster, in two bits a
-weight beside the stored codes.
+"cuda_fragments" is "cuda", but tokens are multiplied by codes that lie as tensor cores take them,
+where they were laid out at loading (`ops/cuda/fragments.py`): faster, in two bits a weight beside
+the stored codes.
 
 Both ways of "cuda" round as the model's activation dtype does. bfloat16 tokens are multiplied as
 they are, and sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its
@@ -24,14 +24,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.ops.cuda import kernels
-from qmoe_jax.ops.cuda.fragment_products import fragment_product, takes_fragments
+from qmoe_jax.ops.cuda.fragment_products import fragment_product, num_parts, takes_fragments
 from qmoe_jax.ops.cuda.kernels import TokenOrder
 from qmoe_jax.ops.cuda.launcher import Launcher, current_launcher
+from qmoe_jax.ops.cuda.parts import add_parts, split_float32
 from qmoe_jax.ops.experts import AdaptedExperts, CodedExperts, Experts, own_part
 from qmoe_jax.ops.gradients import differentiable
 from qmoe_jax.ops.grouped_mlp import (
@@ -218,8 +218,7 @@ def _direct_product(
         multiply = _stored_product(x, expert_index, coded)
     if implementation in CUDA and x.shape[0]:
         launcher = current_launcher()
-        by_fragments = implementation == "cuda_fragments" and x.dtype == jnp.bfloat16
-        if by_fragments and all(
+        if implementation == "cuda_fragments" and all(
             takes_fragments(launcher, kernel, x.shape[0], num_experts) for kernel in coded
         ):
             multiply = _FusedProducts(launcher, x, expert_index, num_experts).multiply_fragments
@@ -314,47 +313,39 @@ class _FusedProducts:
 
     def __init__(self, launcher: Launcher, x: Array, expert_index: Array, num_experts: int):
         self._launcher = launcher
-        self._parts = 3 if x.dtype == jnp.float32 else 1
         self._dtype = x.dtype
-        self._order: TokenOrder = kernels.sort_tokens(
-            jnp.tile(expert_index, self._parts), num_experts
-        )
-        self._expected = self._parts * max(1.0, x.shape[0] / num_experts)
+        self._expert_index = expert_index
+        self._num_experts = num_experts
+        self._expected = max(1.0, x.shape[0] / num_experts)
+        self._orders: dict[int, TokenOrder] = {}
+
+    def _order(self, parts: int) -> TokenOrder:
+        """Return the order of tokens that are so many parts: the first of all, then the second."""
+        if parts not in self._orders:
+            index = jnp.tile(self._expert_index, parts)
+            self._orders[parts] = kernels.sort_tokens(index, self._num_experts)
+        return self._orders[parts]
 
     def multiply(self, x: Array, experts: CodedExperts) -> Array:
+        parts = 3 if self._dtype == jnp.float32 else 1
         y = kernels.fused_product(
             self._launcher,
             experts,
-            jnp.concatenate(split_float32(x)) if self._parts == 3 else x,
-            self._order,
-            expected_tokens=self._expected,
+            jnp.concatenate(split_float32(x)) if parts == 3 else x,
+            self._order(parts),
+            expected_tokens=parts * self._expected,
             dtype=self._dtype,
         )
-        if self._parts == 3:
-            high, middle, low = jnp.split(y, 3)
-            return high + (middle + low)
-        return y
+        return add_parts(y, parts)
 
     def multiply_fragments(self, x: Array, experts: CodedExperts) -> Array:
-        return fragment_product(
+        parts = num_parts(experts, self._dtype)
+        y = fragment_product(
             self._launcher,
             experts,
             x,
-            self._order,
-            expected_tokens=self._expected,
+            self._order(parts),
+            expected_tokens=parts * self._expected,
             dtype=self._dtype,
         )
-
-
-def split_float32(x: Float[Array, "..."]) -> list[Array]:
-    """Three bfloat16 arrays whose sum is x, float32, exactly.
-
-    But for what is below bfloat16's range: |x| from 2**-110 up splits exactly.
-    """
-    parts = []
-    for _ in range(3):
-        # reduce_precision, since XLA may leave out a conversion to bfloat16 and back.
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts
+        return add_parts(y, parts)

@@ -3,7 +3,8 @@
 Of the lattice XLA multiplies a token's features by the steps of its expert's places and rounds to
 float16, 11 bits, scaled by a power of two for each token. (A dense bfloat16 kernel's weights are
 rounded to 8 bits.) Ternary weights and features are multiplied as they are, bfloat16. Products are
-exact and sums are float32.
+exact and sums are float32. Tokens of float32 are several *parts*, each a token to the kernel: two
+of 11 bits, or exactly three bfloat16 ones.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from qmoe_jax.ops.cuda.fragments import (
 from qmoe_jax.ops.cuda.kernels import TokenOrder, settings_for, tile_tokens
 from qmoe_jax.ops.cuda.launch_settings import LaunchSettings
 from qmoe_jax.ops.cuda.launcher import KernelCall, Launcher, Operand, StructArgument, run_kernel
+from qmoe_jax.ops.cuda.parts import split_float32
 from qmoe_jax.ops.experts import CodedExperts
 
 SOURCE = "matmul_fragments.cu"
@@ -76,6 +78,7 @@ _MOST_WARPS = {8: 8, 16: 8, 32: 8, 64: 4}
 _BLOCKS_SHARE = {8: 1, 16: 1, 32: 2, 64: 4}
 _MAX_GRID_Y = 65_535
 _FRACTION_BITS, _BIAS = 23, 127
+_MAX_SHIFT = 240  # so that it and 10 more have a reciprocal
 
 
 def takes_fragments(
@@ -111,16 +114,23 @@ def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
         )
 
 
+def num_parts(experts: CodedExperts, dtype: jax.typing.DTypeLike) -> int:
+    """Return how many parts a token of that dtype is."""
+    if jnp.dtype(dtype) != jnp.float32:
+        return 1
+    return 3 if get_coding(experts.spec.coding).grid == "ternary" else 2
+
+
 def fragment_product(
     launcher: Launcher,
     experts: CodedExperts,
-    x: BFloat16[Array, "tokens in"],
+    x: Float[Array, "tokens in"],
     tokens: TokenOrder,
     *,
     expected_tokens: float,
     dtype: jax.typing.DTypeLike,
-) -> Float[Array, "tokens out"]:
-    """y[t] = W_e(t) x[t] for all tokens and their experts in one launch.
+) -> Float[Array, "rows out"]:
+    """y[t] = W_e(t) x[t] for all parts of tokens and their experts in one launch.
 
     Reference: `compressed_product(..., implementation="xla")`. A weight 0, but of the lattice's
     columns of zeros, is multiplied: an infinity or a NaN in a token reaches all its outputs.
@@ -128,21 +138,23 @@ def fragment_product(
     Args:
       launcher: of `current_launcher`.
       experts: codes, with the arrays of `Fragments` among `derived`.
-      x: tokens.
-      tokens: of `kernels.sort_tokens`.
-      expected_tokens: tokens that an expert with tokens has, about; changes no result.
+      x: tokens, bfloat16 or float32.
+      tokens: of `kernels.sort_tokens`, of `num_parts` rows for each token: first parts of all
+        tokens, then second ones, ...
+      expected_tokens: rows that an expert with tokens has, about; changes no result.
       dtype: bfloat16 or float32, of the result. Sums are float32.
 
     Returns:
-      Outputs in the order of x; zeros for tokens without an expert.
+      Outputs in the order that `tokens` sorts; zeros for tokens without an expert.
     """
-    spec, num_tokens, derived = experts.spec, x.shape[0], experts.derived
+    spec, num_tokens, derived = experts.spec, tokens.order.shape[0], experts.derived
     size = tile_size(expected_tokens, num_tokens)
     tiles = tile_tokens(tokens, spec.num_experts, size)
     result = jax.ShapeDtypeStruct((num_tokens, spec.rows), dtype)
     grid = get_coding(spec.coding).grid
     if grid == "ternary":
-        placed = place_features(x, tokens, derived["fragment_places"].shape[1])
+        features = x if x.dtype == jnp.bfloat16 else jnp.concatenate(split_float32(x))
+        placed = place_features(features, tokens, derived["fragment_places"].shape[1])
     else:
         placed = place_tokens(x, tokens, derived["fragment_places"], experts.arrays["origins"])
     call = fragment_call(
@@ -185,7 +197,7 @@ class PlacedTokens(NamedTuple):
 
 
 def place_tokens(
-    x: BFloat16[Array, "tokens in"],
+    x: Float[Array, "tokens in"],
     tokens: TokenOrder,
     places: UInt32[Array, "experts places"],
     origins: Float32[Array, "experts"],
@@ -193,23 +205,32 @@ def place_tokens(
     """Multiply each token's features by half the steps at its expert's places.
 
     Args:
-      x: tokens.
-      tokens: their order by expert, which the rows have.
+      x: tokens, bfloat16 or float32.
+      tokens: the order by expert of their parts, which the rows have.
       places: of the experts.
       origins: of the experts.
     """
     expert = jnp.minimum(tokens.experts, places.shape[0] - 1)
     # Of the tokens' experts alone: there may be thousands.
     columns, halves = places_of(places[expert])
-    features = jnp.take_along_axis(x[tokens.order], columns, axis=1).astype(jnp.float32)
+    token, part = tokens.order % x.shape[0], tokens.order // x.shape[0]
+    features = jnp.take_along_axis(x[token], columns, axis=1).astype(jnp.float32)
     # A place that is none has a factor of 0, and no feature either, which may be infinite.
     values = jnp.where(halves == 0, 0.0, features * (origins[expert][:, None] * halves))
     sizes = jnp.where(jnp.isfinite(values), jnp.abs(values), 0.0).max(axis=1)
     # So that the largest lies between 2^14 and 2^15; float16 ends at 65,504.
     exponent = lax.bitcast_convert_type(sizes, jnp.uint32) >> _FRACTION_BITS
-    shifted = jnp.clip(2 * _BIAS + 14 - exponent.astype(jnp.int32), 4, 250)
-    rows = values * _power_of_two(shifted)[:, None]
-    return PlacedTokens(_eights(rows.astype(jnp.float16)), _power_of_two(2 * _BIAS - shifted))
+    shift = jnp.minimum(2 * _BIAS + 14 - exponent.astype(jnp.int32), _MAX_SHIFT)
+    scaled = values * _power_of_two(shift)[:, None]
+    if x.dtype == jnp.float32:
+        # What a first part leaves is below 2^4, and as exact with 2^10 times the scale.
+        rounded = lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=10)
+        left = jnp.where(jnp.isfinite(rounded), scaled - rounded, 0.0) * 2.0**10
+        is_second = part == 1
+        scaled = jnp.where(is_second[:, None], left, scaled)
+        shift = shift + jnp.where(is_second, 10, 0)
+    scales = _power_of_two(2 * _BIAS - shift)
+    return PlacedTokens(_eights(scaled.astype(jnp.float16)), scales)
 
 
 def place_features(
