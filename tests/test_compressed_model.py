@@ -10,14 +10,20 @@ import pytest
 from factories import shortened
 from golden_data import load_golden
 from markers import needs_compiler
+from plan_factories import resources, some_tokens
 
 import qmoe_jax
+from qmoe_jax.checkpoints import names
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.errors import CudaError
 from qmoe_jax.generation.sampling import greedy_generate
 from qmoe_jax.models import load
 from qmoe_jax.models.moe import DERIVED
+from qmoe_jax.ops.cuda.fragments import Fragments, fragment_bytes
 from qmoe_jax.ops.cuda.launcher import use_launcher
+from qmoe_jax.planning.inputs import ModelFacts
+from qmoe_jax.planning.plan import make_plan
+from qmoe_jax.quantization.settings import CompressionSettings
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +187,32 @@ class TestFragments:
             return module.implementation
 
         specs = qmoe_jax.load_switch(lattice, implementation="xla")[0].coded
-        needed = sum(load.fragment_bytes(spec) for _, spec in specs)
+        needed = sum(fragment_bytes(spec) for _, spec in specs)
         assert implementation_of() == "cuda"
         assert implementation_of(free=2 * needed - 1) == "cuda"
         assert implementation_of(free=2 * needed) == "cuda_fragments"
         assert implementation_of("float32", free=2 * needed) == "cuda_fragments"
         assert implementation_of("float32", "cuda_fragments", free=0) == "cuda_fragments"
+
+    @pytest.mark.parametrize("grid", ["lattice", "ternary"])
+    def test_memory_is_what_a_plan_says(
+        self, launcher, golden_checkpoint, lattice, compressed, grid
+    ):
+        """To the byte, but for extra chunks of the lattice: a plan has one for each 32 rows."""
+        native = str(golden_checkpoint("base", "t5x_bfloat16"))
+        model, settings = ModelFacts.from_checkpoint(native), CompressionSettings(grid=grid)
+        planned = make_plan(model, some_tokens(), settings, resources()).memory_at_work
+        path = lattice if grid == "lattice" else compressed
+        module, variables = qmoe_jax.load_switch(path, implementation="cuda_fragments")
+        derived = names.flatten(variables[DERIVED])
+        laid_out = [a for name, a in derived.items() if name.split("/")[-1] in Fragments._fields]
+        made = sum(array.nbytes for array in laid_out)
+        assert planned.derived == sum(array.nbytes for array in derived.values()) - made
+        dense = [a for n, a in names.flatten(variables["params"]).items() if "/expert/" not in n]
+        assert planned.dense == sum(array.nbytes for array in dense)
+        strips = sum(spec.num_experts * -(-spec.rows // 32) for _, spec in module.coded)
+        extra = 640 * strips if grid == "lattice" else 0
+        assert planned.fragments - extra <= made <= planned.fragments
 
     def test_ternary_codes_have_them_where_they_are_asked_for(
         self, launcher, compressed, monkeypatch

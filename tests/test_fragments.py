@@ -19,18 +19,22 @@ from cuda_emulation.lattice_fragments import (
     read_back,
 )
 from cuda_emulation.tensors import lattice_codes
+from golden_data import DEMO
 from markers import needs_compiler, slow
 
+from qmoe_jax.checkpoints.t5x import open_t5x_checkpoint
 from qmoe_jax.codec import reference
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.decode import device_arrays
 from qmoe_jax.codec.encode import encode
-from qmoe_jax.codec.lattice_values import STEP_TABLE
+from qmoe_jax.codec.lattice_values import STEP_TABLE, multiples
 from qmoe_jax.codec.tensor import CodedTensor, TensorSpec
 from qmoe_jax.errors import CudaError
 from qmoe_jax.ops.cuda import fragment_products, fragments, kernels
 from qmoe_jax.ops.experts import CodedExperts
 from qmoe_jax.ops.products import compressed_product
+from qmoe_jax.quantization.expert_batch import quantize_experts
+from qmoe_jax.quantization.lattice import Lattice
 
 BF16 = ml_dtypes.bfloat16
 SHAPES = [(2, 33, 31), (1, 1, 1), (3, 200, 90), (2, 70, 300), *slow((1, 64, 64), (2, 500, 130))]
@@ -311,11 +315,53 @@ class TestProducts:
         product(experts, "cuda_fragments")(x, index)
         assert [name for name, _ in launcher.calls] == ["fused_lattice_t16"]
 
-    def test_sizes_are_estimated(self, launcher):
-        experts = experts_with_fragments(launcher, (3, 200, 500))
-        estimate = fragments.fragment_bytes(experts.spec)
-        assert 0.5 * experts.derived["fragments"].nbytes < estimate
-        assert estimate == 512 * (3 * 7 * 8 + 64)
+
+class TestSizes:
+    @pytest.mark.parametrize(("step", "least", "most"), [(4.0, 0.9, 1.1), (2.0, 1.1, 1.5)])
+    @pytest.mark.parametrize("kernel", ["wi", "wo"])
+    def test_estimate_beside_codes_of_gptq(self, kernel, step, least, most):
+        """Of the demo's weights, behind features that are of different sizes and correlated."""
+        path = f"encoder/layers_1/mlp/expert/{kernel}/kernel"
+        weights = open_t5x_checkpoint(DEMO / "checkpoint_4200").read(path)[:2]
+        width = weights.shape[1]
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(2 * width, width)) * np.exp(rng.normal(size=width))
+        x += 0.3 * rng.normal(size=(2 * width, 1))
+        hessians = np.repeat((x.T @ x)[None], 2, axis=0).astype(np.float32)
+        found = quantize_experts(
+            jnp.asarray(weights), jnp.asarray(hessians), jnp.ones(2), grid=Lattice(), step=step
+        )
+        levels = {"step_index": found.levels.index, "origin": found.levels.origin}
+        levels = {name: np.asarray(array) for name, array in levels.items()}
+        coded = encode(np.asarray(found.codes), levels, "lattice")
+        values = np.asarray(multiples(found.codes), np.int8)
+        own = fragments.make_fragments(
+            coded.spec, coded.arrays, lambda expert: jnp.asarray(values[expert][None])
+        )
+        # Without what is there once a kernel, and much beside two experts.
+        fixed = 512 * fragments.READ_BEHIND
+        estimate = fragments.fragment_bytes(coded.spec) - fixed
+        assert least * estimate < sum(array.nbytes for array in own) - fixed < most * estimate
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_of_ternary_codes_they_are_exact(self, shape):
+        spec = TensorSpec("tunstall", *shape)
+        own = fragments.make_ternary_fragments(spec, lambda _: jnp.zeros(shape[1:], jnp.uint8))
+        assert fragments.fragment_bytes(spec) == sum(array.nbytes for array in own)
+
+    def test_of_ones_they_are_the_estimate_without_extra_chunks(self):
+        coded = tensor_of(np.ones((3, 200, 500), np.int64))
+        strips = 3 * 7
+        own = sum(array.nbytes for array in made(coded).values())
+        assert fragments.fragment_bytes(coded.spec) == own + strips * (512 + 128)
+
+    def test_what_auto_takes(self):
+        spec = TensorSpec("lattice", 2, 70, 90)
+        needed = 2 * fragments.fragment_bytes(spec)
+        assert fragments.are_default([spec, spec], 2 * needed)
+        assert not fragments.are_default([spec, spec], 2 * needed - 1)
+        assert not fragments.are_default([spec], None)
+        assert not fragments.are_default([spec, TensorSpec("tunstall", 2, 70, 90)], 10**12)
 
 
 class TestTernary:

@@ -94,21 +94,59 @@ def test_memory_at_work_by_hand():
     wi = 4 * experts * (96 + 769 + 96 * 8 * (1 + 4))
     wo = 4 * experts * (24 + 3073 + 24 * 8 * (1 + 13))
     assert held.derived == layers * (wi + wo)
-    # 2 bits a weight, and 64 chunks behind.
-    assert held.fragments == layers * (experts * 2 * 768 * 3072 // 4 + 2 * 64 * 512)
+    # 2 bits a weight, an extra chunk of 640 bytes for 32 rows, places; starts, and chunks behind.
+    chunks = experts * 2 * 768 * 3072 // 4 + experts * 640 * (96 + 24) + 4 * experts * (768 + 3072)
+    starts = 4 * (2 * (experts + 1) + experts * (96 + 24) + 2) + 2 * 640
+    assert held.fragments == layers * (chunks + starts + 2 * 64 * 512)
     assert held.experts == plan.sizes[0].experts
-    assert held.dense_experts == 2 * layers * experts * 2 * 768 * 3072
+    assert held.uncompressed == 2 * 7_415_217_408
     text = format_plan(plan)
-    assert "experts in bfloat16 would take 14.5 GB" in text
-    assert "more, with implementation='cuda_fragments'" in text
+    assert "uncompressed in bfloat16 14.83 GB" in text
+    assert "more, with implementation='cuda_fragments', as 'auto' is here" in text
+    assert "It does not fit there" not in text
     on_cpu = make_plan(model, tokens, settings, resources("cpu"))
-    assert on_cpu.memory_at_work == dataclasses.replace(held, derived=0, fragments=None)
+    without = {"derived": 0, "fragments": None, "fragments_by_default": False}
+    assert on_cpu.memory_at_work == dataclasses.replace(held, **without)
     assert "fragments" not in format_plan(on_cpu)
     # Of groups of columns, which XLA decodes, and of 2 bits, which have no fragments.
     for changes in ({"grid": "ternary", "group_size": 64}, {"grid": "2bit"}):
         other = make_plan(model, tokens, CompressionSettings(**changes), resources()).memory_at_work
         assert other.fragments is None
         assert (other.derived > 0) == ("group_size" not in changes)
+
+
+@pytest.mark.parametrize(
+    ("device", "grid", "has_fragments", "by_default"),
+    [
+        ("t4", "lattice", True, True),
+        ("t4", "ternary", False, False),
+        ("l4", "ternary", True, False),
+        ("cpu", "lattice", False, False),
+    ],
+)
+def test_what_a_device_multiplies_as_fragments(device, grid, has_fragments, by_default):
+    settings, there = CompressionSettings(grid=grid), resources(device)
+    held = make_plan(facts("switch_base_128"), some_tokens(), settings, there).memory_at_work
+    assert (held.fragments is not None) == has_fragments
+    assert held.fragments_by_default == by_default
+
+
+def test_half_of_what_is_left_is_for_fragments():
+    model, settings = facts("switch_base_128"), CompressionSettings()
+    plan = make_plan(model, some_tokens(), settings, resources())
+    enough = plan.sizes[0].total + 2 * (plan.memory_at_work.fragments or 0)
+    for limit, by_default in ((enough, True), (enough - 1, False), (None, False)):
+        there = dataclasses.replace(plan.resources, device_bytes=limit)
+        held = make_plan(model, some_tokens(), settings, there).memory_at_work
+        assert held.fragments_by_default == by_default
+
+
+def test_an_output_that_its_device_does_not_hold():
+    plan = make_plan(
+        facts("switch_c_2048"), some_tokens(), CompressionSettings(expert_batch=8), resources()
+    )
+    assert not plan.problems
+    assert "  It does not fit there: JAX may use 80 GB." in format_plan(plan)
 
 
 def test_layers_that_stay_dense_cost_no_quantization():

@@ -78,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--implementation",
         default="auto",
         help="of products with codes: xla, cpu (straight from stored codes), cuda (the CUDA "
-        "kernels; needs an NVIDIA GPU and CuPy), cuda_fragments (the same, faster, with codes laid "
-        "out in two bits a weight besides), or auto, the fastest there is (%(default)s)",
+        "kernels; needs an NVIDIA GPU and CuPy), cuda_fragments (the same, with codes laid out "
+        "once more for tensor cores, in about two bits a weight; not run on a GPU yet), or auto, "
+        "the fastest there is by what is known (%(default)s)",
     )
     return parser

@@ -32,7 +32,7 @@ from qmoe_jax.models.moe import DERIVED, CodedKernels
 from qmoe_jax.models.switch import SwitchTransformer
 from qmoe_jax.ops.cpu.products import is_supported
 from qmoe_jax.ops.cuda.fragment_products import check_fragments
-from qmoe_jax.ops.cuda.fragments import derive_fragments, fragment_bytes
+from qmoe_jax.ops.cuda.fragments import are_default, derive_fragments
 from qmoe_jax.ops.cuda.kernels import check_coded, derive
 from qmoe_jax.ops.cuda.launcher import cuda_is_available, current_launcher
 from qmoe_jax.ops.expert_parallel import (
@@ -218,16 +218,12 @@ def _derive(
 ) -> tuple[str, dict[str, Any]]:
     """Return what CUDA kernels need besides, by path: once, for it takes a pass over all codes.
 
-    Also the implementation: with "auto", fragments of the lattice where they take half of the free
-    memory at most. (The other way of ternary codes has been measured on a GPU, this one not.)
+    Also the implementation: with "auto", fragments by `are_default`.
     """
     launcher = current_launcher()
     specs = [spec for _, spec in coded]
-    if asked == "auto":
-        free = _free_bytes()
-        fits = free is not None and 2 * sum(map(fragment_bytes, specs)) <= free
-        if fits and all(spec.coding == "lattice" for spec in specs):
-            implementation = "cuda_fragments"
+    if asked == "auto" and are_default(specs, _free_bytes()):
+        implementation = "cuda_fragments"
     derived = {}
     for kernel, spec in coded:
         arrays = {n: flat[f"{kernel}/{n}"] for n in get_coding(spec.coding).array_names}

@@ -9,8 +9,8 @@ from shapes alone, so nothing waits for the host:
 - many: an expert is expanded to bfloat16 by a kernel, and XLA multiplies, as with "xla".
 
 "cuda_fragments" is "cuda", but tokens are multiplied by codes that lie as tensor cores take them,
-where they were laid out at loading (`ops/cuda/fragments.py`): faster, in two bits a weight beside
-the stored codes.
+where they were laid out at loading (`ops/cuda/fragments.py`), in about two bits a weight beside the
+stored codes: faster by prediction, and not run on a GPU.
 
 Both ways of "cuda" round as the model's activation dtype does. bfloat16 tokens are multiplied as
 they are, and sums are float32. A float32 token is the exact sum of three bfloat16 ones, so its

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from qmoe_jax.codec.codings import get_coding
 from qmoe_jax.codec.tensor import TensorSpec
 from qmoe_jax.ops.cpu.products import CODINGS
-from qmoe_jax.ops.cuda.fragments import FRAGMENT_GRIDS, fragment_bytes
+from qmoe_jax.ops.cuda.fragments import are_default, fragment_bytes, fragment_grids
 from qmoe_jax.planning.inputs import ModelFacts
 from qmoe_jax.planning.public_checkpoints import Device
 from qmoe_jax.planning.sizes import CompressedSize, layer_settings
@@ -25,21 +25,32 @@ class MemoryAtWork:
     Attributes:
       dense: parameters that are no codes, as stored.
       experts: stored codes with levels and lengths.
-      derived: what CUDA kernels need besides, found once after loading; 0 on a CPU.
-      fragments: with implementation "cuda_fragments", on top; an upper estimate but for columns
-        with large multiples. None where some codes have none, or on a CPU.
-      dense_experts: what the experts that are codes would take in bfloat16.
+      derived: what CUDA kernels need besides, found once after loading; 0 without such kernels.
+      fragments: with implementation "cuda_fragments", on top; `fragment_bytes` says how good an
+        estimate. None where some codes have none, or the device does not multiply them.
+      fragments_by_default: whether implementation "auto" has them.
+      uncompressed: what the whole model would take in bfloat16.
     """
 
     dense: int
     experts: int
     derived: int
     fragments: int | None
-    dense_experts: int
+    fragments_by_default: bool
+    uncompressed: int
+
+    @property
+    def total(self) -> int:
+        """All but fragments."""
+        return self.dense + self.experts + self.derived
 
 
 def memory_at_work(
-    model: ModelFacts, settings: CompressionSettings, device: Device, size: CompressedSize
+    model: ModelFacts,
+    settings: CompressionSettings,
+    device: Device,
+    size: CompressedSize,
+    device_bytes: int | None = None,
 ) -> MemoryAtWork:
     """Estimate what the device holds of the compressed model.
 
@@ -48,38 +59,39 @@ def memory_at_work(
       settings: how it is compressed.
       device: that it runs on.
       size: of the compressed model.
+      device_bytes: memory that JAX may use; None where that is unknown.
     """
-    derived = fragments = 0
-    have_fragments = not device.is_host
-    for coding, spec in () if device.is_host else _specs(model, settings):
-        interface = get_coding(coding).cuda
-        if interface is None or spec is None:
-            # XLA decodes them, which needs nothing.
-            have_fragments = False
-            continue
-        derived += interface.derived_bytes(spec)
-        fragments += fragment_bytes(spec)
-        have_fragments = have_fragments and get_coding(coding).grid in FRAGMENT_GRIDS
-    return MemoryAtWork(
-        dense=size.dense,
-        experts=size.experts,
-        derived=derived,
-        fragments=fragments if have_fragments else None,
-        dense_experts=2 * size.expert_weights,
+    held = MemoryAtWork(size.dense, size.experts, 0, None, False, size.bfloat16_bytes)
+    specs = list(_specs(model, settings))
+    whole = [spec for spec in specs if spec is not None]
+    # One kernel that CUDA does not take, and XLA decodes them all, which needs nothing.
+    interfaces = [get_coding(spec.coding).cuda for spec in whole]
+    taken = [interface for interface in interfaces if interface is not None]
+    if device.compute_capability is None or len(taken) < len(specs):
+        return held
+    derived = sum(cuda.derived_bytes(spec) for cuda, spec in zip(taken, whole, strict=True))
+    held = dataclasses.replace(held, derived=derived)
+    grids = fragment_grids(device.compute_capability)
+    if any(get_coding(spec.coding).grid not in grids for spec in whole):
+        return held
+    # Loading asks before kernels' own arrays are there.
+    free = None if device_bytes is None else device_bytes - size.total
+    return dataclasses.replace(
+        held,
+        fragments=sum(map(fragment_bytes, whole)),
+        fragments_by_default=are_default(whole, free),
     )
 
 
-def _specs(
-    model: ModelFacts, settings: CompressionSettings
-) -> Iterator[tuple[str, TensorSpec | None]]:
-    """Coding and spec of each kernel that is codes; None for groups of columns."""
+def _specs(model: ModelFacts, settings: CompressionSettings) -> Iterator[TensorSpec | None]:
+    """Specs of all kernels that are codes; None for groups of columns."""
     config = model.config
     wide, narrow = config.expert_mlp_dim, config.embed_dim
     shapes = [(wide, narrow)] * len(config.wi_names) + [(narrow, wide)]
     for own in layer_settings(config, settings).values():
         for shape in shapes if own.method != "none" else ():
             spec = TensorSpec(own.coding, config.num_experts, *shape)
-            yield own.coding, spec if own.group_size is None else None
+            yield spec if own.group_size is None else None
 
 
 def seconds_a_token(

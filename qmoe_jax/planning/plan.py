@@ -205,7 +205,9 @@ def make_plan(
             read_bytes_per_second=resources.read_bytes_per_second,
             write_bytes_per_second=resources.write_bytes_per_second,
         ),
-        memory_at_work=memory_at_work(model, settings, resources.device, sizes[0]),
+        memory_at_work=memory_at_work(
+            model, settings, resources.device, sizes[0], resources.device_bytes
+        ),
         seconds_a_token=seconds_a_token(model, settings, resources.device),
         largest_expert_batch=largest_expert_batch(model, tokens, settings, resources),
         problems=(),

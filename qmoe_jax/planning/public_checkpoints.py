@@ -46,6 +46,7 @@ class Device:
         with the products.
       coded_weights_per_second: weights, zeros too, that are multiplied straight from stored codes a
         second, for a token an expert; None where that is not known.
+      compute_capability: of an NVIDIA GPU, "9.0"; None of what runs no CUDA kernels.
       source: where the figures are from, and which of them were measured.
     """
 
@@ -59,6 +60,7 @@ class Device:
     column_seconds: float
     source: str
     coded_weights_per_second: float | None = None
+    compute_capability: str | None = None
 
     @property
     def is_host(self) -> bool:

@@ -229,18 +229,22 @@ def _time_lines(plan: Plan) -> list[str]:
 def _inference_lines(plan: Plan) -> list[str]:
     """Say what the output takes when it answers, and how fast it does where that is known."""
     held, device = plan.memory_at_work, plan.resources.device
+    limit = plan.resources.host_bytes if device.is_host else plan.resources.device_bytes
     lines = [
         "the output at work there, estimated",
-        _row("memory", format_bytes(held.dense + held.experts + held.derived),
-             f"experts in bfloat16 would take {format_bytes(held.dense_experts)}"),
+        _row("memory, activations on top", format_bytes(held.total),
+             f"uncompressed in bfloat16 {format_bytes(held.uncompressed)}"),
         _row("  dense parameters", format_bytes(held.dense)),
         _row("  codes", format_bytes(held.experts)),
     ]  # fmt: skip
-    if not device.is_host:
+    if held.derived:
         lines.append(_row("  found in them for kernels", format_bytes(held.derived)))
     if held.fragments is not None:
         note = "more, with implementation='cuda_fragments'"
+        note += ", as 'auto' is here" if held.fragments_by_default else ""
         lines.append(_row("  fragments", format_bytes(held.fragments), note))
+    if limit is not None and held.total > limit:
+        lines.append(f"  It does not fit there: JAX may use {format_bytes(limit)}.")
     parts = plan.seconds_a_token
     if parts is None:
         return lines

@@ -25,6 +25,7 @@ from qmoe_jax.ops.cuda.fragments import (
     CHUNK_ROWS,
     FRAGMENT_GRIDS,
     READ_BEHIND,
+    fragment_grids,
     has_fragments,
     places_of,
 )
@@ -106,7 +107,7 @@ def check_fragments(launcher: Launcher, specs: Sequence[TensorSpec]) -> None:
             "Use implementation='cuda'."
         )
     device = launcher.device
-    if "ternary" in grids.values() and float(device.compute_capability) < 8:
+    if set(grids.values()) - set(fragment_grids(device.compute_capability)):
         raise CudaError(
             f"The {device.name} has compute capability {device.compute_capability}; "
             "implementation='cuda_fragments' requires 8.0 for ternary codes, tensor cores for "

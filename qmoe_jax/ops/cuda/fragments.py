@@ -8,7 +8,7 @@ have something left over, as a sum of magnitudes: it goes to extra places, which
 around have. All codes are kept exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,8 @@ from qmoe_jax.ops.cuda.launcher import Launcher
 from qmoe_jax.ops.experts import CodedExperts
 
 FRAGMENT_GRIDS = ("lattice", "ternary")
+FREE_SHARE = 0.5
+"""Of a device's free memory, what fragments may take that nobody asked for."""
 CHUNK_ROWS, CHUNK_PLACES, CHUNK_WORDS = 32, 64, 128
 READ_BEHIND = 64
 """Chunks behind the last that kernels read for nothing."""
@@ -68,11 +70,53 @@ def has_fragments(derived: Mapping[str, Any]) -> bool:
     return all(name in derived for name in Fragments._fields)
 
 
+def fragment_grids(compute_capability: str) -> tuple[str, ...]:
+    """Return the grids whose codes a device multiplies as fragments.
+
+    Ternary weights are bfloat16, which tensor cores take since 8.0.
+
+    Args:
+      compute_capability: "9.0".
+    """
+    return FRAGMENT_GRIDS if float(compute_capability) >= 8 else ("lattice",)
+
+
 def fragment_bytes(spec: TensorSpec) -> int:
-    """Estimate the bytes of a kernel's fragments: as if each column had one place."""
-    strips = -(-spec.rows // CHUNK_ROWS)
+    """Return the bytes of a kernel's fragments: exact of ternary codes, an estimate of the lattice.
+
+    The estimate is as if each column had one place, and 32 rows of those that may have something
+    left over one extra chunk. GPTQ's codes take 0.9 to 1.1 times as much at a step of 4 (0.45
+    to 0.65 bits a weight), 1.3 to 1.5 at a step of 2 (1.0 to 1.4 bits), and 0.6 to 1 at 5.6 (0.3
+    bits), where whole columns are zero.
+    """
+    experts, strips = spec.num_experts, -(-spec.rows // CHUNK_ROWS)
     chunks = -(-spec.width // CHUNK_PLACES)
-    return 4 * CHUNK_WORDS * (spec.num_experts * strips * chunks + READ_BEHIND)
+    is_lattice = get_coding(spec.coding).grid == "lattice"
+    has_extras = is_lattice and spec.rows >= _ROWS_A_LEFT_OVER
+    extras = experts * strips * has_extras + 1
+    words = (
+        CHUNK_WORDS * (experts * strips * chunks + READ_BEHIND)
+        + CHUNK_PLACES * chunks * (experts if is_lattice else 1)
+        + CHUNK_WORDS * extras
+        + CHUNK_PLACES * extras // 2
+        + (experts + 1)
+        + (experts * strips + 1)
+    )
+    return 4 * words
+
+
+def are_default(specs: Sequence[TensorSpec], free_bytes: int | None) -> bool:
+    """Whether `implementation="auto"` has fragments: of the lattice, where memory is ample.
+
+    (The other way of ternary codes has been measured on a GPU, this one not.)
+
+    Args:
+      specs: of all kernels that are codes.
+      free_bytes: memory that the device has left; None where that is unknown.
+    """
+    if free_bytes is None or any(spec.coding != "lattice" for spec in specs):
+        return False
+    return sum(map(fragment_bytes, specs)) <= FREE_SHARE * free_bytes
 
 
 def derive_fragments(
