@@ -19,6 +19,7 @@ from qmoe_jax.checkpoints.geometry import infer_config, parameter_shapes
 from qmoe_jax.cli import flags
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.load import load_switch
+from qmoe_jax.ops.products import CHOICES, IMPLEMENTATIONS
 
 gin = pytest.importorskip("gin")
 REPOSITORY = Path(__file__).parent.parent
@@ -306,3 +307,43 @@ def test_the_registry_s_geometries_are_consistent():
         config = SwitchConfig.from_json(entry["config"])
         # Names, shapes and the rule for routing fields lead back to the very same config.
         assert infer_config(parameter_shapes(config)) == config, entry["name"]
+
+
+# --- The implementations of products with codes ---
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *(f"gin/runs/{run}.gin" for run in ("compress", "eval", "infer")),
+        "docs/compress_public_checkpoint.md",
+        "demo",
+    ],
+)
+def test_every_implementation_is_named(where, capsys):
+    """In the comment, help or guide that says what may be chosen."""
+    if where == "demo":
+        with pytest.raises(SystemExit):
+            main(["demo", "--help"])
+        text = capsys.readouterr().out.partition("--implementation IMPLEMENTATION")[2]
+        assert set(re.findall(r"\w+", text)) >= set(CHOICES)
+        return
+    text = (REPOSITORY / where).read_text()
+    chosen = IMPLEMENTATIONS if where.endswith(".md") else CHOICES
+    assert set(re.findall(r"\"'?(\w+)'?\"", text.partition("IMPLEMENTATION")[2])) >= set(chosen)
+
+
+@pytest.mark.parametrize("command", ["demo", "compress"])
+def test_an_implementation_that_cannot_be(capsys, tmp_path, monkeypatch, command):
+    """Without a GPU, or of no such name: one line, before anything is read."""
+    monkeypatch.chdir(tmp_path)
+
+    def line(name):
+        if command == "demo":
+            return refusal(capsys, command, "--implementation", name)
+        given = [f"--gin.{needed}='nowhere'" for needed in ("CHECKPOINT", "TOKENS", "OUTPUT")]
+        chosen = f"--gin.IMPLEMENTATION='{name}'"
+        return refusal(capsys, command, "--gin_file=gin/runs/compress.gin", chosen, *given)
+
+    assert "requires a CUDA device" in line("cuda_fragments")
+    assert f"must be one of {', '.join(CHOICES)}" in line("cuda_pieces")
