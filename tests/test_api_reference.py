@@ -15,6 +15,8 @@ import pytest
 
 import qmoe_jax
 
+pytest.importorskip("pdoc", reason="needs pdoc: pip install qmoe-jax[docs]")
+
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "qmoe_jax"
 # Flax adds these to each module, and Python to each class of a dataclass or tuple.
